@@ -1,0 +1,1 @@
+"""The dialects of this layer, one a file."""
