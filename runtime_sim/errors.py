@@ -1,0 +1,45 @@
+"""Errors of the simulator: every one names the routine, the instruction and the source location."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in a stream something happened."""
+
+    routine: str
+    index: int
+    location: str
+
+    def __str__(self) -> str:
+        return f"routine {self.routine}, instruction {self.index}, {self.location or 'no location'}"
+
+
+class SimulationError(Exception):
+    """An instruction cannot be executed. `kind` is one of the class constants below."""
+
+    ILLEGAL = "illegal instruction"
+    UNSUPPORTED = "unsupported instruction"
+    BOUNDS = "out of bounds"
+    UNINITIALISED = "uninitialised read"
+    RACE = "race between contexts"
+    DEADLOCK = "deadlock"
+
+    def __init__(self, kind: str, what: str, fix: str = "", site: Site | None = None) -> None:
+        self.kind = kind
+        self.what = what
+        self.fix = fix
+        self.site = site
+        super().__init__(kind, what, fix, site)
+
+    def __str__(self) -> str:
+        where = f" at {self.site}" if self.site else ""
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{self.kind}{where}: {self.what}{fix}"
+
+    def at(self, site: Site) -> SimulationError:
+        """The same error with its place, unless it already has one."""
+        return self if self.site else SimulationError(self.kind, self.what, self.fix, site)
+

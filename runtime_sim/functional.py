@@ -1,0 +1,163 @@
+"""Functional simulator: executes instruction streams on a unit's memories.
+
+    card = Card(load_machine())
+    unit = Unit(card, slices=64)
+    card.write(address, weights)
+    unit.run(stream, registers={1: row_offset})
+
+Instructions run in program order, which the waits of a legal stream make equivalent to every order the hardware may
+choose (`hazards.py` tests that). Each instruction is decoded once per unit; running it again is a few array operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from backend_rngd.isa.descriptors import Call, Instruction, Stream
+from backend_rngd.machine import Machine
+from runtime_sim.errors import SimulationError, Site
+from runtime_sim.memory import Card, RowMemory
+from runtime_sim.plans import Plan, plan_of
+
+__all__ = ["Card", "Executed", "Program", "SimulationError", "Unit"]
+
+REGISTERS = 64
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What an observer sees after an instruction: its place, and the calls (routine, index) that led there."""
+
+    routine: int
+    index: int
+    path: tuple[tuple[int, int], ...]
+    instruction: Instruction
+
+
+Observer = Callable[[Executed], None]
+
+
+class Program:
+    """A stream decoded for one unit; plans are made when an instruction first runs."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.plans: list[list[Plan | None]] = [[None] * len(r.instructions) for r in stream.routines]
+
+    def plan(self, unit: Unit, routine: int, index: int) -> Plan:
+        """The decoded instruction."""
+        plan = self.plans[routine][index]
+        if plan is None:
+            what = self.stream.routines[routine].instructions[index].what
+            assert not isinstance(what, Call)
+            plan = self.plans[routine][index] = plan_of(what, unit)
+        return plan
+
+    def site(self, routine: int, index: int) -> Site:
+        """Place of an instruction, for errors."""
+        instruction = self.stream.routines[routine].instructions[index]
+        locations = self.stream.locations
+        location = locations[instruction.location] if 0 <= instruction.location < len(locations) else ""
+        return Site(self.stream.routines[routine].name, index, location)
+
+
+class Unit:
+    """One PE (64 slices) or several fused PEs: DM, TRF, VRF and 64 registers.
+
+    `checks` turns on the detection of uninitialised reads; bounds and legality are always checked.
+    """
+
+    def __init__(self, card: Card, slices: int, checks: bool = True) -> None:
+        machine: Machine = card.machine
+        self.card = card
+        self.machine = machine
+        self.slices = slices
+        self.checks = checks
+        self.dm = RowMemory("DM", slices, machine.dm_slice_bytes)
+        self.trf = RowMemory("TRF", slices, machine.trf_bytes_per_slice)
+        self.vrf = RowMemory("VRF", slices, machine.vrf_bytes)
+        self.registers = [0] * REGISTERS
+        self.generation = 0
+        self._programs: dict[int, Program] = {}
+
+    def reset(self) -> None:
+        """Treat DM, TRF and VRF as uninitialised again (their bytes stay)."""
+        for memory in (self.dm, self.trf, self.vrf):
+            memory.forget()
+        self.generation += 1
+
+    def program(self, stream: Stream) -> Program:
+        """The decoded stream, cached."""
+        known = self._programs.get(id(stream))
+        if known is None or known.stream is not stream:
+            if stream.slices != self.slices:
+                raise SimulationError(
+                    SimulationError.ILLEGAL, f"stream for {stream.slices} slices on a unit of {self.slices}"
+                )
+            known = self._programs[id(stream)] = Program(stream)
+        return known
+
+    def run(
+        self,
+        stream: Stream,
+        registers: Mapping[int, int] | None = None,
+        after_instruction: Observer | None = None,
+        routine: int = 0,
+    ) -> None:
+        """Execute a routine of a stream. `registers` sets registers before the start (register 0 stays 0).
+
+        Raises SimulationError (illegal, out of bounds, uninitialised) naming routine, instruction and location.
+        """
+        program = self.program(stream)
+        for register, value in (registers or {}).items():
+            if not 0 < register < REGISTERS:
+                raise SimulationError(SimulationError.ILLEGAL, f"register {register} cannot be set")
+            self.registers[register] = int(value)
+        with np.errstate(all="ignore"):
+            self._routine(program, routine, (), after_instruction)
+
+    def _routine(
+        self, program: Program, routine: int, path: tuple[tuple[int, int], ...], observer: Observer | None
+    ) -> None:
+        for index, instruction in enumerate(program.stream.routines[routine].instructions):
+            if isinstance(instruction.what, Call):
+                self._call(program, instruction.what, (*path, (routine, index)), observer)
+            else:
+                self.step(program, routine, index)
+            if observer is not None:
+                observer(Executed(routine, index, path, instruction))
+
+    def _call(
+        self, program: Program, call: Call, path: tuple[tuple[int, int], ...], observer: Observer | None
+    ) -> None:
+        if len(path) > 64:
+            raise SimulationError(SimulationError.ILLEGAL, "calls nested deeper than 64", site=program.site(*path[-1]))
+        saved = self.registers
+        self.registers = moved(saved, call)
+        try:
+            self._routine(program, call.routine, path, observer)
+        finally:
+            self.registers = saved
+
+    def step(self, program: Program, routine: int, index: int) -> None:
+        """Execute one instruction with the current registers."""
+        try:
+            plan = program.plan(self, routine, index)
+            if self.checks:
+                plan.check(self)
+            plan.run(self)
+        except SimulationError as error:
+            raise error.at(program.site(routine, index)) from None
+
+
+def moved(registers: list[int], call: Call) -> list[int]:
+    """Registers inside a called routine."""
+    inside = list(registers)
+    for target, source, immediate in call.moves:
+        if not 0 < target < REGISTERS or not 0 <= source < REGISTERS:
+            raise SimulationError(SimulationError.ILLEGAL, f"register move {source} -> {target}")
+        inside[target] = registers[source] + immediate
+    return inside

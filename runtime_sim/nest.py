@@ -1,0 +1,189 @@
+"""The fetch engine and the switch: a stream of elements as one loop nest over DM.
+
+A stream is [A, B, C, elements]: the slices of the unit as (A, B, C) = (slice2, slice1, slice0) of the switch (without a
+switch (slices, 1, 1)), with size 1 where all slices of the axis see the same elements. Switch kinds that move data
+between slices only permute and re-stride loops, because the distance between slices is a stride like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend_rngd.isa.descriptors import FLIT_BYTES, Dtype, Fetch, Switch, SwitchKind
+from runtime_sim.errors import SimulationError
+from runtime_sim.memory import RowMemory
+from runtime_sim.numeric import STORAGE, widen, widened
+from runtime_sim.views import Loops, count, merged, nd, sizes_of, split, strides_of
+
+Lead = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Nest:
+    """Elements of `dtype` at `base` + slice + loop offsets of a byte array."""
+
+    memory: NDArray[np.uint8]
+    dtype: Dtype
+    base: int
+    lead: Lead
+    lead_strides: Lead
+    loops: Loops
+
+    @property
+    def elements(self) -> int:
+        """Elements a slice."""
+        return count(self.loops)
+
+    def view(self, loops: Loops | None = None) -> NDArray[Any]:
+        """Strided view [A, B, C, *loops] of the stored elements."""
+        loops = self.loops if loops is None else loops
+        return nd(
+            self.memory,
+            STORAGE[self.dtype],
+            self.base,
+            (*self.lead, *sizes_of(loops)),
+            (*self.lead_strides, *strides_of(loops)),
+        )
+
+    def load(self, cast: Dtype | None) -> NDArray[Any]:
+        """Copy [A, B, C, elements], widened to 32 bit if `cast`."""
+        view = self.view()
+        out = np.empty(view.shape, STORAGE[cast or self.dtype])
+        if cast is None or cast is self.dtype:
+            out[...] = view
+        else:
+            widen(view, self.dtype, out)
+        return out.reshape(*self.lead, -1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the fetch engine and the switch deliver: one nest, or two in pair mode (packets alternate)."""
+
+    nests: tuple[Nest, ...]
+    slices: Lead
+    packet: int
+    packets: int  # of one nest
+    dtype: Dtype  # after the fetch adapter
+    cast: Dtype | None
+
+    @property
+    def pair(self) -> bool:
+        """Whether two tensors are interleaved."""
+        return len(self.nests) == 2
+
+
+def illegal(what: str, fix: str = "") -> SimulationError:
+    """An instruction whose fields contradict each other or the hardware."""
+    return SimulationError(SimulationError.ILLEGAL, what, fix)
+
+
+def source_of(fetch: Fetch, switch: Switch | None, slices: int, dm: RowMemory) -> Source:
+    """Nests of a fetch followed by an optional switch."""
+    elements = count(fetch.loops)
+    width = fetch.dtype.bytes
+    if fetch.packet <= 0 or elements % fetch.packet:
+        raise illegal(f"fetch of {elements} elements does not divide into packets of {fetch.packet}")
+    if fetch.packet * width % 8:
+        raise illegal(f"fetch packet of {fetch.packet * width} bytes is not a multiple of 8")
+    if fetch.cast is not None and fetch.cast is not widened(fetch.dtype):
+        raise illegal(f"the fetch adapter does not cast {fetch.dtype.name} to {fetch.cast.name}")
+    if slices > dm.rows or slices < 1:
+        raise illegal(f"{slices} slices on a unit of {dm.rows}")
+    dtype = fetch.cast or fetch.dtype
+    packets = elements // fetch.packet
+    tensors = [(fetch.base, tuple(fetch.loops))]
+    if fetch.second is not None:
+        base, strides = fetch.second
+        if len(strides) != len(fetch.loops):
+            raise illegal(f"second tensor has {len(strides)} strides for {len(fetch.loops)} loops")
+        tensors.append((base, tuple(zip(sizes_of(fetch.loops), strides, strict=True))))
+    pitch = dm.pitch
+    if switch is None:
+        nests = tuple(Nest(dm.bytes, fetch.dtype, b, (slices, 1, 1), (pitch, 0, 0), merged(lp)) for b, lp in tensors)
+        return Source(nests, (slices, 1, 1), fetch.packet, packets, dtype, fetch.cast)
+    return _switched(fetch, switch, slices, dm, tensors, packets, dtype)
+
+
+def _switched(
+    fetch: Fetch,
+    switch: Switch,
+    slices: int,
+    dm: RowMemory,
+    tensors: list[tuple[int, Loops]],
+    packets: int,
+    dtype: Dtype,
+) -> Source:
+    s1, s0 = switch.slice1, switch.slice0
+    if s1 < 1 or s0 < 1 or slices % (s1 * s0):
+        raise illegal(f"ring of {s1} x {s0} slices does not divide {slices} slices")
+    s2, pitch = slices // (s1 * s0), dm.pitch
+    strides = (s1 * s0 * pitch, s0 * pitch, pitch)
+    if switch.kind is SwitchKind.TRANSPOSE:
+        lead = (s2, s0, s1)
+        nests = tuple(
+            Nest(dm.bytes, fetch.dtype, b, lead, (strides[0], strides[2], strides[1]), merged(lp)) for b, lp in tensors
+        )
+        return Source(nests, lead, fetch.packet, packets, dtype, fetch.cast)
+    if len(tensors) == 2:
+        raise SimulationError(
+            SimulationError.UNSUPPORTED, f"two interleaved tensors through {switch.kind.name}", "fetch them in two passes"
+        )
+    base, loops = tensors[0]
+    if switch.kind is SwitchKind.BROADCAST01:
+        if switch.time0 < 1 or packets % switch.time0:
+            raise illegal(f"time0 = {switch.time0} does not divide {packets} packets")
+        parts = split(loops, (packets // switch.time0, switch.time0, fetch.packet))
+        if parts is None:
+            raise illegal(f"loops {loops} do not split into packets of {fetch.packet} and time0 = {switch.time0}")
+        order: Loops = (*parts[0], (s1, strides[1]), *parts[1], (s0, strides[2]), *parts[2])
+        nest = Nest(dm.bytes, fetch.dtype, base, (s2, 1, 1), (strides[0], 0, 0), merged(order))
+        return Source((nest,), (s2, s1, s0), fetch.packet, packets * s1 * s0, dtype, fetch.cast)
+    if switch.kind is SwitchKind.BROADCAST1:
+        parts = split(loops, (packets, fetch.packet))
+        if parts is None:
+            raise illegal(f"loops {loops} do not split into packets of {fetch.packet}")
+        order = (*parts[0], (s1, strides[1]), *parts[1])
+        nest = Nest(dm.bytes, fetch.dtype, base, (s2, 1, s0), (strides[0], 0, strides[2]), merged(order))
+        return Source((nest,), (s2, s1, s0), fetch.packet, packets * s1, dtype, fetch.cast)
+    raise SimulationError(
+        SimulationError.UNSUPPORTED,
+        f"switch kind {switch.kind.name} is timed but not executed",
+        "use BROADCAST01, BROADCAST1 or TRANSPOSE",
+    )
+
+
+def flit_width(dtype: Dtype) -> int:
+    """Elements of `dtype` in a 32-byte flit."""
+    return FLIT_BYTES // dtype.bytes
+
+
+def by_flits(values: NDArray[Any], packet: int, flit: int, valid: int) -> NDArray[Any]:
+    """Keep the first `valid` elements of every flit of [..., packets * packet] elements.
+
+    A packet longer than a flit is cut into flits, the last one padded; a padded element cannot be kept.
+    """
+    if packet <= flit:
+        if valid == packet:
+            return values
+        if valid > packet:
+            raise illegal(f"commit keeps {valid} elements of a flit that holds {packet}", "lower `valid`")
+        return values.reshape(*values.shape[:-1], -1, packet)[..., :valid]
+    if packet % flit == 0:
+        if valid == flit:
+            return values
+        if valid > flit:
+            raise illegal(f"commit keeps {valid} elements of a flit of {flit}", "lower `valid`")
+        return values.reshape(*values.shape[:-1], -1, flit)[..., :valid]
+    rest = packet % flit
+    if valid > rest:
+        raise illegal(f"commit keeps {valid} elements of a flit that holds {rest}", "choose a packet of whole flits")
+    flits = -(-packet // flit)
+    shape = values.shape[:-1]
+    padded = np.zeros((*shape, values.shape[-1] // packet, flits * flit), values.dtype)
+    padded[..., :packet] = values.reshape(*shape, -1, packet)
+    return padded.reshape(*shape, -1, flit)[..., :valid]
