@@ -201,7 +201,7 @@ class MainBuilder:
             meta = Meta(body.results[0], self.exported.symbols)
             self.converter.values[body.results[0]] = full_view(chain, meta.shape, meta.elem)
 
-    def _call(self, layer: int, kind: int, body: LayerBody, chain: SSAValue | None) -> list[SSAValue]:
+    def _call(self, layer: int, kind: int, body: LayerBody, chain: SSAValue | None) -> Sequence[SSAValue]:
         number, shared = self._function_of(body)
         assert self.attempt.stack is not None
         path = self.attempt.stack.path

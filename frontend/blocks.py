@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+from torch.fx.node import map_arg
 from xdsl.dialects.builtin import ArrayAttr, StringAttr
 from xdsl.dialects.func import CallOp, FuncOp, ReturnOp
 from xdsl.ir import Block, Region, SSAValue
@@ -154,8 +155,8 @@ class Converter:
     def convert(self, nodes: Iterable[Node]) -> None:
         """Convert nodes in order; what fails is noted in the graph's problems."""
         for node in nodes:
-            args = torch.fx.node.map_arg(node.args, self.value)
-            kwargs = torch.fx.node.map_arg(node.kwargs, self.value)
+            args = map_arg(node.args, self.value)
+            kwargs = map_arg(node.kwargs, self.value)
             if _poisoned(args) or _poisoned(list(kwargs.values())):
                 self.values[node] = POISON
                 continue

@@ -71,7 +71,7 @@ def _convert(file: Path, target: Path) -> None:
     try:
         AutoConfig.from_pretrained(file.parent, **where)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, NotImplementedError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = "use the safetensors checkpoint of the model"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +170,7 @@ _context: contextvars.ContextVar[AttentionContext | None] = contextvars.ContextV
 
 
 @contextlib.contextmanager
-def attention_context(positions: Tensor, lengths: Tensor | None = None) -> Iterator[None]:
+def attention_context(positions: Tensor, lengths: Tensor | None = None) -> Generator[None]:
     """Within this context the registered attention uses these positions and lengths."""
     token = _context.set(AttentionContext(positions, lengths))
     try:
@@ -278,12 +278,11 @@ class ExplicitCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new states at the slots and return the whole cache."""
         self.updates += 1
-        if self.keys is None or self.values is None:
-            self.keys, self.values = key_states, value_states
-        else:
-            self.keys = torch.ops.rngd.kv_update(self.keys, key_states, self.slots)
-            self.values = torch.ops.rngd.kv_update(self.values, value_states, self.slots)
-        return self.keys, self.values
+        if self.keys is not None and self.values is not None:
+            key_states = torch.ops.rngd.kv_update(self.keys, key_states, self.slots)
+            value_states = torch.ops.rngd.kv_update(self.values, value_states, self.slots)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(key length, offset) for mask code, which never runs with this attention."""

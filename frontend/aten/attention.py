@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-import frontend.interfaces  # registers torch.ops.rngd  # noqa: F401
+import frontend.interfaces  # registers torch.ops.rngd  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from frontend.aten.table import Meta, rule
 from frontend.emit import Emitter, Value
 from ir.dialects import tc
@@ -13,7 +13,7 @@ from ir.types import tensor_type
 
 @rule(torch.ops.rngd.kv_update.default)
 def _kv_update(e: Emitter, m: Meta, cache: Value, new: Value, slots: Value) -> Value:
-    operands = [e.tensor(v).ssa for v in (cache, new, slots)]
+    operands = (e.tensor(cache).ssa, e.tensor(new).ssa, e.tensor(slots).ssa)
     return e.insert(tc.KvUpdateOp(*operands, tensor_type(m.elem, m.shape)), m.shape, m.elem)
 
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Node
 
 from frontend.emit import Emitter, NoRuleError, Splat, Value, View
+from ir import expr as ex
 from ir.axes import Dim
 
 ELEMENTS: dict[torch.dtype, str] = {
@@ -89,26 +91,12 @@ def axis(index: int, rank: int) -> int:
     return index + rank if index < 0 else index
 
 
-_FOLD: dict[str, Callable[..., float]] = {
-    "a": lambda a: a,
-    "add(a, b)": lambda a, b: a + b,
-    "sub(a, b)": lambda a, b: a - b,
-    "mul(a, b)": lambda a, b: a * b,
-    "div(a, b)": lambda a, b: a / b,
-    "neg(a)": lambda a: -a,
-}
-
-
 def elementwise(emitter: Emitter, meta: Meta, expr: str, *operands: Any) -> Value:
     """A map with the node's result type; constants stay constants."""
     values = [number(v) for v in operands]
     if all(isinstance(v, Splat) for v in values):
-        fold = _FOLD.get(expr)
-        if fold is None:
-            raise NoRuleError("an operation on constants only")
-        return Splat(
-            round_to(fold(*[v.value for v in values if isinstance(v, Splat)]), meta.elem), meta.shape, meta.elem
-        )
+        folded = ex.evaluate(ex.parse(expr), [np.asarray(v.value) for v in values if isinstance(v, Splat)])
+        return Splat(round_to(float(folded), meta.elem), meta.shape, meta.elem)
     covered = all(
         any(
             len(meta.shape) - i <= len(v.shape) and v.shape[i - len(meta.shape)] == s
