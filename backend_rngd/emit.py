@@ -1,0 +1,135 @@
+"""Streams from a placed and scheduled module: absolute addresses, register moves of calls, locations, probes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from xdsl.dialects.builtin import ModuleOp
+
+from backend_rngd.addresses import FIRST_ARGUMENT_REGISTER, AddressBook
+from backend_rngd.dialect import CallOp, InstructionOp, ProbeOp, RoutineOp, space_of
+from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Routine, Stream
+from backend_rngd.machine import Machine
+from backend_rngd.schedule import CONTEXTS
+from ir.errors import UnsupportedError
+
+ENTRY = "main"
+
+
+@dataclass(frozen=True)
+class GlobalPlace:
+    """Where a global lies. row_register: register that the host sets to batch row * row_bytes (0: none)."""
+
+    space: str
+    address: int
+    nbytes: int
+    kind: str
+    row_bytes: int = 0
+    row_register: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The `tc` value `value` is complete after `instructions` instructions of `routine` (an index of the stream).
+
+    Its bytes start at register + address (HBM) or at `address` of every slice; `layout` says where each element lies.
+    """
+
+    routine: int
+    instructions: int
+    value: str
+    space: str
+    register: int
+    address: int
+    layout: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Streams of the units and what the host must know to use them."""
+
+    streams: tuple[Stream, ...]
+    globals: dict[str, GlobalPlace]
+    probes: tuple[Probe, ...]
+    locations: tuple[str, ...]
+    row_registers: dict[int, int] = field(default_factory=dict[int, int])  # bytes of a batch row -> register
+
+
+class _Locations:
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+def emit(module: ModuleOp, machine: Machine, units: int = 1, slices: int | None = None) -> Emitted:
+    """The streams of a module that went through `place` and `schedule`.
+
+    slices: slices of the unit (default: one PE). Routine 0 of the stream is `@main`. Raises ValueError if something is not
+    placed or scheduled, UnsupportedError for more than one unit.
+    """
+    if units != 1:
+        raise UnsupportedError(
+            f"a program for {units} units",
+            "tensor parallelism is not built yet, so streams of several units would all compute the same",
+            "build for one unit (--tensor-parallel-size within one PE group)",
+        )
+    book = AddressBook(module)
+    found = [op for op in module.body.block.ops if isinstance(op, RoutineOp)]
+    found.sort(key=lambda op: op.sym_name.data != ENTRY)
+    if not found or found[0].sym_name.data != ENTRY:
+        raise ValueError(f"the module has no routine @{ENTRY}")
+    numbers = {op.sym_name.data: i for i, op in enumerate(found)}
+    locations = _Locations()
+    probes: list[Probe] = []
+    routines = tuple(_routine(op, numbers, book, machine, locations, probes) for op in found)
+    names = tuple(locations.numbers)
+    stream = Stream(0, slices or machine.slices_per_pe, routines, names)
+    places: dict[str, GlobalPlace] = {}
+    for name, op in book.globals.items():
+        at = book.of_global(op)
+        row = op.row_bytes.value.data if op.row_bytes is not None else 0
+        kind = op.buffer_type
+        places[name] = GlobalPlace(kind.space.data, at.offset, kind.nbytes.data, op.kind.data, row, at.register)
+    return Emitted((stream,), places, tuple(probes), names, dict(book.row_registers))
+
+
+def _routine(
+    op: RoutineOp,
+    numbers: dict[str, int],
+    book: AddressBook,
+    machine: Machine,
+    locations: _Locations,
+    probes: list[Probe],
+) -> Routine:
+    if FIRST_ARGUMENT_REGISTER + len(op.block.args) > machine.registers:
+        raise UnsupportedError(
+            f"routine @{op.sym_name.data} with {len(op.block.args)} buffers",
+            f"arguments lie in registers {FIRST_ARGUMENT_REGISTER} to {machine.registers - 1}",
+            "pass fewer buffers (pack small weights of a block into one)",
+        )
+    out: list[Instruction] = []
+    number = numbers[op.sym_name.data]
+    for item in op.block.ops:
+        if isinstance(item, InstructionOp):
+            if item.after is None:
+                raise ValueError(f"an instruction of @{op.sym_name.data} has no dependencies: run schedule first")
+            where = locations.number(item.where.data)
+            out.append(Instruction(CONTEXTS[item.context.data], item.after.data, book.absolute(item), where))
+        elif isinstance(item, CallOp):
+            moves = []
+            for i, value in enumerate(item.arguments):
+                at = book.of(value)
+                moves.append((FIRST_ARGUMENT_REGISTER + i, at.register, at.offset))
+            call = Call(numbers[item.callee.string_value()], tuple(moves))
+            out.append(Instruction(Context.CONTROL, After(), call, locations.number(item.where.data)))
+        elif isinstance(item, ProbeOp):
+            at = book.of(item.buffer)
+            layout = json.loads(item.layout.data)
+            probes.append(
+                Probe(number, len(out), item.value.data, space_of(item.buffer), at.register, at.offset, layout)
+            )
+    return Routine(op.sym_name.data, tuple(out))

@@ -1,0 +1,187 @@
+"""Which bytes an instruction touches: the base of dependencies, bounds checks and memory planning.
+
+DM footprints are byte offsets inside a slice and stand for every slice (an instruction that leaves out some slices is
+treated as if it touched them; that can only add a wait). TRF bytes are numbered lane after lane: lane l of an instruction
+that uses L lanes owns bytes [l * 65536 / L, (l + 1) * 65536 / L).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backend_rngd.isa.descriptors import (
+    DM_SLICE_STRIDE,
+    Call,
+    Contract,
+    Descriptor,
+    Dma,
+    Dtype,
+    Endpoint,
+    Exec,
+    Fetch,
+    LoadTrf,
+    LoadVrf,
+    Memset,
+    Source,
+    Space,
+)
+
+TRF_BYTES = 65536
+MAX_PIECES = 32  # intervals kept of one access; beyond it the smallest gaps are counted as touched
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Bytes read or written by one instruction: disjoint half-open intervals in a memory.
+
+    space: "hbm", "dm", "trf" or "vrf". register: HBM only, the address register that is added.
+    """
+
+    space: str
+    intervals: tuple[Interval, ...]
+    write: bool
+    register: int = 0
+
+    @property
+    def low(self) -> int:
+        """First byte."""
+        return self.intervals[0][0]
+
+    @property
+    def high(self) -> int:
+        """Byte after the last."""
+        return self.intervals[-1][1]
+
+
+def intervals(base: int, loops: Iterable[tuple[int, int]], unit: int, limit: int = MAX_PIECES) -> tuple[Interval, ...]:
+    """Bytes that a sequencer touches: `loops` are (size, stride), `unit` bytes at each step; sorted, disjoint.
+
+    At most `limit` intervals: gaps of the inner loops are filled in when there are more.
+    """
+    extent = unit
+    outer: list[tuple[int, int]] = []
+    for size, stride in sorted(((n, abs(s)) for n, s in loops if n > 1 and s), key=lambda loop: loop[1]):
+        if stride <= extent and not outer:
+            extent += (size - 1) * stride
+        else:
+            outer.append((size, stride))
+    low = base + sum((n - 1) * s for n, s in loops if s < 0)
+    pieces = 1
+    for size, _ in outer:
+        pieces *= size
+    while pieces > limit:
+        size, stride = outer.pop(0)
+        pieces //= size
+        extent += (size - 1) * stride
+    if not outer:
+        return ((low, low + extent),)
+    starts = [low]
+    for size, stride in outer:
+        starts = [start + i * stride for start in starts for i in range(size)]
+    starts.sort()
+    out: list[Interval] = []
+    for start in starts:
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], start + extent))
+        else:
+            out.append((start, start + extent))
+    return tuple(out)
+
+
+def split_stride(stride: int) -> tuple[int, int]:
+    """A DMA stride in DM as (slices, bytes inside a slice); the byte part may be negative."""
+    slices = (stride + DM_SLICE_STRIDE // 2) // DM_SLICE_STRIDE
+    return slices, stride - slices * DM_SLICE_STRIDE
+
+
+def slice_range(endpoint: Endpoint, loops: Iterable[tuple[int, int]]) -> Interval:
+    """First and one past the last slice that the DM side of a DMA touches; `loops` are (size, stride)."""
+    low = high = endpoint.base // DM_SLICE_STRIDE
+    for size, stride in loops:
+        step = split_stride(stride)[0] * (size - 1)
+        low, high = (low + step, high) if step < 0 else (low, high + step)
+    return low, high + 1
+
+
+def _endpoint(endpoint: Endpoint, loops: Iterable[tuple[int, int]], packet: int, write: bool) -> Access:
+    if endpoint.space == Space.HBM:
+        return Access("hbm", intervals(endpoint.base, loops, packet), write, endpoint.register)
+    inside = [(size, split_stride(stride)[1]) for size, stride in loops]
+    return Access("dm", intervals(endpoint.base % DM_SLICE_STRIDE, inside, packet), write)
+
+
+def fetch_accesses(fetch: Fetch) -> list[Access]:
+    """DM bytes read by a fetch (both tensors in pair mode)."""
+    out = [Access("dm", intervals(fetch.base, fetch.loops, fetch.dtype.bytes), False)]
+    if fetch.second is not None:
+        base, strides = fetch.second
+        loops = [(n, s) for (n, _), s in zip(fetch.loops, strides, strict=True)]
+        out.append(Access("dm", intervals(base, loops, fetch.dtype.bytes), False))
+    return out
+
+
+def _lanes(inside: Iterable[Interval], lanes: int, write: bool) -> Access:
+    lane_bytes = TRF_BYTES // lanes
+    pieces = sorted((lane * lane_bytes + a, lane * lane_bytes + b) for lane in range(lanes) for a, b in inside)
+    out: list[Interval] = []
+    for a, b in pieces:
+        if out and a <= out[-1][1]:
+            out[-1] = (out[-1][0], max(b, out[-1][1]))
+        else:
+            out.append((a, b))
+    return Access("trf", tuple(out), write)
+
+
+def contract_access(contract: Contract, dtype: Dtype) -> Access:
+    """TRF bytes read by a contraction whose stream has elements of `dtype`."""
+    loops = [(size, stride) for size, stride, _ in contract.loops]
+    return _lanes(intervals(contract.trf_base, loops, contract.trf_read * dtype.bytes), contract.lanes, False)
+
+
+def stream_elements(fetch: Fetch) -> int:
+    """Elements of one tensor of a fetch, a slice."""
+    total = 1
+    for size, _ in fetch.loops:
+        total *= size
+    return total
+
+
+def footprint(desc: Descriptor) -> tuple[Access, ...]:
+    """Every access of an instruction. Bytes of a gather's or scatter's indirect side are not known here: that side counts
+    as the whole memory from its base on (HBM) and its direct bytes otherwise. A call touches nothing itself."""
+    if isinstance(desc, Exec):
+        out = fetch_accesses(desc.fetch)
+        if desc.contract is not None:
+            out.append(contract_access(desc.contract, desc.fetch.dtype))
+        for op in desc.vector:
+            if op.operand.source == Source.VRF:
+                out.append(Access("vrf", intervals(op.operand.base, op.operand.loops, 4), False))
+        commit = desc.commit
+        out.append(Access("dm", intervals(commit.base, commit.loops, commit.dtype.bytes), True))
+        return tuple(out)
+    if isinstance(desc, Dma):
+        source = [(n, a) for n, a, _ in desc.loops]
+        destination = [(n, b) for n, _, b in desc.loops]
+        out = [
+            _endpoint(desc.source, source, desc.packet, False),
+            _endpoint(desc.destination, destination, desc.packet, True),
+        ]
+        if desc.index is not None:
+            steps = [(n, i) for (n, _, _), i in zip(desc.loops, desc.index.strides, strict=True)]
+            out.append(Access("hbm", intervals(desc.index.base, steps, 4), False, desc.index.register))
+        return tuple(out)
+    if isinstance(desc, LoadTrf):
+        lane_bytes = stream_elements(desc.fetch) * desc.fetch.dtype.bytes // desc.lanes
+        target = _lanes([(desc.base, desc.base + lane_bytes)], desc.lanes, True)
+        return (*fetch_accesses(desc.fetch), target)
+    if isinstance(desc, LoadVrf):
+        width = (desc.fetch.cast or desc.fetch.dtype).bytes
+        nbytes = stream_elements(desc.fetch) * width
+        return (*fetch_accesses(desc.fetch), Access("vrf", ((desc.base, desc.base + nbytes),), True))
+    if isinstance(desc, Memset):
+        return (Access("dm", ((desc.base, desc.base + desc.bytes),), True),)
+    assert isinstance(desc, Call)
+    return ()
