@@ -170,8 +170,13 @@ def by_flits(values: NDArray[Any], packet: int, flit: int, valid: int) -> NDArra
     if packet <= flit:
         if valid == packet:
             return values
-        if valid > packet:
-            raise illegal(f"commit keeps {valid} elements of a flit that holds {packet}", "lower `valid`")
+        if valid > flit:
+            raise illegal(f"commit keeps {valid} elements of a flit of {flit}", "lower `valid`")
+        if valid > packet:  # collect and widen pad a short packet with zeros
+            split = values.reshape(*values.shape[:-1], -1, packet)
+            padded = np.zeros((*split.shape[:-1], valid), values.dtype)
+            padded[..., :packet] = split
+            return padded
         return values.reshape(*values.shape[:-1], -1, packet)[..., :valid]
     if packet % flit == 0:
         if valid == flit:

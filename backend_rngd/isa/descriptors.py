@@ -290,7 +290,9 @@ class VectorOp:
 @dataclass(frozen=True)
 class Commit:
     """Cast and commit. cast: F32 -> BF16/F8, I32 -> I8/I16, or None. valid: elements kept of every flit; valid * bytes
-    is 8, 16, 24 or 32. loops enumerate the kept elements in order; contiguous runs of at least `valid` elements."""
+    is 8, 16, 24 or 32. loops enumerate the kept elements in order; contiguous runs of at least `valid` elements.
+    A packet shorter than a flit (also after REDUCE) is padded with zeros, which may be kept: a reduction's single f32
+    result is committed with its padding as 8 B (valid 2)."""
 
     base: int
     loops: tuple[tuple[int, int], ...]

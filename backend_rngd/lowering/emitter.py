@@ -1,0 +1,317 @@
+"""Writes `rngd` operations in program order: canonical loops, buffers, register-file space, common transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, Operation, SSAValue
+
+from backend_rngd.dialect import (
+    AllocOp,
+    DmaOp,
+    ExecOp,
+    GetGlobalOp,
+    GlobalOp,
+    LoadTrfOp,
+    LoadVrfOp,
+    MemsetOp,
+    ProbeOp,
+)
+from backend_rngd.isa.descriptors import (
+    DM_SLICE_STRIDE,
+    Commit,
+    Contract,
+    Dma,
+    Dtype,
+    Endpoint,
+    Exec,
+    Fetch,
+    Index,
+    LoadTrf,
+    LoadVrf,
+    Memset,
+    Space,
+    Switch,
+    VectorOp,
+)
+from backend_rngd.machine import Machine
+
+Loops = tuple[tuple[int, int], ...]
+MAX_LOOP = 65536
+
+
+def canonical(loops: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Drop loops of size 1 and merge neighbours: outer stride = inner size * inner stride in every column."""
+    out: list[tuple[int, ...]] = []
+    for entry in loops:
+        if entry[0] == 1:
+            continue
+        if (
+            out
+            and out[-1][0] * entry[0] <= MAX_LOOP
+            and all(o == entry[0] * i for o, i in zip(out[-1][1:], entry[1:], strict=True))
+        ):
+            out[-1] = (out[-1][0] * entry[0], *entry[1:])
+        else:
+            out.append(tuple(entry))
+    return tuple(out)
+
+
+@dataclass
+class Emitter:
+    """Appends operations to the block of one routine."""
+
+    module: ModuleOp
+    block: Block
+    machine: Machine
+    slices: int
+    location: str = ""
+    probes: bool = True
+    _globals: dict[str, SSAValue] = field(default_factory=dict)
+    _vrf_next: int = 0
+    _trf: SSAValue | None = None
+    _vrf: SSAValue | None = None
+
+    def add(self, op: Operation) -> None:
+        """Append one operation."""
+        self.block.add_op(op)
+
+    # Buffers -------------------------------------------------------------------------------------------------------
+    def alloc(self, nbytes: int, name: str = "", space: str = "dm") -> SSAValue:
+        """A local buffer: DM bytes a slice, HBM bytes in all. Live from first to last use."""
+        op = AllocOp(space, nbytes, name)
+        self.add(op)
+        return op.results[0]
+
+    def global_buffer(self, name: str, space: str, nbytes: int, kind: str, row_bytes: int = 0) -> SSAValue:
+        """A buffer that lives as long as the program; the same name gives the same buffer."""
+        if name not in self._globals:
+            known = {op.sym_name.data: op for op in self.module.body.block.ops if isinstance(op, GlobalOp)}
+            if name in known:
+                declared = known[name]
+            else:
+                declared = GlobalOp(name, space, nbytes, kind, row_bytes)
+                first = self.module.body.block.first_op
+                if first is None:
+                    self.module.body.block.add_op(declared)
+                else:
+                    self.module.body.block.insert_op_before(declared, first)
+            get = GetGlobalOp(name, declared.buffer_type)
+            first_op = self.block.first_op
+            if first_op is None:
+                self.block.add_op(get)
+            else:
+                self.block.insert_op_before(get, first_op)
+            self._globals[name] = get.results[0]
+        return self._globals[name]
+
+    def known_globals(self) -> dict[str, SSAValue]:
+        """Globals this routine has asked for."""
+        return self._globals
+
+    def declared(self, name: str) -> bool:
+        """Whether the module has a global of that name."""
+        return any(isinstance(op, GlobalOp) and op.sym_name.data == name for op in self.module.body.block.ops)
+
+    def declared_bytes(self, name: str) -> int:
+        """Size of a declared global."""
+        return next(
+            op.buffer_type.nbytes.data
+            for op in self.module.body.block.ops
+            if isinstance(op, GlobalOp) and op.sym_name.data == name
+        )
+
+    @property
+    def trf(self) -> SSAValue:
+        """The whole TRF; halves are addressed by the descriptors."""
+        if self._trf is None:
+            self._trf = self.global_buffer("trf", "trf", self.machine.trf_bytes_per_slice, "scratch")
+        return self._trf
+
+    @property
+    def vrf(self) -> SSAValue:
+        """The whole VRF."""
+        if self._vrf is None:
+            self._vrf = self.global_buffer("vrf", "vrf", self.machine.vrf_bytes, "scratch")
+        return self._vrf
+
+    def vrf_space(self, nbytes: int) -> int:
+        """Byte offset of `nbytes` of VRF, taken round robin so that the next pass's operands load during this one."""
+        limit = self.machine.vrf_bytes
+        if self._vrf_next + nbytes > limit:
+            self._vrf_next = 0
+        base = self._vrf_next
+        self._vrf_next += nbytes
+        return base
+
+    # Instructions --------------------------------------------------------------------------------------------------
+    def fetch(
+        self,
+        base: int,
+        loops: Iterable[tuple[int, int]],
+        dtype: Dtype,
+        packet: int,
+        cast: Dtype | None = None,
+        second: tuple[int, Sequence[int]] | None = None,
+    ) -> Fetch:
+        """Fetch with canonical loops; `second` gives base and one stride per loop."""
+        entries = list(loops)
+        if second is None:
+            merged = canonical(entries)
+            return Fetch(base, tuple((n, s) for n, s in merged) or ((1, dtype.bytes),), dtype, packet, cast)
+        merged = canonical([(n, s, t) for (n, s), t in zip(entries, second[1], strict=True)])
+        return Fetch(
+            base, tuple((n, s) for n, s, _ in merged), dtype, packet, cast, (second[0], tuple(t for _, _, t in merged))
+        )
+
+    def execute(
+        self,
+        fetch: Fetch,
+        source: SSAValue,
+        commit: Commit,
+        target: SSAValue,
+        *,
+        slices: int | None = None,
+        second: SSAValue | None = None,
+        switch: Switch | None = None,
+        contract: Contract | None = None,
+        vector: Sequence[VectorOp] = (),
+        stash_input: bool = False,
+    ) -> None:
+        """One Tensor Unit pass of the main context."""
+        commit = Commit(commit.base, _pairs(canonical(commit.loops)), commit.dtype, commit.valid)
+        if contract is not None:
+            contract = Contract(
+                contract.lanes,
+                contract.pack,
+                contract.trf_base,
+                _merge_digits(contract.loops),
+                contract.trf_read,
+                contract.depth,
+                contract.mode,
+            )
+        desc = Exec(slices or self.slices, fetch, commit, switch, contract, tuple(vector), stash_input)
+        uses_vrf = [self.vrf for op in vector if op.operand.source == 2]
+        self.add(
+            ExecOp(
+                desc,
+                source,
+                target,
+                second=second,
+                trf=self.trf if contract is not None else None,
+                vrf=tuple(uses_vrf),
+                context="main",
+                location=self.location,
+            )
+        )
+
+    def load_trf(self, fetch: Fetch, source: SSAValue, lanes: int, base: int, slices: int | None = None) -> None:
+        """Load TRF in the sub context (8 B a cycle a slice, behind the main context's work)."""
+        self.add(
+            LoadTrfOp(
+                LoadTrf(slices or self.slices, fetch, lanes, base), source, self.trf, context="sub", location=self.location
+            )
+        )
+
+    def load_vrf(self, fetch: Fetch, source: SSAValue, base: int, slices: int | None = None) -> None:
+        """Load VRF in the sub context."""
+        self.add(
+            LoadVrfOp(LoadVrf(slices or self.slices, fetch, base), source, self.vrf, context="sub", location=self.location)
+        )
+
+    def memset(self, target: SSAValue, base: int, nbytes: int) -> None:
+        """Zero `nbytes` bytes of a DM buffer in every slice."""
+        self.add(MemsetOp(Memset(self.slices, base, nbytes), target, context="sub", location=self.location))
+
+    def dma(
+        self,
+        source: SSAValue,
+        source_space: Space,
+        source_base: int,
+        target: SSAValue,
+        target_space: Space,
+        target_base: int,
+        loops: Iterable[tuple[int, int, int]],
+        packet: int,
+        index: tuple[SSAValue, int, Sequence[int], bool] | None = None,
+    ) -> None:
+        """One transfer: `loops` are (size, source stride, destination stride), `packet` contiguous bytes innermost.
+
+        The packet grows over contiguous inner loops up to 4,096 bytes and shrinks to it; index = (buffer, base, strides
+        per loop, scatter).
+        """
+        entries = [(*loop, step) for loop, step in zip(loops, index[2] if index else [0] * 99, strict=False)]
+        entries, packet = _fit_packet(entries, packet)
+        merged = canonical(entries)
+        desc = Dma(
+            Endpoint(source_space, source_base),
+            Endpoint(target_space, target_base),
+            tuple((n, a, b) for n, a, b, _ in merged),
+            packet,
+            Index(0, index[1], tuple(i for _, _, _, i in merged), index[3]) if index else None,
+        )
+        self.add(
+            DmaOp(desc, source, target, index=index[0] if index else None, context="dma", location=self.location)
+        )
+
+    def probe(self, buffer: SSAValue, value: str, layout: str) -> None:
+        """Say that a `tc` value is complete in `buffer`."""
+        if self.probes:
+            self.add(ProbeOp(buffer, value, layout))
+
+
+def _pairs(loops: Iterable[tuple[int, ...]]) -> Loops:
+    out = tuple((entry[0], entry[1]) for entry in loops)
+    return out or ((1, 8),)
+
+
+def _merge_digits(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Canonical contraction digits: drop size 1, merge neighbours with equal flags and a continuing TRF stride."""
+    out: list[tuple[int, int, int]] = []
+    for size, stride, flags in loops:
+        if size == 1:
+            continue
+        if (
+            out
+            and out[-1][2] == flags
+            and out[-1][1] == size * stride
+            and out[-1][0] * size <= MAX_LOOP
+        ):
+            out[-1] = (out[-1][0] * size, stride, flags)
+        else:
+            out.append((size, stride, flags))
+    return tuple(out)
+
+
+def _fit_packet(entries: list[tuple[int, int, int, int]], packet: int) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Choose the innermost contiguous run: at most 4,096 B, at most 65,536 of anything."""
+    limit = 4096
+    while entries and entries[-1][1:] == (packet, packet, 0) and entries[-1][0] * packet <= limit:
+        packet *= entries[-1][0]
+        entries = entries[:-1]
+    if packet > limit:
+        size = limit
+        while packet % size or size % 8:
+            size -= 8
+        entries = [*entries, (packet // size, size, size, 0)]
+        packet = size
+    out: list[tuple[int, int, int, int]] = []
+    for n, a, b, i in entries:
+        if n > MAX_LOOP:
+            outer = n
+            inner = 1
+            while outer > MAX_LOOP:
+                factor = next(f for f in (2, 3, 5, 7, 11, 13, n) if outer % f == 0)
+                outer //= factor
+                inner *= factor
+            out += [(outer, a * inner, b * inner, i * inner), (inner, a, b, i)]
+        else:
+            out.append((n, a, b, i))
+    return out, packet
+
+
+def dm_address(slice_index: int, offset: int) -> int:
+    """DMA address of a byte of DM (hardware.md 2.2: 4 MB between slices)."""
+    return slice_index * DM_SLICE_STRIDE + offset

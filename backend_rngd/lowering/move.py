@@ -1,0 +1,104 @@
+"""Transfers that change where a value lives, not what it is: HBM rows to DM and back, constants, ring broadcasts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import (
+    DM_SLICE_STRIDE,
+    Commit,
+    Dtype,
+    Space,
+    Switch,
+    SwitchKind,
+)
+from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
+
+
+def _feature_loops(source: Tensor, target: Tensor) -> tuple[list[tuple[int, int, int]], int]:
+    """DMA loops over the features of two tensors of equal logical shape, outer to inner, and the contiguous packet."""
+    pairs = [
+        (s.size, s.stride, t.stride)
+        for s, t in zip(source.dims, target.dims, strict=True)
+        if s.kind == "feature" and s.size > 1
+    ]
+    pairs.sort(key=lambda p: -p[1])
+    width = source.dtype.bytes
+    if not pairs:
+        return [], 8  # rows only: the value and its padding
+    size, from_stride, to_stride = pairs[-1]
+    if from_stride == width and to_stride == width:
+        return pairs[:-1], round_up(size * width, 8)
+    return pairs, width
+
+
+def compact_like(em: Emitter, t: Tensor, rows: int) -> Tensor:
+    """A DM buffer for `rows` local rows of `t`, features row-major in the order of their strides."""
+    order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
+    strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
+    dims = list(t.dims)
+    for i, stride in zip(order, strides, strict=True):
+        dims[i] = Dim("feature", t.dims[i].size, stride)
+    return Tensor(em.alloc(rows * pitch), Space.DM, t.dtype, tuple(dims), t.rows, 0, pitch)
+
+
+def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
+    """Bring `rows` local rows (from `t.base` on) of an HBM tensor, or a whole constant, into DM of every slice."""
+    out = compact_like(em, t, rows)
+    loops, packet = _feature_loops(t, out)
+    row_loops: list[tuple[int, int, int]] = []
+    if t.rows is not None:
+        across = 0 if t.rows.replicated else t.rows.local * t.pitch
+        row_loops = [(em.slices, across, DM_SLICE_STRIDE), (rows, t.pitch, out.pitch)]
+    else:
+        row_loops = [(em.slices, 0, DM_SLICE_STRIDE)]
+    em.dma(t.buffer, Space.HBM, t.base, out.buffer, Space.DM, 0, [*row_loops, *loops], packet)
+    return out
+
+
+def store_rows(em: Emitter, source: Tensor, target: Tensor, rows: int) -> None:
+    """Write `rows` local rows of a DM tensor to the HBM tensor `target` (from `target.base` on)."""
+    assert target.rows is not None
+    loops, packet = _feature_loops(source, target)
+    slices = 1 if target.rows.replicated else em.slices
+    row_loops = [(slices, DM_SLICE_STRIDE, target.rows.local * target.pitch), (rows, source.pitch, target.pitch)]
+    em.dma(source.buffer, Space.DM, source.base, target.buffer, Space.HBM, target.base, [*row_loops, *loops], packet)
+
+
+def ring_broadcast(
+    em: Emitter,
+    source: SSAValue,
+    fetch_loops: Sequence[tuple[int, int]],
+    dtype: Dtype,
+    packet: int,
+    source_base: int,
+    ring: int,
+    target: SSAValue,
+    target_base: int,
+    time_loops: Sequence[tuple[int, int]],
+    ring_stride: int,
+    packet_loops: Sequence[tuple[int, int]],
+    valid: int,
+) -> None:
+    """Every slice of a ring of `ring` slices receives what each of them holds (switch BROADCAST01).
+
+    `fetch_loops` enumerate a slice's own elements, `packet` elements a time step; the commit walks (time, ring, packet)
+    with the given strides. `valid` elements are kept of every 32 B flit.
+    """
+    em.execute(
+        em.fetch(source_base, fetch_loops, dtype, packet),
+        source,
+        Commit(target_base, (*time_loops, (ring, ring_stride), *packet_loops), dtype, valid),
+        target,
+        switch=Switch(SwitchKind.BROADCAST01, 1, ring, _time(fetch_loops, packet)),
+    )
+
+
+def _time(loops: Sequence[tuple[int, int]], packet: int) -> int:
+    total = 1
+    for n, _ in loops:
+        total *= n
+    return total // packet

@@ -1,0 +1,430 @@
+"""Element-wise maps and reductions over features: where the steps of an expression run and on which bytes.
+
+Iteration is (local rows, features); inputs without an axis are broadcast by stride 0 or through VRF. Work is cut into
+chunks so that intermediate f32 values stay small, and values that live in HBM are brought in chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
+from backend_rngd.lowering.emitter import Emitter, canonical
+from backend_rngd.lowering.expression import FLOAT_STAGE, LAST_STAGE, ChainOp, DoesNotFit, Ref, Scheduler, Step
+from backend_rngd.lowering.move import load_rows, store_rows
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
+from ir import expr as ex
+from ir.errors import UnsupportedError
+
+CHUNK_ELEMENTS = 8192  # f32 intermediates of a chunk: 32 KB of a slice's 512 KB
+VRF_OPERAND_BYTES = 4096  # half of VRF, so that the next pass's operands can load meanwhile
+REDUCED_SPACING = 8  # bytes between results of a reduction: a commit writes at least 8 B
+PAIR = "\0pair"  # dummy axis of tensors that have rows only: two f32 values fill the smallest packet (8 B)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A feature axis of the iteration."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Operand_:
+    """A tensor seen from the iteration: byte strides of the row and of every feature axis (0: broadcast)."""
+
+    tensor: Tensor
+    row_stride: int
+    strides: tuple[int, ...]
+
+
+def output_tensor(
+    em: Emitter,
+    dims: Sequence[Dim],
+    dtype: Dtype,
+    rows: RowSpace | None,
+    order: Sequence[int],
+    spill: int,
+    spacing: int | None = None,
+) -> Tensor:
+    """Allocate a compact tensor: features in `order` (indices into dims, outer to inner) row-major."""
+    sizes = [dims[i].size for i in order]
+    strides, pitch = feature_dims(sizes, dtype.bytes, spacing)
+    out = list(dims)
+    for i, stride in zip(order, strides, strict=True):
+        out[i] = Dim("feature", dims[i].size, stride)
+    local = rows.local if rows is not None else 1
+    nbytes = local * pitch
+    if rows is not None and nbytes > spill:
+        buffer = em.alloc(rows.physical * pitch, space="hbm")
+        return Tensor(buffer, Space.HBM, dtype, tuple(out), rows, 0, pitch)
+    return Tensor(em.alloc(nbytes), Space.DM, dtype, tuple(out), rows, 0, pitch)
+
+
+class VectorLowering:
+    """Lowers one expression over placed tensors."""
+
+    def __init__(self, em: Emitter, spill: int) -> None:
+        self.em = em
+        self.spill = spill
+
+    def map(
+        self,
+        e: ex.Expr,
+        inputs: Sequence[Tensor],
+        names: Sequence[Sequence[str]],
+        out_names: Sequence[str],
+        dtype: Dtype,
+        reduce: str | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """`e` over `inputs` (axis names per dimension), result over `out_names`; `reduce` (add, max, min) sums the rest.
+
+        Returns a compact tensor (rows like the inputs) or `target` filled in.
+        """
+        rows = next((t.rows for t in inputs if t.rows is not None), None)
+        row_kind: dict[str, Dim] = {}
+        sizes: dict[str, int] = {}
+        for t, ns in zip(inputs, names, strict=True):
+            if t.rows is not None and t.rows != rows:
+                raise UnsupportedError(
+                    "an element-wise operation over two different sets of tokens",
+                    f"rows {rows} and {t.rows} lie differently on the slices",
+                    "gather one of them first",
+                )
+            for d, n in zip(t.dims, ns, strict=True):
+                sizes[n] = max(sizes.get(n, 1), d.size)
+                if d.is_row:
+                    row_kind[n] = d
+        lead = max(
+            range(len(inputs)),
+            key=lambda i: (len([d for d in inputs[i].dims if d.kind == "feature"]), inputs[i].rows is not None),
+        )
+        order = sorted(
+            (n for n, d in zip(names[lead], inputs[lead].dims, strict=True) if d.kind == "feature"),
+            key=lambda n: -inputs[lead].dims[list(names[lead]).index(n)].stride,
+        )
+        missing = [n for n in sizes if n not in order and n not in row_kind and sizes[n] > 1]
+        order = [*missing, *order]
+        if reduce is not None:
+            order = [n for n in order if n in out_names] + [n for n in order if n not in out_names]
+        axes = [Axis(n, sizes[n]) for n in order]
+        kept = [n for n in order if n in out_names]
+        if target is None:
+            dims = [row_kind[n] if n in row_kind else Dim("feature" if sizes[n] > 1 else "one", sizes[n]) for n in out_names]
+            index = [list(out_names).index(n) for n in kept]
+            spacing = REDUCED_SPACING if reduce is not None else None
+            target = output_tensor(self.em, dims, dtype, rows, index, self.spill, spacing)
+        reduced = [n for n in order if n not in out_names]
+        if any(n not in out_names for n in row_kind) and reduce is not None:
+            raise UnsupportedError("a reduction over tokens", "tokens lie on different slices", "reduce on the host")
+        self._chunks(e, inputs, names, axes, target, out_names, dtype, reduce, len(reduced))
+        return target
+
+    # Chunks --------------------------------------------------------------------------------------------------------
+    def _chunks(
+        self,
+        e: ex.Expr,
+        inputs: Sequence[Tensor],
+        names: Sequence[Sequence[str]],
+        axes: list[Axis],
+        target: Tensor,
+        out_names: Sequence[str],
+        dtype: Dtype,
+        reduce: str | None,
+        reduced: int,
+    ) -> None:
+        local = target.rows.local if target.rows is not None else 1
+        per_row = 1
+        for a in axes:
+            per_row *= a.size
+        rows_chunk = max(1, min(local, CHUNK_ELEMENTS // max(per_row, 1)))
+        split, pieces = self._feature_split(axes, reduced, per_row)
+        width = axes[split].size // pieces if pieces > 1 else 0
+        for row in range(0, local, rows_chunk):
+            count = min(rows_chunk, local - row)
+            for piece in range(pieces):
+                chunk_axes = list(axes)
+                views: list[Tensor] = []
+                for t, ns in zip(inputs, names, strict=True):
+                    view = _rows_view(t, row)
+                    if pieces > 1 and axes[split].name in ns:
+                        d = list(ns).index(axes[split].name)
+                        if t.dims[d].size > 1:
+                            view = view.slice(d, piece * width, width) or view
+                    views.append(view)
+                out = _rows_view(target, row)
+                if pieces > 1:
+                    chunk_axes[split] = Axis(axes[split].name, width)
+                    sliced = out.slice(list(out_names).index(axes[split].name), piece * width, width)
+                    assert sliced is not None
+                    out = sliced
+                self._one(e, views, names, chunk_axes, out, out_names, dtype, reduce, reduced, count)
+
+    def _feature_split(self, axes: list[Axis], reduced: int, per_row: int) -> tuple[int, int]:
+        """Which kept axis to cut and into how many equal pieces, so that a row's chunk stays small."""
+        kept = len(axes) - reduced
+        if per_row <= 2 * CHUNK_ELEMENTS or kept == 0:
+            return 0, 1
+        best = max(range(kept), key=lambda i: axes[i].size)
+        wanted = -(-per_row // CHUNK_ELEMENTS)
+        for pieces in range(wanted, axes[best].size + 1):
+            if axes[best].size % pieces == 0 and (axes[best].size // pieces) % 8 == 0:
+                return best, pieces
+        return 0, 1
+
+    def _one(
+        self,
+        e: ex.Expr,
+        inputs: Sequence[Tensor],
+        names: Sequence[Sequence[str]],
+        axes: list[Axis],
+        target: Tensor,
+        out_names: Sequence[str],
+        dtype: Dtype,
+        reduce: str | None,
+        reduced: int,
+        rows: int,
+    ) -> None:
+        """One chunk, everything in DM."""
+        placed = [
+            load_rows(self.em, t, rows) if t.space == Space.HBM else t  # constants were loaded by the caller
+            for t in inputs
+        ]
+        out = target
+        if target.space == Space.HBM:
+            order = sorted((i for i, d in enumerate(target.dims) if d.kind == "feature"), key=lambda i: -target.dims[i].stride)
+            strides, pitch = feature_dims([target.dims[i].size for i in order], dtype.bytes)
+            dims = list(target.dims)
+            for i, stride in zip(order, strides, strict=True):
+                dims[i] = Dim("feature", target.dims[i].size, stride)
+            out = Tensor(self.em.alloc(rows * pitch), Space.DM, dtype, tuple(dims), target.rows, 0, pitch)
+        _Chunk(self.em, axes, rows, reduced).run(e, placed, names, out, out_names, dtype, reduce)
+        if target.space == Space.HBM:
+            store_rows(self.em, out, target, rows)
+
+
+def _rows_view(t: Tensor, row: int) -> Tensor:
+    """The tensor from local row `row` on."""
+    return t if t.rows is None else replace(t, base=t.base + row * t.pitch)
+
+
+class _Chunk:
+    """Runs the steps of an expression over `rows` local rows and `axes`."""
+
+    def __init__(self, em: Emitter, axes: list[Axis], rows: int, reduced: int) -> None:
+        self.em = em
+        self.rows = rows
+        self.reduced = reduced
+        self.axes = axes if axes else [Axis(PAIR, 2)]
+        self.pair = not axes
+        self.values: dict[Ref, Operand_] = {}
+
+    def run(
+        self,
+        e: ex.Expr,
+        inputs: Sequence[Tensor],
+        names: Sequence[Sequence[str]],
+        out: Tensor,
+        out_names: Sequence[str],
+        dtype: Dtype,
+        reduce: str | None,
+    ) -> None:
+        for i, (t, ns) in enumerate(zip(inputs, names, strict=True)):
+            self.values[Ref("in", i)] = self._operand(t, ns)
+        integer = dtype == Dtype.I32 and all(t.dtype == Dtype.I32 for t in inputs)
+        scheduler = self._scheduler(e, FLOAT_STAGE if reduce else LAST_STAGE)
+        try:
+            steps = scheduler.run()
+            fused = True
+        except DoesNotFit:
+            if not reduce:
+                raise
+            scheduler = self._scheduler(e, LAST_STAGE)
+            steps, fused = scheduler.run(), False
+        target = self._target(out, out_names, bool(reduce))
+        if not steps or (reduce and not fused):
+            steps = [*steps, Step(scheduler.root, None, [], scheduler.root)]
+        for i, step in enumerate(steps):
+            last = i == len(steps) - 1
+            where = target if last else self._temporary(Dtype.BF16 if step.rounded else Dtype.F32)
+            self._emit(step, where, integer, reduce if last else None)
+            self.values[step.result] = where if not last else self.values.get(step.result, where)
+
+    def _scheduler(self, e: ex.Expr, final: int) -> Scheduler:
+        return Scheduler(e, self._through_vrf, self._same_type, final_stage=final)
+
+    # Views ---------------------------------------------------------------------------------------------------------
+    def _operand(self, t: Tensor, ns: Sequence[str]) -> Operand_:
+        by_name = {n: d for n, d in zip(ns, t.dims, strict=True)}
+        strides = tuple(
+            by_name[a.name].stride if a.name in by_name and by_name[a.name].kind == "feature" else 0 for a in self.axes
+        )
+        return Operand_(t, t.pitch if t.rows is not None else 0, strides)
+
+    def _target(self, out: Tensor, ns: Sequence[str], reduce: bool) -> Operand_:
+        by_name = {n: d for n, d in zip(ns, out.dims, strict=True)}
+        strides = tuple(
+            out.dtype.bytes if a.name == PAIR else (by_name[a.name].stride if a.name in by_name else 0) for a in self.axes
+        )
+        return Operand_(out, out.pitch, strides)
+
+    def _temporary(self, dtype: Dtype) -> Operand_:
+        strides, pitch = feature_dims([a.size for a in self.axes], dtype.bytes)
+        buffer = self.em.alloc(self.rows * pitch)
+        return Operand_(Tensor(buffer, Space.DM, dtype, (), None, 0, pitch), pitch, tuple(strides))
+
+    def _through_vrf(self, ref: Ref) -> bool:
+        if ref not in self.values:
+            return False
+        v = self.values[ref]
+        return v.tensor.dtype != Dtype.I32 and self._vrf_bytes(v) <= VRF_OPERAND_BYTES
+
+    def _vrf_shape(self, v: Operand_) -> tuple[int, list[int]]:
+        """Rows and feature sizes actually present in an operand; the innermost padded to four elements."""
+        rows = self.rows if v.row_stride else 1
+        sizes = [a.size if s else 1 for a, s in zip(self.axes, v.strides, strict=True)]
+        inner = max((i for i, n in enumerate(sizes) if n > 1), default=None)
+        if inner is None:
+            sizes[-1] = 2  # the smallest packet of f32; stride 0 makes both the same value
+        else:
+            sizes[inner] = round_up(sizes[inner], 4)
+        return rows, sizes
+
+    def _vrf_bytes(self, v: Operand_) -> int:
+        rows, sizes = self._vrf_shape(v)
+        for n in sizes:
+            rows *= n
+        return rows * 4
+
+    def _same_type(self, a: Ref, b: Ref) -> bool:
+        return self.values[a].tensor.dtype == self.values[b].tensor.dtype
+
+    # Emission ------------------------------------------------------------------------------------------------------
+    def _sizes(self, target: Operand_, reduce: bool) -> tuple[list[int], int]:
+        """Axis sizes with the innermost padded to a packet, and the packet's elements."""
+        sizes = [a.size for a in self.axes]
+        inner = sizes[-1]
+        if self.pair:
+            return sizes, 2
+        if inner % 4 and reduce:
+            raise UnsupportedError(
+                f"a reduction over {inner} elements",
+                "a fetch packet holds four elements and padding would be summed",
+                "use a size that is a multiple of 4",
+            )
+        sizes[-1] = round_up(inner, 4)
+        return sizes, 8 if sizes[-1] % 8 == 0 else 4
+
+    def _emit(self, step: Step, target: Operand_, integer: bool, reduce: str | None) -> None:
+        em = self.em
+        stream = self.values[step.stream]
+        second = self.values[step.second] if step.second is not None else None
+        if second is not None and second.tensor.dtype != stream.tensor.dtype:
+            if stream.tensor.dtype != Dtype.F32:
+                stream = self._widened(stream)
+            if second.tensor.dtype != Dtype.F32:
+                second = self._widened(second)
+        sizes, packet = self._sizes(target, reduce is not None)
+        if stream.tensor.dtype == Dtype.BF16 and packet == 2:
+            raise UnsupportedError("a bf16 tensor without features", "the smallest packet is 8 B", "keep it in f32")
+        ops = list(step.ops)
+        vector = self._vector(ops, sizes, integer)
+        if stream.tensor.dtype == Dtype.I32 and not integer:
+            vector.insert(0, VectorOp(Alu.FXP_TO_FP, Op.CONVERT, Mode.UNARY))
+        outer = self.rows
+        valid = packet
+        out_sizes, out_strides = sizes, list(target.strides)
+        if reduce is not None:
+            kept = sizes[: len(sizes) - self.reduced]
+            reduced_count = 1
+            for n in sizes[len(sizes) - self.reduced :]:
+                reduced_count *= n
+            op = {"add": Op.ADD, "max": Op.MAX, "min": Op.MIN}[reduce]
+            vector.append(VectorOp(Alu.REDUCE, op, Mode.UNARY, count=reduced_count, inner=1))
+            out_sizes, out_strides, valid = [*kept, 2], [*out_strides[: len(kept)], target.tensor.dtype.bytes], 2
+        dtype = target.tensor.dtype
+        if dtype == Dtype.I32 and not integer:
+            vector.append(VectorOp(Alu.FP_TO_FXP, Op.CONVERT, Mode.UNARY))
+        plain = not vector and second is None
+        cast = Dtype.F32 if stream.tensor.dtype == Dtype.BF16 and not (plain and dtype == Dtype.BF16) else None
+        fetch = em.fetch(
+            stream.tensor.base,
+            [(outer, stream.row_stride), *zip(sizes, stream.strides, strict=True)],
+            stream.tensor.dtype,
+            packet,
+            cast,
+            None if second is None else (second.tensor.base, [second.row_stride, *second.strides]),
+        )
+        commit = Commit(
+            target.tensor.base, ((outer, target.row_stride), *zip(out_sizes, out_strides, strict=True)), dtype, valid
+        )
+        em.execute(
+            fetch,
+            stream.tensor.buffer,
+            commit,
+            target.tensor.buffer,
+            second=second.tensor.buffer if second is not None else None,
+            vector=vector,
+            stash_input=step.stash_input,
+        )
+
+    def _widened(self, v: Operand_) -> Operand_:
+        """A f32 copy of a bf16 operand (one fetch has one element type), rows and axes as the iteration has them."""
+        out = self._temporary(Dtype.F32)
+        sizes, packet = self._sizes(out, False)
+        fetch = self.em.fetch(
+            v.tensor.base, [(self.rows, v.row_stride), *zip(sizes, v.strides, strict=True)], v.tensor.dtype, packet, Dtype.F32
+        )
+        commit = Commit(0, ((self.rows, out.row_stride), *zip(sizes, out.strides, strict=True)), Dtype.F32, packet)
+        self.em.execute(fetch, v.tensor.buffer, commit, out.tensor.buffer)
+        return out
+
+    def _vector(self, ops: Sequence[ChainOp], sizes: list[int], integer: bool) -> list[VectorOp]:
+        out: list[VectorOp] = []
+        for op in ops:
+            alu, code = op.alu, op.op
+            if integer:
+                table = {Op.MUL: Alu.FXP_MUL, Op.ADD: Alu.FXP_ADD, Op.SUB: Alu.FXP_ADD, Op.MAX: Alu.CLIP_MAX, Op.MIN: Alu.CLIP_MIN}
+                if code not in table:
+                    raise UnsupportedError(f"integer {code.name.lower()}", "no integer ALU runs it", "compute it in f32")
+                alu = table[code]
+            operand = Operand()
+            if op.arg.kind == "const":
+                operand = Operand(Source.CONST, op.arg.value)
+            elif op.arg.kind == "stash":
+                operand = Operand(Source.STASH)
+            elif op.arg.kind == "vrf":
+                assert op.arg.ref is not None
+                operand = self._load_vrf(self.values[op.arg.ref], sizes)
+            out.append(VectorOp(alu, code, op.mode, operand, group=op.group))
+        return out
+
+    def _load_vrf(self, v: Operand_, iteration: list[int]) -> Operand:
+        em = self.em
+        rows, sizes = self._vrf_shape(v)
+        strides: list[int] = []
+        extent = 4
+        for n in reversed(sizes):
+            strides.append(extent)
+            extent *= n
+        strides.reverse()
+        base = em.vrf_space(round_up(rows * extent, 32))
+        inner = sizes[max(i for i, n in enumerate(sizes) if n > 1)]
+        packet = 8 if inner % 8 == 0 else (4 if inner % 4 == 0 else 2)
+        if v.tensor.dtype == Dtype.BF16 and packet == 2:
+            raise UnsupportedError("a bf16 tensor without features", "the smallest packet is 8 B", "keep it in f32")
+        cast = Dtype.F32 if v.tensor.dtype == Dtype.BF16 else None
+        em.load_vrf(
+            em.fetch(
+                v.tensor.base, [(rows, v.row_stride), *zip(sizes, v.strides, strict=True)], v.tensor.dtype, packet, cast
+            ),
+            v.tensor.buffer,
+            base,
+        )
+        use = [(self.rows, extent if v.row_stride else 0)]
+        use += [(n, s if present else 0) for n, s, present in zip(iteration, strides, v.strides, strict=True)]
+        loops = tuple((n, s) for n, s in canonical(use)) or ((1, 4),)
+        return Operand(Source.VRF, base=base, loops=loops)
