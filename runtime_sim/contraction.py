@@ -58,7 +58,8 @@ class Contraction:
         if keep > packet or read < 1 or packet % read or read & (read - 1):
             raise illegal(f"packet of {packet}: depth {contract.depth}, TRF read {read}")
         self.columns = packet // keep
-        self.nest, self._fill = _padded(source)
+        self.nest, fill = _padded(source)
+        self._fills = [f for f in (source.fill, fill) if f is not None]
         stream_digits = [n for n, _, flags in contract.loops if not flags & BROADCAST]
         if math.prod(stream_digits) * packet != self.nest.elements:
             raise illegal(
@@ -100,7 +101,10 @@ class Contraction:
         inner = [packet // read, read // keep, keep] if wide else [packet // keep, keep // read, read]
         groups = split(self.nest.loops, [*digits, *inner])
         if groups is None:
-            raise illegal(f"stream loops {self.nest.loops} do not split into digits {digits} and packets of {packet}")
+            self.nest, fill = self.nest.linear()
+            self._fills.append(fill)
+            groups = split(self.nest.loops, [*digits, *inner])
+            assert groups is not None
         streams = iter(groups[: len(digits)])
         output: list[_Axis] = []
         summed: list[_Axis] = []
@@ -122,8 +126,8 @@ class Contraction:
 
     def run(self) -> Array:
         """Result [A, B, C, elements] in output order; a slice axis has size 1 where all slices agree."""
-        if self._fill is not None:
-            self._fill()
+        for fill in self._fills:
+            fill()
         trf_uniform = self._trf_uniform()
         key = (trf_uniform, not trf_uniform and self._stream_uniform())
         variant = self._variants.get(key)

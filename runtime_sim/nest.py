@@ -7,7 +7,8 @@ between slices only permute and re-stride loops, because the distance between sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,27 @@ class Nest:
             widen(view, self.dtype, out)
         return out.reshape(*self.lead, -1)
 
+    def linear(self) -> tuple[Nest, Callable[[], None]]:
+        """The same elements in a scratch array, and the function that copies them there.
+
+        For the rare nests whose loops a later stage would have to cut in the middle.
+        """
+        view = self.view()
+        scratch = np.zeros(view.shape, view.dtype)
+
+        def fill() -> None:
+            scratch[...] = view
+
+        memory = scratch.reshape(-1).view(np.uint8)
+        strides = scratch.strides[:3]
+        return replace(
+            self,
+            memory=memory,
+            base=0,
+            lead_strides=(strides[0], strides[1], strides[2]),
+            loops=((self.elements, self.dtype.bytes),),
+        ), fill
+
 
 @dataclass(frozen=True)
 class Source:
@@ -70,6 +92,7 @@ class Source:
     packets: int  # of one nest
     dtype: Dtype  # after the fetch adapter
     cast: Dtype | None
+    fill: Callable[[], None] | None = None  # to be called before the nests are read
 
     @property
     def pair(self) -> bool:
@@ -133,23 +156,27 @@ def _switched(
         raise SimulationError(
             SimulationError.UNSUPPORTED, f"two interleaved tensors through {switch.kind.name}", "fetch them in two passes"
         )
-    base, loops = tensors[0]
+    time0 = 1
     if switch.kind is SwitchKind.BROADCAST01:
-        if switch.time0 < 1 or packets % switch.time0:
-            raise illegal(f"time0 = {switch.time0} does not divide {packets} packets")
-        parts = split(loops, (packets // switch.time0, switch.time0, fetch.packet))
-        if parts is None:
-            raise illegal(f"loops {loops} do not split into packets of {fetch.packet} and time0 = {switch.time0}")
-        order: Loops = (*parts[0], (s1, strides[1]), *parts[1], (s0, strides[2]), *parts[2])
-        nest = Nest(dm.bytes, fetch.dtype, base, (s2, 1, 1), (strides[0], 0, 0), merged(order))
-        return Source((nest,), (s2, s1, s0), fetch.packet, packets * s1 * s0, dtype, fetch.cast)
+        time0 = switch.time0
+        if time0 < 1 or packets % time0:
+            raise illegal(f"time0 = {time0} does not divide {packets} packets")
+    nest = Nest(dm.bytes, fetch.dtype, tensors[0][0], (s2, s1, s0), strides, merged(tensors[0][1]))
+    fill = None
+    parts = split(nest.loops, (packets // time0, time0, fetch.packet))
+    if parts is None:
+        nest, fill = nest.linear()
+        parts = split(nest.loops, (packets // time0, time0, fetch.packet))
+        assert parts is not None
+    by2, by1, by0 = nest.lead_strides
+    if switch.kind is SwitchKind.BROADCAST01:
+        order = merged((*parts[0], (s1, by1), *parts[1], (s0, by0), *parts[2]))
+        nest = replace(nest, lead=(s2, 1, 1), lead_strides=(by2, 0, 0), loops=order)
+        return Source((nest,), (s2, s1, s0), fetch.packet, packets * s1 * s0, dtype, fetch.cast, fill)
     if switch.kind is SwitchKind.BROADCAST1:
-        parts = split(loops, (packets, fetch.packet))
-        if parts is None:
-            raise illegal(f"loops {loops} do not split into packets of {fetch.packet}")
-        order = (*parts[0], (s1, strides[1]), *parts[1])
-        nest = Nest(dm.bytes, fetch.dtype, base, (s2, 1, s0), (strides[0], 0, strides[2]), merged(order))
-        return Source((nest,), (s2, s1, s0), fetch.packet, packets * s1, dtype, fetch.cast)
+        order = merged((*parts[0], (s1, by1), *parts[2]))
+        nest = replace(nest, lead=(s2, 1, s0), lead_strides=(by2, 0, by0), loops=order)
+        return Source((nest,), (s2, s1, s0), fetch.packet, packets * s1, dtype, fetch.cast, fill)
     raise SimulationError(
         SimulationError.UNSUPPORTED,
         f"switch kind {switch.kind.name} is timed but not executed",

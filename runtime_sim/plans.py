@@ -92,6 +92,8 @@ class ExecPlan(_Static):
         if self.contraction is not None:
             groups = [self.contraction.run()]
         else:
+            if source.fill is not None:
+                source.fill()
             groups = [nest.load(source.cast) for nest in source.nests]
         if self.chain is not None:
             groups = self.chain.run(groups)
