@@ -192,30 +192,18 @@ def flit_width(dtype: Dtype) -> int:
 def by_flits(values: NDArray[Any], packet: int, flit: int, valid: int) -> NDArray[Any]:
     """Keep the first `valid` elements of every flit of [..., packets * packet] elements.
 
-    A packet longer than a flit is cut into flits, the last one padded; a padded element cannot be kept.
+    A packet is cut into flits of `flit` elements; the last one is padded with zeros, which `valid` may include (a commit
+    writes at least 8 bytes).
     """
-    if packet <= flit:
-        if valid == packet:
-            return values
-        if valid > flit:
-            raise illegal(f"commit keeps {valid} elements of a flit of {flit}", "lower `valid`")
-        if valid > packet:  # collect and widen pad a short packet with zeros
-            split = values.reshape(*values.shape[:-1], -1, packet)
-            padded = np.zeros((*split.shape[:-1], valid), values.dtype)
-            padded[..., :packet] = split
-            return padded
-        return values.reshape(*values.shape[:-1], -1, packet)[..., :valid]
-    if packet % flit == 0:
-        if valid == flit:
-            return values
-        if valid > flit:
-            raise illegal(f"commit keeps {valid} elements of a flit of {flit}", "lower `valid`")
-        return values.reshape(*values.shape[:-1], -1, flit)[..., :valid]
-    rest = packet % flit
-    if valid > rest:
-        raise illegal(f"commit keeps {valid} elements of a flit that holds {rest}", "choose a packet of whole flits")
-    flits = -(-packet // flit)
+    if valid > flit:
+        raise illegal(f"commit keeps {valid} elements of a flit of {flit}", "lower `valid`")
     shape = values.shape[:-1]
+    rest = packet % flit
+    if packet <= flit and valid <= packet:
+        return values if valid == packet else values.reshape(*shape, -1, packet)[..., :valid]
+    if rest == 0:
+        return values if valid == flit else values.reshape(*shape, -1, flit)[..., :valid]
+    flits = -(-packet // flit)
     padded = np.zeros((*shape, values.shape[-1] // packet, flits * flit), values.dtype)
     padded[..., :packet] = values.reshape(*shape, -1, packet)
     return padded.reshape(*shape, -1, flit)[..., :valid]

@@ -151,7 +151,8 @@ class Chain:
             state.stash = list(groups)
         for step in self.steps:
             step(state)
-        return state.groups
+        kind = np.float32 if self.dtype is Dtype.F32 else np.int32
+        return [group.view(kind) for group in state.groups]
 
     # Decoding --------------------------------------------------------------------------------------------------------
     def _members(self, op: VectorOp) -> tuple[int, ...]:

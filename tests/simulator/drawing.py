@@ -168,10 +168,7 @@ def commits(draw, dtype: Dtype, packet: int, packets: int, cast: Dtype | None = 
     target = cast or dtype
     flit = 32 // dtype.bytes
     flits = -(-packet // flit)
-    whole = packet % flit or flit
-    legal = [v for v in range(1, whole + 1) if v * target.bytes in (8, 16, 24, 32)]
-    if not legal:
-        return None
+    legal = [v for v in range(1, flit + 1) if v * target.bytes in (8, 16, 24, 32)]
     valid = draw(st.sampled_from(legal))
     sizes = [*draw(factors(packets * flits)), valid]
     strides = draw(layout(sizes, target.bytes, TARGET_BYTES))
@@ -326,10 +323,6 @@ def contractions(draw, slices: int):
     result = Dtype.I32 if dtype is Dtype.I8 else Dtype.F32
     cast = draw(st.sampled_from([None, Dtype.BF16])) if result is Dtype.F32 else None
     commit = draw(commits(result, width, count, cast))
-    if commit is None and cast is not None:
-        commit = draw(commits(result, width, count))
-    if commit is None:
-        return None
     return Exec(slices, fetch, commit, kind, contract), dtype
 
 

@@ -381,7 +381,8 @@ class LiteralUnit:
             kept = []
             for packet in packets:
                 for i in range(0, len(packet), flit):
-                    kept += packet[i : i + flit][: op.commit.valid]
+                    padded = packet[i : i + flit] + [bytes(dtype.bytes)] * flit
+                    kept += padded[: op.commit.valid]
             if op.commit.dtype.bytes != dtype.bytes:
                 kept = [encode(decode(e, dtype), op.commit.dtype) for e in kept]
             for index, element in zip(steps(op.commit.loops), kept, strict=True):
