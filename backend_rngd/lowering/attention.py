@@ -11,6 +11,7 @@ in TRF (lane = row, PacketBroadcast) with V streaming, 32 value columns a packet
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ from backend_rngd.isa.descriptors import (
     Space,
     VectorOp,
 )
+from backend_rngd.lowering.contract import k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.move import ring_broadcast
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
@@ -39,6 +41,7 @@ from ir.errors import UnsupportedError
 
 SCORE_BYTES = 64 * 1024  # scores of a chunk of rows a slice
 TILE_BYTES = 48 * 1024  # one K or V tile a slice
+KEY_MULTIPLE = 16  # keys are padded (and masked) to whole flits of probabilities
 HIDDEN = 1.0e30  # penalty per position of distance beyond what is visible
 
 
@@ -51,6 +54,11 @@ class Cache:
     head_stride: int
     keys: int
     width: int
+
+    @property
+    def padded(self) -> int:
+        """Values of a row in DM: whole flits (16 bf16), the rest zero."""
+        return round_up(self.width, 16)
 
 
 @dataclass(frozen=True)
@@ -90,24 +98,60 @@ class AttentionLowering:
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
         """q `b h s d`; limit: f32 per token (8 B apart); result `b s h e` with heads and values contiguous."""
-        if k.width % 32 or v.width % 32:
+        if k.width % 4 or v.width % 4:
             raise UnsupportedError(
                 f"attention heads of {k.width} and {v.width} values",
-                "a contraction packet holds 32 bf16 and heads are not padded yet",
-                "use a model whose head size is a multiple of 32",
+                "a DMA writes multiples of 8 B (4 bf16)",
+                "use a model whose head size is a multiple of 4",
             )
         if q.space == Space.HBM:
             raise UnsupportedError("attention over queries that do not fit DM", "they are read per head", "use a smaller bucket")
         assert q.rows is not None
+        self._need_contiguous(q)
+        if k.padded != k.width:
+            q = self._pad_heads(q, k.padded)
         return self._pairs(q, k, v, limit, p) if q.rows.replicated else self._tokens(q, k, v, limit, p)
+
+    def _pad_heads(self, q: Tensor, padded: int) -> Tensor:
+        """q with zeros behind every head, so that contraction packets are whole flits."""
+        em, rows = self.em, q.rows
+        assert rows is not None
+        heads, width = q.dims[1].size, q.dims[3].size
+        pitch = heads * padded * 2
+        buffer = em.alloc(rows.local * pitch, "queries")
+        em.memset(buffer, 0, rows.local * pitch)
+        em.execute(
+            em.fetch(q.base, [(rows.local, q.pitch), (heads, q.dims[1].stride), (width, 2)], Dtype.BF16, 4),
+            q.buffer,
+            Commit(0, ((rows.local, pitch), (heads, padded * 2), (width, 2)), Dtype.BF16, 4),
+            buffer,
+        )
+        dims = (q.dims[0], Dim("feature", heads, padded * 2), q.dims[2], Dim("feature", width, 2))
+        return Tensor(buffer, Space.DM, q.dtype, dims, rows, 0, pitch)
+
+    def _tile(self, cache: Cache, count: int, real: int) -> SSAValue:
+        """A DM buffer for `count` keys of a cache, `real` of which exist; its padding is zero."""
+        nbytes = count * cache.padded * 2
+        tile = self.em.alloc(nbytes, "keys")
+        if cache.padded != cache.width or real < count:
+            self.em.memset(tile, 0, nbytes)
+        return tile
+
+    def _load(
+        self, cache: Cache, base: int, count: int, tile: SSAValue, target: int, loops: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """Rows of a cache from HBM byte `base` to DM address `target` of `tile`, repeated by `loops`."""
+        self.em.dma(
+            cache.buffer, Space.HBM, base, tile, Space.DM, target,
+            [*loops, (count, cache.width * 2, cache.padded * 2)], cache.width * 2,
+        )
 
     # Few tokens: one (batch, KV head) pair a slice -------------------------------------------------------------------
     def _pairs(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
         em, rows = self.em, q.rows
         assert rows is not None
-        head, group, tokens = k.width, p.group, rows.length
+        head, group, tokens = k.padded, p.group, rows.length
         q_head = q.dims[1].stride if q.dims[1].kind == "feature" else head * 2
-        self._need_contiguous(q)
         out = self._output(q, v, p)
         pairs = [(b, h) for b in range(rows.batch) for h in range(p.kv_heads)]
         per_step = em.slices // p.kv_heads * p.kv_heads if rows.batch > 1 else em.slices
@@ -130,13 +174,11 @@ class AttentionLowering:
             step = _Rows(tokens, mine, 0, group * head * 2, head * 2, lim, 0, 8)
 
             def load(cache: Cache, start: int, count: int) -> SSAValue:
-                tile = em.alloc(count * cache.width * 2, "keys")
+                real = min(count, cache.keys - start)
+                tile = self._tile(cache, count, real)
                 base = b0 * cache.batch_stride + h0 * cache.head_stride + start * cache.width * 2
-                em.dma(
-                    cache.buffer, Space.HBM, base, tile, Space.DM, 0,
-                    [(n, b * cache.batch_stride + h * cache.head_stride, s * DM_SLICE_STRIDE) for n, b, h, s in loops],
-                    count * cache.width * 2,
-                )
+                steps = [(n, b * cache.batch_stride + h * cache.head_stride, s * DM_SLICE_STRIDE) for n, b, h, s in loops]
+                self._load(cache, base, real, tile, 0, steps)
                 return tile
 
             result = em.alloc(tokens * group * v.width * 2, "values")
@@ -172,49 +214,47 @@ class AttentionLowering:
     def _tokens(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
         em, rows = self.em, q.rows
         assert rows is not None
-        self._need_contiguous(q)
         if rows.length == 1 or rows.local > rows.batch_stride:
             return self._one_token_rows(q, k, v, limit, p)
         ring = rows.slices_per_batch
         out = self._output(q, v, p)
-        q_head = q.dims[1].stride if q.dims[1].kind == "feature" else k.width * 2
+        q_head = q.dims[1].stride if q.dims[1].kind == "feature" else k.padded * 2
         out_head = v.width * 2
         for h in range(p.kv_heads):
 
             def load(cache: Cache, start: int, count: int, h: int = h) -> SSAValue:
-                if count % ring:  # fewer keys than slices: every slice reads them from HBM
-                    tile = em.alloc(count * cache.width * 2, "keys")
+                base = h * cache.head_stride + start * cache.width * 2
+                real = min(count, cache.keys - start)
+                if count % ring or real < count:  # keys do not fill the ring: every slice reads them from HBM
+                    tile = self._tile(cache, count, real)
                     for group in range(em.slices // ring):
-                        row = min(group, rows.batch - 1)
-                        em.dma(
-                            cache.buffer, Space.HBM,
-                            row * cache.batch_stride + h * cache.head_stride + start * cache.width * 2,
-                            tile, Space.DM, group * ring * DM_SLICE_STRIDE, [(ring, 0, DM_SLICE_STRIDE)],
-                            count * cache.width * 2,
+                        row = min(group, rows.batch - 1) * cache.batch_stride
+                        self._load(
+                            cache, base + row, real, tile, group * ring * DM_SLICE_STRIDE, [(ring, 0, DM_SLICE_STRIDE)]
                         )
                     return tile
                 each = count // ring
-                spread = em.alloc(each * cache.width * 2, "keys")
-                run = each * cache.width * 2
-                em.dma(
-                    cache.buffer, Space.HBM, h * cache.head_stride + start * cache.width * 2, spread, Space.DM, 0,
-                    [(rows.batch, cache.batch_stride, ring * DM_SLICE_STRIDE), (ring, run, DM_SLICE_STRIDE)], run,
+                spread = self._tile(cache, each, each)
+                step = each * cache.width * 2
+                self._load(
+                    cache, base, each, spread, 0,
+                    [(rows.batch, cache.batch_stride, ring * DM_SLICE_STRIDE), (ring, step, DM_SLICE_STRIDE)],
                 )
-                if rows.batch * ring < em.slices:
-                    em.dma(  # slices of batch rows that no request uses take part in the ring
-                        cache.buffer, Space.HBM, h * cache.head_stride + start * cache.width * 2, spread, Space.DM,
-                        rows.batch * ring * DM_SLICE_STRIDE, [(em.slices - rows.batch * ring, 0, DM_SLICE_STRIDE)], run,
+                idle = em.slices - rows.batch * ring
+                if idle:  # slices of batch rows that no request uses take part in the ring
+                    self._load(
+                        cache, base, each, spread, rows.batch * ring * DM_SLICE_STRIDE, [(idle, 0, DM_SLICE_STRIDE)]
                     )
                 if ring == 1:
                     return spread
-                tile = em.alloc(count * cache.width * 2, "keys")
+                tile = em.alloc(count * cache.padded * 2, "keys")
+                values = each * cache.padded
                 ring_broadcast(
-                    em, spread, [(each * cache.width, 2)], Dtype.BF16, 16, 0, ring, tile, 0,
-                    [(each * cache.width // 16, 32)], run, [(16, 2)], 16,
+                    em, spread, [(values, 2)], Dtype.BF16, 16, 0, ring, tile, 0, [(values // 16, 32)], values * 2, [(16, 2)], 16
                 )
                 return tile
 
-            per_token = p.group * k.keys * 4
+            per_token = p.group * round_up(k.keys, KEY_MULTIPLE) * 4
             chunk = max(1, SCORE_BYTES // per_token)
             for first in range(0, rows.local, chunk):
                 tokens = min(chunk, rows.local - first)
@@ -224,7 +264,7 @@ class AttentionLowering:
                 )
                 self._heads(
                     step, p, k, v, load, em.slices, out.buffer, out.pitch, out_head,
-                    out.base + first * out.pitch + h * p.group * out_head, multiple=ring if k.keys % ring == 0 else 8,
+                    out.base + first * out.pitch + h * p.group * out_head, multiple=ring if k.keys % ring == 0 else KEY_MULTIPLE,
                 )
         return out
 
@@ -233,23 +273,22 @@ class AttentionLowering:
         em, rows = self.em, q.rows
         assert rows is not None
         out = self._output(q, v, p)
-        q_head = q.dims[1].stride if q.dims[1].kind == "feature" else k.width * 2
+        q_head = q.dims[1].stride if q.dims[1].kind == "feature" else k.padded * 2
         for r in range(rows.local):
             for h in range(p.kv_heads):
 
                 def load(cache: Cache, start: int, count: int, h: int = h, r: int = r) -> SSAValue:
-                    tile = em.alloc(count * cache.width * 2, "keys")
-                    run = count * cache.width * 2
+                    real = min(count, cache.keys - start)
+                    tile = self._tile(cache, count, real)
                     base = h * cache.head_stride + start * cache.width * 2
                     live = -(-(rows.batch - r) // rows.local)
-                    em.dma(
-                        cache.buffer, Space.HBM, base + r * cache.batch_stride, tile, Space.DM, 0,
-                        [(live, rows.local * cache.batch_stride, DM_SLICE_STRIDE)], run,
+                    self._load(
+                        cache, base + r * cache.batch_stride, real, tile, 0,
+                        [(live, rows.local * cache.batch_stride, DM_SLICE_STRIDE)],
                     )
                     if live < em.slices:
-                        em.dma(
-                            cache.buffer, Space.HBM, base, tile, Space.DM, live * DM_SLICE_STRIDE,
-                            [(em.slices - live, 0, DM_SLICE_STRIDE)], run,
+                        self._load(
+                            cache, base, real, tile, live * DM_SLICE_STRIDE, [(em.slices - live, 0, DM_SLICE_STRIDE)]
                         )
                     return tile
 
@@ -266,7 +305,7 @@ class AttentionLowering:
     # One KV head ------------------------------------------------------------------------------------------------------
     def _heads(
         self, r: _Rows, p: AttentionParams, k: Cache, v: Cache, load: object, slices: int, target: SSAValue,
-        target_token: int, target_head: int, target_base: int = 0, multiple: int = 1,
+        target_token: int, target_head: int, target_base: int = 0, multiple: int = KEY_MULTIPLE,
     ) -> None:
         """Rows of one KV head: `target` receives `[token][head][value]` with the given strides."""
         em = self.em
@@ -274,40 +313,41 @@ class AttentionLowering:
         rows = r.tokens * p.group
         lanes = 8 if rows > 4 else 4
         groups = -(-rows // lanes)
-        keys = k.keys
+        keys = round_up(k.keys, KEY_MULTIPLE)
         scores = em.alloc(rows * keys * 4, "scores")
         mask = self._mask(r, p, keys, slices)
         per_lane = em.machine.trf_bytes_per_slice // 8 // 2
-        tile = max(8, min(keys, TILE_BYTES // (k.width * 2), per_lane // (k.width * 2) * 8))
-        tile = _tile(keys, tile, max(8, multiple))
+        tile = max(KEY_MULTIPLE, min(keys, TILE_BYTES // (k.padded * 2), per_lane // (k.padded * 2) * 8))
+        tile = _tile(keys, tile, max(KEY_MULTIPLE, multiple))
         for start in range(0, keys, tile):
-            self._scores(r, p, load(k, start, tile), tile, start, k.width, keys, scores, slices)
+            self._scores(r, p, load(k, start, tile), tile, start, k.padded, keys, scores, slices)
         probabilities = em.alloc(groups * lanes * keys * 2, "probabilities")
         if groups * lanes > rows:
             em.memset(probabilities, rows * keys * 2, (groups * lanes - rows) * keys * 2)
         total = self._softmax(r, p, rows, keys, scores, mask, probabilities, slices)
-        acc = em.alloc(groups * lanes * v.width * 4, "sums")
-        per_value = _tile(keys, max(8, TILE_BYTES // (v.width * 2)), max(8, multiple))
+        acc = em.alloc(groups * lanes * v.padded * 4, "sums")
+        per_value = _tile(keys, max(KEY_MULTIPLE, TILE_BYTES // (v.padded * 2)), max(KEY_MULTIPLE, multiple))
         half = em.machine.trf_bytes_per_slice // lanes // 2
         slots = 32 // lanes
         for start in range(0, keys, per_value):
             values = load(v, start, per_value)
-            part = acc if start == 0 else em.alloc(groups * lanes * v.width * 4, "partial")
+            part = acc if start == 0 else em.alloc(groups * lanes * v.padded * 4, "partial")
             for g in range(0, groups, slots):
                 count = min(slots, groups - g)
-                self._values(probabilities, keys, start, per_value, g, count, lanes, half, values, v.width, part, slices)
+                self._values(probabilities, keys, start, per_value, g, count, lanes, half, values, v.padded, part, slices)
             if start:
-                n = groups * lanes * v.width
+                n = groups * lanes * v.padded
                 em.execute(
                     em.fetch(0, [(n, 4)], Dtype.F32, 8, None, (0, [4])), acc, Commit(0, ((n, 4),), Dtype.F32, 8), acc,
                     second=part, vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),), slices=slices,
                 )
         base = em.vrf_space(round_up(rows * 8, 32))
         em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), total, base, slices)
+        packet = 8 if v.width % 8 == 0 else 4
         divide = VectorOp(Alu.FP_DIV, Op.DIV, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=((rows, 8), (v.width, 0))))
         em.execute(
-            em.fetch(0, [(rows * v.width, 4)], Dtype.F32, 8), acc,
-            Commit(target_base, ((r.tokens, target_token), (p.group, target_head), (v.width, 2)), Dtype.BF16, 8),
+            em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet), acc,
+            Commit(target_base, ((r.tokens, target_token), (p.group, target_head), (v.width, 2)), Dtype.BF16, packet),
             target, vector=(divide,), slices=slices,
         )
 
@@ -361,16 +401,17 @@ class AttentionLowering:
                 VectorOp(Alu.FP_FPU, Op.TANH, Mode.UNARY),
                 VectorOp(Alu.FP_MUL1, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, p.softcap)),
             ]
+        packet = k_multiple(width)
         em.execute(
-            em.fetch(r.q_base, [(r.tokens, r.q_token), (p.group, r.q_head), (width, 2)], Dtype.BF16, 32),
+            em.fetch(r.q_base, [(r.tokens, r.q_token), (p.group, r.q_head), (width, 2)], Dtype.BF16, packet),
             r.q,
             Commit(start * 4, ((r.tokens * p.group, keys * 4), (count, 4)), Dtype.F32, 8),
             scores,
             slices=slices,
             contract=Contract(
-                8, 2, base,
-                ((r.tokens * p.group, 0, 0), (width // 32, 64, REDUCE), (count // 8, width * 2, BROADCAST)), 32, 5,
-                LaneMode.INTERLEAVED,
+                8, packet // 16, base,
+                ((r.tokens * p.group, 0, 0), (width // packet, packet * 2, REDUCE), (count // 8, width * 2, BROADCAST)),
+                packet, packet.bit_length() - 1, LaneMode.INTERLEAVED,
             ),
             vector=ops,
         )
@@ -428,18 +469,20 @@ class AttentionLowering:
         em.load_trf(
             em.fetch(
                 (first * keys + start) * 2, [(lanes, keys * 2), (groups, lanes * keys * 2), (count, 2)], Dtype.BF16, 16
-                if count % 16 == 0 else 8,
             ),
             probabilities, lanes, base, slices,
         )
+        packet = k_multiple(width)
         em.execute(
-            em.fetch(0, [(width // 32, 64), (count, width * 2), (32, 2)], Dtype.BF16, 32),
+            em.fetch(0, [(width // packet, packet * 2), (count, width * 2), (packet, 2)], Dtype.BF16, packet),
             values,
-            Commit(first * width * 4, ((width // 32, 128), (groups * lanes, width * 4), (32, 4)), Dtype.F32, 8),
+            Commit(
+                first * width * 4, ((width // packet, packet * 4), (groups * lanes, width * 4), (packet, 4)), Dtype.F32, 8
+            ),
             target,
             slices=slices,
             contract=Contract(
-                lanes, 2, base, ((width // 32, 0, 0), (count, 2, REDUCE), (groups, count * 2, BROADCAST)), 1, 0,
+                lanes, packet // 16, base, ((width // packet, 0, 0), (count, 2, REDUCE), (groups, count * 2, BROADCAST)), 1, 0,
                 LaneMode.SEQUENTIAL,
             ),
         )
