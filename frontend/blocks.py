@@ -21,7 +21,7 @@ from xdsl.dialects.builtin import ArrayAttr, StringAttr
 from xdsl.dialects.func import CallOp, FuncOp, ReturnOp
 from xdsl.ir import Block, Region, SSAValue
 
-from frontend.aten import Meta, convert
+from frontend.aten import NO_RULE, TABLE, Meta, convert
 from frontend.emit import Emitter, NoRuleError, Splat, Value, View, erase_unused
 from frontend.export import Exported
 from ir.axes import Dim
@@ -159,6 +159,8 @@ class Converter:
             kwargs = map_arg(node.kwargs, self.value)
             if _poisoned(args) or _poisoned(list(kwargs.values())):
                 self.values[node] = POISON
+                if node.target not in TABLE:
+                    self.graph.problems.append(_unsupported(self.graph, node, NO_RULE))
                 continue
             self.emitter.path = self.graph.relative_path(node)
             self.emitter.line = source_line(node)
@@ -183,7 +185,7 @@ def _poisoned(args: Any) -> bool:
     return isinstance(args, (list, tuple)) and any(_poisoned(a) for a in args)
 
 
-def _unsupported(graph: Graph, node: Node, error: Exception) -> Problem:
+def _unsupported(graph: Graph, node: Node, error: Exception | str) -> Problem:
     line = source_line(node)
     where = f" at {line[0]}:{line[1]}" if line else ""
     module = graph.module_path(node) or "the model"

@@ -205,8 +205,36 @@ def functional(program: ExportedProgram) -> tuple[ExportedProgram, bool]:
     return program, True
 
 
+_IDENTITIES = frozenset(
+    {
+        torch.ops.aten.alias.default,
+        torch.ops.aten.contiguous.default,
+        torch.ops.aten.detach.default,
+        torch.ops.aten.to.dtype,
+        torch.ops.aten.to.device,
+        torch.ops.aten.to.dtype_layout,
+    }
+)
+
+
+def bypass_identities(program: ExportedProgram) -> None:
+    """Let the users of an operator that changes nothing read its operand.
+
+    `x.to(x.dtype)` is x itself in eager mode, and tracing then takes all later uses of x from that node: a tensor
+    that all layers share would seem to come from the first of them.
+    """
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in _IDENTITIES:
+            continue
+        source = node.args[0]
+        before, after = source.meta.get("val"), node.meta.get("val")
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype:
+            node.replace_all_uses_with(source)
+
+
 def _finish(program: ExportedProgram, shapes: list[tuple[int, int, int]]) -> Exported:
     program, changed = functional(program)
+    bypass_identities(program)
     placeholders = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     ids = placeholders["input_ids"]
     symbols: dict[Any, str] = {ids.shape[0].node.expr: "B", ids.shape[1].node.expr: "S"}

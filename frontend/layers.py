@@ -3,19 +3,22 @@
 The signature of a layer is everything its modules hold except the layer's index: class names, parameter and buffer
 shapes, and every scalar attribute (`sliding_window`, `scaling`, `layer_type`, ...). Layers of equal signature run the
 same code on the same numbers, unless that code looks at the index itself. `LayerIndex` catches this: it is the index
-during tracing, and records every use other than finding a slot (`cache.update(k, v, layer_idx)`, `types[layer_idx]`).
+during tracing, and records every use other than the cache's (`cache.update(k, v, layer_idx)`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+import operator
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from frontend.skeleton import truncate_config
 
@@ -46,31 +49,49 @@ class LayerStack:
         return [order.index(s) for s in self.signatures]
 
 
-class LayerIndex(int):
-    """An int that notes when it takes part in a computation or decision, which would make layers differ."""
+class LayerIndex:
+    """A layer's index that notes every use but the cache's own look-up of its layer.
+
+    It is no int on purpose: arithmetic of ints, floats and tensors with it comes back to its reflected methods, while
+    a subclass of int would be read silently.
+    """
 
     uses: ClassVar[list[str]] = []
 
-    def _note(self, operation: str) -> None:
-        LayerIndex.uses.append(operation)
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        caller = sys._getframe(1).f_code
+        if not (caller.co_name == "update" and caller.co_filename == _CACHE_FILE):
+            LayerIndex.uses.append(f"an index in {caller.co_name}")
+        return self.value
 
 
-def _recording(operation: str) -> Any:
+_CACHE_FILE = inspect.getfile(Cache)
+
+
+def _recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: LayerIndex, *args: Any) -> Any:
-        self._note(operation)
-        return getattr(int, operation)(self, *args)
+        LayerIndex.uses.append(name.strip("_"))
+        return function(self.value, *args)
 
     return method
 
 
-for _operation in (
-    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__truediv__"),
-    *("__rtruediv__", "__mod__", "__pow__", "__neg__", "__and__", "__lt__", "__le__", "__gt__", "__ge__"),
-    *("__eq__", "__ne__", "__bool__", "__float__"),
-):
-    setattr(LayerIndex, _operation, _recording(_operation))
-# Defining __eq__ through setattr leaves __hash__ alone, but be explicit: dict lookups by index are harmless.
-LayerIndex.__hash__ = int.__hash__
+def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[int, Any], Any]:
+    return lambda value, other: function(other, value)
+
+
+for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift"):
+    _function = getattr(operator, _name)
+    _plain = _name.rstrip("_")
+    setattr(LayerIndex, f"__{_plain}__", _recording(_plain, _function))
+    setattr(LayerIndex, f"__r{_plain}__", _recording(_plain, _reflected(_function)))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs"):
+    setattr(LayerIndex, f"__{_name}__", _recording(_name, getattr(operator, _name)))
+for _name, _function in {"bool": bool, "int": int, "float": float, "str": str, "hash": hash}.items():
+    setattr(LayerIndex, f"__{_name}__", _recording(_name, _function))
 
 
 def find_stack(model: nn.Module, config: Any, buffers: Mapping[str, Tensor]) -> LayerStack | None:

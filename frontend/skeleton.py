@@ -66,6 +66,10 @@ def build_skeleton(source: ModelSource, num_hidden_layers: int | None = None) ->
         raise UserError([problem]) from error
     config = copy.deepcopy(config)
     if num_hidden_layers is not None:
+        depth = int(config.get_text_config().num_hidden_layers)
+        if not 1 <= num_hidden_layers <= depth:
+            what = f"num_hidden_layers {num_hidden_layers} is out of range"
+            raise UserError([Problem(what, f"the model has {depth} layers", f"use 1 to {depth}")])
         truncate_config(config, list(range(num_hidden_layers)))
     config.use_cache = source.architecture.kind == "decoder"
     model_class = AutoModelForCausalLM if source.architecture.kind == "decoder" else AutoModel

@@ -9,6 +9,6 @@ from __future__ import annotations
 
 # Importing a module registers its rules.
 from frontend.aten import attention, elementwise, products, shapes
-from frontend.aten.table import ELEMENTS, TABLE, Meta, convert
+from frontend.aten.table import ELEMENTS, NO_RULE, TABLE, Meta, convert
 
-__all__ = ["ELEMENTS", "TABLE", "Meta", "attention", "convert", "elementwise", "products", "shapes"]
+__all__ = ["ELEMENTS", "NO_RULE", "TABLE", "Meta", "attention", "convert", "elementwise", "products", "shapes"]

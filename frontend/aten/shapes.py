@@ -84,6 +84,35 @@ def _start(start: int, whole: int) -> int:
     return min(max(start + whole if start < 0 else start, 0), whole)
 
 
+@rule(aten.slice_scatter.default)
+def _slice_scatter(
+    e: Emitter, m: Meta, x: Value, part: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    """Functional form of writing into a slice: what is before, the part, what is behind."""
+    at = axis(dim, len(x.shape))
+    whole, size = x.shape[at], part.shape[at]
+    if part.shape == x.shape:
+        return part
+    if step != 1 or isinstance(whole, str) or isinstance(size, str) or not isinstance(start or 0, int):
+        raise NoRuleError("a write with a step, or into a symbolic axis")
+    begin = _start(start or 0, whole)
+    pieces = [e.slice(x, at, 0, begin)] if begin else []
+    pieces.append(e.tensor(part))
+    if begin + size < whole:
+        pieces.append(e.slice(x, at, begin + size, whole - begin - size))
+    return e.concat(pieces, at, m.shape, m.elem)
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(e: Emitter, m: Meta, x: Value, part: Value, dim: int, index: int) -> Value:
+    at = axis(dim, len(x.shape))
+    whole = x.shape[at]
+    if isinstance(whole, str):
+        raise NoRuleError(f"a write into the symbolic axis {whole}")
+    one = (*x.shape[:at], 1, *x.shape[at + 1 :])
+    return _slice_scatter(e, m, x, e.reshape(part, one), at, _start(index, whole))
+
+
 @rule(aten.narrow.default)
 def _narrow(e: Emitter, m: Meta, x: Value, dim: int, start: int, length: int) -> Value:
     return _slice(e, m, x, dim, start, start + length)

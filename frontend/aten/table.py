@@ -25,6 +25,7 @@ ELEMENTS: dict[torch.dtype, str] = {
 
 Rule = Callable[..., Any]
 TABLE: dict[Any, Rule] = {}
+NO_RULE = "no rule for it in the ATen table"
 
 
 class Meta:
@@ -77,7 +78,7 @@ def convert(emitter: Emitter, node: Node, args: Sequence[Any], kwargs: dict[str,
     """The value of one call_function node. Raises NoRuleError if there is no rule for it."""
     function = TABLE.get(node.target)
     if function is None:
-        raise NoRuleError("no rule for it in the ATen table")
+        raise NoRuleError(NO_RULE)
     return function(emitter, Meta(node, symbols), *args, **kwargs)
 
 
