@@ -1,0 +1,256 @@
+"""Writing an artifact atomically, and opening one with every check.
+
+with ArtifactWriter(out) as writer:
+    (writer.directory / "ir" / "model.mlir").write_text(...)
+    writer.finish(manifest)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from backend_rngd.artifact.errors import ArtifactError, ArtifactProblem
+from backend_rngd.artifact.schema import FORMAT, VERSION, Bucket, LinkedFile, Manifest
+from backend_rngd.artifact.weights import Array, read_weight
+from backend_rngd.isa.descriptors import Stream
+from backend_rngd.isa.tables import TableError, load_npz
+
+MANIFEST = "artifact.json"
+REBUILD = "build it again"
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def link(path: Path) -> LinkedFile:
+    """A reference to a file outside of the artifact, with size and checksum."""
+    return LinkedFile(path=str(path), bytes=path.stat().st_size, sha256=sha256(path))
+
+
+class ArtifactWriter:
+    """A directory beside `target` that becomes `target` when `finish` was called, and vanishes otherwise."""
+
+    def __init__(self, target: Path, overwrite: bool = False) -> None:
+        """Raises ArtifactError if the target exists (and is no artifact that may be overwritten)."""
+        self.target = target
+        if target.exists() or target.is_symlink():
+            if not overwrite:
+                fix = "choose another directory, or pass --overwrite"
+                raise ArtifactError([ArtifactProblem(f"{target} exists", "a build does not replace files", fix)])
+            if not (target / MANIFEST).is_file():
+                why = "it holds no artifact.json, so --overwrite leaves it alone"
+                raise ArtifactError([ArtifactProblem(f"{target} exists", why, "choose another directory")])
+        self._finished = False
+
+    def __enter__(self) -> ArtifactWriter:
+        parent = self.target.absolute().parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(parent, self.target.name)
+            prefix = f".{self.target.name}.{os.getpid()}."
+            self.directory = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+        except OSError as error:
+            what = f"{self.target} cannot be written"
+            raise ArtifactError([ArtifactProblem(what, str(error), "choose another directory")]) from error
+        for name in ("streams", "ir", "debug"):
+            (self.directory / name).mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self._finished:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Checksum every file, write the manifest, and move the directory to its place. Returns the final manifest."""
+        names = sorted(p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file())
+        files = {name: sha256(self.directory / name) for name in names}
+        manifest = manifest.model_copy(update={"files": files, "digest": ""})
+        manifest = manifest.model_copy(update={"digest": _digest(json.loads(manifest.model_dump_json()))})
+        path = self.directory / MANIFEST
+        path.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+        for name in (*names, MANIFEST):
+            _sync(self.directory / name)
+        os.chmod(self.directory, 0o777 & ~_umask())
+        if self.target.exists():
+            suffix, parent = ".partial", self.target.absolute().parent
+            old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.{os.getpid()}.", suffix=suffix, dir=parent))
+            os.rename(self.target, old / "old")
+            os.rename(self.directory, self.target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(self.directory, self.target)
+        self._finished = True
+        return manifest
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(parent: Path, name: str) -> None:
+    """Remove what builds of the same target left that were killed without a chance to clean up."""
+    for path in parent.glob(f".{name}.*.partial"):
+        owner = path.name.removeprefix(f".{name}.").split(".")[0]
+        if owner.isdecimal() and not _alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _digest(data: dict[str, Any]) -> str:
+    rest = {k: v for k, v in data.items() if k != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Artifact:
+    """An artifact that was opened and checked."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._weights = {w.name: w for w in manifest.weights}
+        self._streams: dict[str, Stream] = {}
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The programs, in the order of the build."""
+        return self.manifest.buckets
+
+    def bucket(self, name: str) -> Bucket:
+        """A bucket by name; raises ArtifactError listing those there are."""
+        for bucket in self.buckets:
+            if bucket.name == name:
+                return bucket
+        known = ", ".join(b.name for b in self.buckets)
+        raise ArtifactError([ArtifactProblem(f"bucket {name!r}", "the artifact does not have it", f"it has {known}")])
+
+    def stream(self, bucket: Bucket) -> Stream:
+        """The instruction stream of a bucket (of its only unit), decoded once."""
+        if bucket.name not in self._streams:
+            try:
+                self._streams[bucket.name] = load_npz(self.directory / bucket.stream)
+            except (TableError, OSError, ValueError) as error:
+                raise ArtifactError([ArtifactProblem(bucket.stream, str(error), REBUILD)]) from error
+        return self._streams[bucket.name]
+
+    def text(self, name: str) -> str:
+        """A text file of the artifact, such as `bucket.ir`."""
+        return (self.directory / name).read_text("utf-8")
+
+    def constant_bytes(self) -> bytes:
+        """Contents of constants.bin."""
+        path = self.directory / "constants.bin"
+        return path.read_bytes() if path.is_file() else b""
+
+    def weight(self, name: str) -> Array:
+        """A weight by name, in its stored type. Raises ArtifactError if it has no values."""
+        source = self._weights.get(name)
+        if source is None:
+            raise ArtifactError([ArtifactProblem(f"weight {name}", "the artifact does not name it", REBUILD)])
+        return read_weight(source, self.directory)
+
+    def check_linked(self) -> None:
+        """Compare the files that the artifact links to with their checksums. Raises ArtifactError with all problems."""
+        problems: list[ArtifactProblem] = []
+        for file in self.manifest.linked:
+            path = Path(file.path)
+            fix = "restore it, or build again (--weights copy makes an artifact that needs no other files)"
+            if not path.is_file():
+                problems.append(ArtifactProblem(f"{path} is missing", "the artifact links to its weights", fix))
+            elif path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+                problems.append(ArtifactProblem(f"{path} has changed", "its checksum is another one", fix))
+        if problems:
+            raise ArtifactError(problems)
+
+
+def open_artifact(directory: Path | str, verify: bool = True) -> Artifact:
+    """Open an artifact; `verify` compares every file with its checksum. Raises ArtifactError with all problems."""
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
+        why = "it has no artifact.json" if directory.is_dir() else "there is no such directory"
+        raise ArtifactError([ArtifactProblem(f"{directory} is no artifact", why, "give the OUT of a build")])
+    try:
+        data: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError([ArtifactProblem(f"{path} is damaged", str(error), REBUILD)]) from error
+    _check_version(path, data)
+    if data.get("digest") != _digest(data):
+        raise ArtifactError([ArtifactProblem(f"{path} is damaged", "its checksum does not match", REBUILD)])
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(str(x) for x in first['loc'])}: {first['msg']}"
+        raise ArtifactError([ArtifactProblem(f"{path} cannot be understood", why, REBUILD)]) from error
+    if verify and (problems := _damaged(directory, manifest)):
+        raise ArtifactError(problems)
+    return Artifact(directory, manifest)
+
+
+def _check_version(path: Path, data: Any) -> None:
+    if not isinstance(data, dict) or cast("dict[str, Any]", data).get("format") != FORMAT:
+        raise ArtifactError(
+            [ArtifactProblem(f"{path} is no artifact", f"its format is not {FORMAT}", "check the path")]
+        )
+    fields = cast("dict[str, Any]", data)
+    major = minor = None
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        major, minor = fields["version"]["major"], fields["version"]["minor"]
+    if major != VERSION.major or not isinstance(minor, int) or minor > VERSION.minor:
+        compiler = fields.get("compiler")
+        by = cast("dict[str, Any]", compiler).get("version") if isinstance(compiler, dict) else None
+        why = (
+            f"it has format {major}.{minor} (rngdc {by or 'unknown'}), "
+            f"this version reads {VERSION.major}.0 to {VERSION.major}.{VERSION.minor}"
+        )
+        raise ArtifactError([ArtifactProblem(f"{path} is of another version", why, "build it with this version")])
+
+
+def _damaged(directory: Path, manifest: Manifest) -> list[ArtifactProblem]:
+    problems: list[ArtifactProblem] = []
+    for name, wanted in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(ArtifactProblem(f"{name} is missing", f"{MANIFEST} lists it", REBUILD))
+            continue
+        try:
+            same = sha256(path) == wanted
+        except OSError as error:
+            problems.append(ArtifactProblem(f"{name} cannot be read", str(error), "check its permissions"))
+            continue
+        if not same:
+            problems.append(ArtifactProblem(f"{name} is damaged", "its checksum does not match", REBUILD))
+    return problems
