@@ -61,6 +61,7 @@ class Machine(BaseModel):
     hbm_row_switch_cycles: int
     hbm_efficiency: float
     hbm_unaligned_write_factor: float
+    hbm_write_granule_bytes: int
     hbm_map_alignment: int
     dm_slice_bytes: int
     dm_slice_stride: int
