@@ -9,6 +9,7 @@ index, layers that exchange more than the hidden state) all layers are exported 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,16 @@ def capture(source: ModelSource, *, num_hidden_layers: int | None = None, weight
     `num_hidden_layers` keeps only the first layers. `weights` is `link` (ranges of the checkpoint's files),
     `random[:SEED]` or `none` (shapes only). Raises `UserError` with every problem found.
     """
+    collecting = gc.isenabled()
+    gc.disable()  # graphs and modules are many small objects that stay: collections only cost time here
+    try:
+        return _capture(source, num_hidden_layers, weights)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _capture(source: ModelSource, num_hidden_layers: int | None, weights: str) -> Captured:
     start = time.perf_counter()
     skeleton = build_skeleton(source, num_hidden_layers)
     stack = find_stack(skeleton.model, skeleton.config, skeleton.buffers)
