@@ -225,6 +225,18 @@ class ContractToMap(RewritePattern):
         replace(rewriter, op, new)
 
 
+class GatherOnlyRow(RewritePattern):
+    """Rows selected from an axis of size 1 are that row, as in a decode bucket, where every token is the last one."""
+
+    @op_type_rewrite_pattern
+    def match_and_rewrite(self, op: tc.GatherOp, rewriter: PatternRewriter) -> None:
+        rule = op.rule()
+        row = op.indexed_axis()
+        rest = tuple(a for a in rule.inputs[0] if a != row)
+        if dims_of(op.table)[rule.inputs[0].index(row)] == 1 and rest == rule.output:
+            replace(rewriter, op, tc.ReshapeOp(op.table, op.result_type))
+
+
 class FoldConstants(RewritePattern):
     """An operation on constants is a constant, if it stays small."""
 
@@ -249,6 +261,7 @@ PATTERNS: tuple[type[RewritePattern], ...] = (
     ComposeTransposes,
     ComposeSlices,
     ContractToMap,
+    GatherOnlyRow,
     TransposeIntoRule,
     TransposeOutOfRule,
     MapToTranspose,

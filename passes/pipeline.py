@@ -1,0 +1,43 @@
+"""The stages of a build that work on `tc`: each is one function listing its passes. The list is the documentation.
+
+`rngdc build --print-pipeline` prints them as they run; `rngdc opt -p '...'` runs any part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xdsl.passes import ModulePass
+
+from passes.cast_bf16 import CastBf16
+from passes.fuse_elementwise import FuseElementwise
+from passes.last_token import LastToken
+from passes.simplify import Simplify
+from passes.specialise import Specialise
+
+
+def simplify_stage(auto_bfloat16_cast: bool = False) -> list[ModulePass]:
+    """Once per model, on the symbolic module that capture made."""
+    return [
+        # Outer products become maps before the dtype rule, which would round positions to bf16.
+        Simplify(),
+        CastBf16(allow=auto_bfloat16_cast),
+        # Before fusion, so that the head that is cut off is still made of small operations.
+        LastToken(),
+        FuseElementwise(),
+        Simplify(),
+    ]
+
+
+def specialise_stage(batch: int, seq: int, kv: int | None) -> list[ModulePass]:
+    """Once per bucket: `batch` sequences of `seq` new tokens, and `kv` cache slots (None for an encoder)."""
+    return [
+        Specialise(batch=batch, seq=seq, kv=kv),
+        # Sizes that became 1 make reshapes and contractions trivial.
+        Simplify(),
+    ]
+
+
+def spec(passes: Sequence[ModulePass]) -> str:
+    """A stage as the text that `rngdc opt -p` takes."""
+    return ",".join(str(p) for p in passes)
