@@ -638,7 +638,7 @@ class _Main(_Function):
         function = self.parent.functions[name]
         operands = [self.env[o] for o in op.operands]
         if name not in self.parent.blocks:
-            direct = [self._global_of(v) for v in operands]
+            direct = [self._input_of(v) for v in operands]
             self.parent.blocks[name] = _Block(self.parent, function, operands, direct)
         block = self.parent.blocks[name]
         for i, (o, v) in enumerate(zip(op.operands, operands, strict=True)):
@@ -663,6 +663,11 @@ class _Main(_Function):
         if not isinstance(v, Tensor):
             return None
         return next((n for n, b in self.em.known_globals().items() if b is v.buffer), None)
+
+    def _input_of(self, v: Value) -> str | None:
+        """The program input that a value is, if it is one: blocks then read it in place."""
+        name = self._global_of(v)
+        return name if name in {port.buffer for port in self.parent.out.inputs} else None
 
     def _fill_slot(self, block: _Block, i: int, value: SSAValue, v: Tensor) -> None:
         slot = block.slots[i]

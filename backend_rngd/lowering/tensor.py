@@ -269,6 +269,8 @@ def feature_dims(sizes: Sequence[int], element_bytes: int, spacing: int | None =
         strides.append(extent)
         extent *= size
     strides.reverse()
+    if spacing != element_bytes and sizes:
+        extent += (round_up(sizes[-1], 4) - sizes[-1]) * spacing  # packets of four read that far
     elements = -(-extent // element_bytes)
     pitch = round_up(elements, 32) * element_bytes if elements >= 32 else round_up(elements, 4) * element_bytes
     return strides, max(round_up(pitch, 8), 8)

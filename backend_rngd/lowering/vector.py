@@ -60,7 +60,10 @@ def output_tensor(
     if rows is not None and nbytes > spill:
         buffer = em.alloc(rows.physical * pitch, space="hbm")
         return Tensor(buffer, Space.HBM, dtype, tuple(out), rows, 0, pitch)
-    return Tensor(em.alloc(nbytes), Space.DM, dtype, tuple(out), rows, 0, pitch)
+    buffer = em.alloc(nbytes)
+    if sizes and sizes[-1] % 4:
+        em.memset(buffer, 0, nbytes)  # packets of four elements read the padding of odd rows
+    return Tensor(buffer, Space.DM, dtype, tuple(out), rows, 0, pitch)
 
 
 class VectorLowering:
@@ -274,6 +277,8 @@ class _Chunk:
     def _temporary(self, dtype: Dtype) -> Operand_:
         strides, pitch = feature_dims([a.size for a in self.axes], dtype.bytes)
         buffer = self.em.alloc(self.rows * pitch)
+        if self.axes[-1].size % 4 and not self.pair:
+            self.em.memset(buffer, 0, self.rows * pitch)
         return Operand_(Tensor(buffer, Space.DM, dtype, (), None, 0, pitch), pitch, tuple(strides))
 
     def _through_vrf(self, ref: Ref) -> bool:
@@ -328,6 +333,12 @@ class _Chunk:
             if second.tensor.dtype != Dtype.F32:
                 second = self._widened(second)
         sizes, packet = self._sizes(target, reduce is not None)
+        if target.tensor.base % 8 or any(s % 8 for n, s in zip(sizes[:-1], target.strides, strict=False) if n > 1):
+            raise UnsupportedError(
+                f"a result whose pieces of {self.axes[-1].size} elements do not start on 8 B",
+                "a commit writes multiples of 8 B (four bf16)",
+                "use head and rotary sizes that are multiples of 8",
+            )
         if stream.tensor.dtype == Dtype.BF16 and packet == 2:
             raise UnsupportedError("a bf16 tensor without features", "the smallest packet is 8 B", "keep it in f32")
         ops = list(step.ops)
