@@ -1,1 +1,1 @@
-"""What is computed: the `tc` dialect, its maths without xDSL (axes, expressions), reference kernels, interpreter, text."""
+"""What is computed: the `tc` dialect, its maths without xDSL, reference kernels, the interpreter, the text form."""

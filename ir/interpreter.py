@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 from xdsl.dialects import func
 from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
 from xdsl.interpreter import (
@@ -57,34 +58,34 @@ class TcFunctions(InterpreterFunctions):
         return [size.factor for size in sizes]
 
     @impl(tc.WeightOp)
-    def weight(self, interpreter: Interpreter, op: tc.WeightOp, args: PythonValues) -> PythonValues:
+    def _weight(self, interpreter: Interpreter, op: tc.WeightOp, args: PythonValues) -> PythonValues:
         value = self.weights(op.fqn.data)
         if list(value.shape) != self.shape(op.result):
             raise kernels.KernelError(f"{op.fqn.data} has shape {list(value.shape)}, not {self.shape(op.result)}")
         return (value.astype(numpy_dtype(op.result), copy=False),)
 
     @impl(tc.ConstantOp)
-    def constant(self, interpreter: Interpreter, op: tc.ConstantOp, args: PythonValues) -> PythonValues:
+    def _constant(self, interpreter: Interpreter, op: tc.ConstantOp, args: PythonValues) -> PythonValues:
         return (op.array(),)
 
     @impl(tc.ContractOp)
-    def contract(self, interpreter: Interpreter, op: tc.ContractOp, args: PythonValues) -> PythonValues:
+    def _contract(self, interpreter: Interpreter, op: tc.ContractOp, args: PythonValues) -> PythonValues:
         return (kernels.contract(op.rule(), args[0], args[1], numpy_dtype(op.result)),)
 
     @impl(tc.MapOp)
-    def map(self, interpreter: Interpreter, op: tc.MapOp, args: PythonValues) -> PythonValues:
+    def _map(self, interpreter: Interpreter, op: tc.MapOp, args: PythonValues) -> PythonValues:
         return (kernels.map_(op.rule(), op.expression(), args, self.shape(op.result), numpy_dtype(op.result)),)
 
     @impl(tc.ReduceOp)
-    def reduce(self, interpreter: Interpreter, op: tc.ReduceOp, args: PythonValues) -> PythonValues:
+    def _reduce(self, interpreter: Interpreter, op: tc.ReduceOp, args: PythonValues) -> PythonValues:
         return (kernels.reduce(op.rule(), op.kind.data, op.expression(), args, numpy_dtype(op.result)),)
 
     @impl(tc.GatherOp)
-    def gather(self, interpreter: Interpreter, op: tc.GatherOp, args: PythonValues) -> PythonValues:
+    def _gather(self, interpreter: Interpreter, op: tc.GatherOp, args: PythonValues) -> PythonValues:
         return (kernels.gather(op.rule(), args[0], args[1]),)
 
     @impl(tc.AttentionOp)
-    def attention(self, interpreter: Interpreter, op: tc.AttentionOp, args: PythonValues) -> PythonValues:
+    def _attention(self, interpreter: Interpreter, op: tc.AttentionOp, args: PythonValues) -> PythonValues:
         optional = iter(args[4:])
         lengths, bias, sinks = (None if v is None else next(optional) for v in (op.lengths, op.bias, op.sinks))
         result = kernels.attention(
@@ -101,34 +102,34 @@ class TcFunctions(InterpreterFunctions):
         return (result,)
 
     @impl(tc.KvUpdateOp)
-    def kv_update(self, interpreter: Interpreter, op: tc.KvUpdateOp, args: PythonValues) -> PythonValues:
+    def _kv_update(self, interpreter: Interpreter, op: tc.KvUpdateOp, args: PythonValues) -> PythonValues:
         return (kernels.kv_update(*args),)
 
     @impl(tc.ReshapeOp)
-    def reshape(self, interpreter: Interpreter, op: tc.ReshapeOp, args: PythonValues) -> PythonValues:
+    def _reshape(self, interpreter: Interpreter, op: tc.ReshapeOp, args: PythonValues) -> PythonValues:
         return (args[0].reshape(self.shape(op.result)),)
 
     @impl(tc.TransposeOp)
-    def transpose(self, interpreter: Interpreter, op: tc.TransposeOp, args: PythonValues) -> PythonValues:
+    def _transpose(self, interpreter: Interpreter, op: tc.TransposeOp, args: PythonValues) -> PythonValues:
         return (args[0].transpose(op.permutation),)
 
     @impl(tc.SliceOp)
-    def slice(self, interpreter: Interpreter, op: tc.SliceOp, args: PythonValues) -> PythonValues:
+    def _slice(self, interpreter: Interpreter, op: tc.SliceOp, args: PythonValues) -> PythonValues:
         axis, start, size = op.bounds()
         return (args[0].take(range(start, start + size), axis=axis),)
 
     @impl(tc.ConcatOp)
-    def concat(self, interpreter: Interpreter, op: tc.ConcatOp, args: PythonValues) -> PythonValues:
+    def _concat(self, interpreter: Interpreter, op: tc.ConcatOp, args: PythonValues) -> PythonValues:
         return (np.concatenate(args, axis=op.axis.value.data),)
 
     @impl_terminator(func.ReturnOp)
-    def return_(
+    def _return(
         self, interpreter: Interpreter, op: func.ReturnOp, args: PythonValues
     ) -> tuple[TerminatorValue, PythonValues]:
         return ReturnedValues(args), ()
 
     @impl(func.CallOp)
-    def call(self, interpreter: Interpreter, op: func.CallOp, args: PythonValues) -> PythonValues:
+    def _call(self, interpreter: Interpreter, op: func.CallOp, args: PythonValues) -> PythonValues:
         callee = op.callee.string_value()
         key = (tuple(self.path), callee)
         self.path.append(f"{callee}[{self.calls[key]}]")
@@ -138,7 +139,7 @@ class TcFunctions(InterpreterFunctions):
         return results
 
     @impl_callable(func.FuncOp)
-    def function(self, interpreter: Interpreter, op: func.FuncOp, args: PythonValues) -> PythonValues:
+    def _function(self, interpreter: Interpreter, op: func.FuncOp, args: PythonValues) -> PythonValues:
         outer = self.symbols
         self.symbols = bind_symbols([dims_of(a) for a in op.body.block.args], [list(a.shape) for a in args])
         results = interpreter.run_ssacfg_region(op.body, args, op.sym_name.data)
@@ -151,6 +152,7 @@ class _Observing(Interpreter.Listener):
         self.functions = functions
         self.observe = observe
 
+    @override
     def did_interpret_op(self, op: Operation, results: PythonValues) -> None:
         if op.results:
             self.observe(op, list(results), tuple(self.functions.path))
@@ -216,7 +218,9 @@ def arrange_arguments(function: func.FuncOp, args: Mapping[str, Array] | Sequenc
     else:
         given = list(args)
         if len(given) != len(names):
-            problems.append(Problem(f"{len(given)} arguments", f"@{function.sym_name.data} has {len(names)}", str(names)))
+            problems.append(
+                Problem(f"{len(given)} arguments", f"@{function.sym_name.data} has {len(names)}", str(names))
+            )
     if problems:
         raise UserError(problems)
     arranged: list[Array] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from typing_extensions import override
 from xdsl.dialects.builtin import (
     DYNAMIC_INDEX,
     BFloat16Type,
@@ -68,14 +69,17 @@ class AxesAttr(ParametrizedAttribute):
         return tuple(self.names.data.split(","))
 
     @classmethod
+    @override
     def parse_parameters(cls, parser: AttrParser) -> Sequence[Attribute]:
         with parser.in_angle_brackets():
             return [StringAttr(parser.parse_str_literal())]
 
+    @override
     def print_parameters(self, printer: Printer) -> None:
         with printer.in_angle_brackets():
             printer.print_string_literal(self.names.data)
 
+    @override
     def verify(self) -> None:
         for axis in self.data:
             if axis == ANONYMOUS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from typing_extensions import override
 from xdsl.dialects.builtin import ModuleOp, TensorType
 from xdsl.interpreter import Interpreter
 from xdsl.ir import Attribute, Operation, SSAValue
@@ -37,6 +38,7 @@ def with_rule(op: RuleOp, operands: Sequence[SSAValue], rule: Rule, type: Tensor
 class DropIdentity(RewritePattern):
     """A reshape, transpose, slice, concat or map that changes nothing is its operand."""
 
+    @override
     def match_and_rewrite(self, op: Operation, rewriter: PatternRewriter) -> None:
         if not isinstance(op, (tc.ReshapeOp, tc.TransposeOp, tc.SliceOp, tc.ConcatOp, tc.MapOp)):
             return
@@ -53,6 +55,7 @@ class ComposeReshapes(RewritePattern):
     """A reshape of a reshape is one reshape."""
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.ReshapeOp, rewriter: PatternRewriter) -> None:
         if isinstance(inner := op.x.owner, tc.ReshapeOp):
             replace(rewriter, op, tc.ReshapeOp(inner.x, op.result_type), also=[inner])
@@ -62,6 +65,7 @@ class ComposeTransposes(RewritePattern):
     """A transpose of a transpose is one transpose."""
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.TransposeOp, rewriter: PatternRewriter) -> None:
         if isinstance(inner := op.x.owner, tc.TransposeOp):
             perm = [inner.permutation[p] for p in op.permutation]
@@ -72,6 +76,7 @@ class ComposeSlices(RewritePattern):
     """A slice of a slice of the same axis is one slice; a slice that is one part of a concat is that part."""
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.SliceOp, rewriter: PatternRewriter) -> None:
         axis, start, size = op.bounds()
         inner = op.x.owner
@@ -91,6 +96,7 @@ class ComposeSlices(RewritePattern):
 class TransposeIntoRule(RewritePattern):
     """An operand that is a transpose becomes its operand with permuted axes: `b h s, ...` of x^T is `b s h, ...` of x."""
 
+    @override
     def match_and_rewrite(self, op: Operation, rewriter: PatternRewriter) -> None:
         if not isinstance(op, RuleOp):
             return
@@ -112,6 +118,7 @@ class TransposeOutOfRule(RewritePattern):
     """The transpose of a value that nobody else reads is computed in that order at once."""
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.TransposeOp, rewriter: PatternRewriter) -> None:
         inner = op.x.owner
         if not isinstance(inner, RuleOp) or not op.x.has_one_use():
@@ -125,6 +132,7 @@ class TransposeOutOfRule(RewritePattern):
 class SimplifyMap(RewritePattern):
     """Fold the expression, turn splat constants into numbers, merge equal operands and drop unused ones."""
 
+    @override
     def match_and_rewrite(self, op: Operation, rewriter: PatternRewriter) -> None:
         if not isinstance(op, (tc.MapOp, tc.ReduceOp)):
             return
@@ -184,6 +192,7 @@ class MapToTranspose(RewritePattern):
     """A map that only permutes is a transpose, which later folds into a neighbour's rule."""
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.MapOp, rewriter: PatternRewriter) -> None:
         if len(op.inputs) != 1 or op.expression() != ex.Input(0) or elem_of(op.inputs[0]) != elem_of(op.result):
             return
@@ -201,6 +210,7 @@ class ContractToMap(RewritePattern):
     """
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.ContractOp, rewriter: PatternRewriter) -> None:
         rule = op.rule()
         sizes = rule.sizes([dims_of(v) for v in op.operands])
@@ -221,7 +231,9 @@ class ContractToMap(RewritePattern):
         same = operands[0] is operands[1] and inputs[0] == inputs[1]
         if same:
             out = Rule(out.inputs[:1], out.output, out.unsharded)
-        new.append(tc.MapOp(operands[: 1 if same else 2], "square(a)" if same else "mul(a, b)", str(out), op.result_type))
+        new.append(
+            tc.MapOp(operands[: 1 if same else 2], "square(a)" if same else "mul(a, b)", str(out), op.result_type)
+        )
         replace(rewriter, op, new)
 
 
@@ -229,6 +241,7 @@ class GatherOnlyRow(RewritePattern):
     """Rows selected from an axis of size 1 are that row, as in a decode bucket, where every token is the last one."""
 
     @op_type_rewrite_pattern
+    @override
     def match_and_rewrite(self, op: tc.GatherOp, rewriter: PatternRewriter) -> None:
         rule = op.rule()
         row = op.indexed_axis()
@@ -240,6 +253,7 @@ class GatherOnlyRow(RewritePattern):
 class FoldConstants(RewritePattern):
     """An operation on constants is a constant, if it stays small."""
 
+    @override
     def match_and_rewrite(self, op: Operation, rewriter: PatternRewriter) -> None:
         if not isinstance(op, tc.TcOp) or isinstance(op, (tc.ConstantOp, tc.WeightOp)) or not op.operands:
             return

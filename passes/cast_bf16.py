@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
 from xdsl.context import Context
 from xdsl.dialects.builtin import FunctionType, ModuleOp
 from xdsl.dialects.func import CallOp, FuncOp, ReturnOp
@@ -92,6 +93,7 @@ class CastBf16(ModulePass):
     name = "cast-bf16"
     allow: bool = False
 
+    @override
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         storage = Storage(op)
         narrow = {

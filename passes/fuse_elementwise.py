@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Operation, SSAValue
@@ -108,6 +109,7 @@ class FuseProducers(RewritePattern):
     keep_rounding: bool
     max_inputs: int
 
+    @override
     def match_and_rewrite(self, op: Operation, rewriter: PatternRewriter) -> None:
         if not isinstance(op, (tc.MapOp, tc.ReduceOp)):
             return
@@ -145,5 +147,6 @@ class FuseElementwise(ModulePass):
     keep_rounding: bool = False
     max_inputs: int = 8
 
+    @override
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         walker([FuseProducers(self.keep_rounding, self.max_inputs)]).rewrite_module(op)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from typing_extensions import override
 from xdsl.context import Context
 from xdsl.dialects.builtin import ArrayAttr, FunctionType, ModuleOp, StringAttr, TensorType
 from xdsl.dialects.func import FuncOp, ReturnOp
@@ -146,6 +147,7 @@ class LastToken(ModulePass):
 
     name = "last-token"
 
+    @override
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         function = SymbolTable.lookup_symbol(op, "main")
         if not isinstance(function, FuncOp):
@@ -159,7 +161,9 @@ class LastToken(ModulePass):
             return
         logits = terminator.operands[results.index(LOGITS)]
         if not token_dims(logits):
-            raise PassFailedException(f"last-token: logits {tensor(logits)} have no symbolic S; run it before specialise")
+            raise PassFailedException(
+                f"last-token: logits {tensor(logits)} have no symbolic S; run it before specialise"
+            )
         at = arguments.index(AFTER) + 1 if AFTER in arguments else 1
         last = block.insert_arg(tensor_type("i32", [BATCH]), at)
         last.name_hint = ARGUMENT

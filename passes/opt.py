@@ -10,12 +10,13 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import ClassVar
 
+from typing_extensions import override
 from xdsl.context import Context
 from xdsl.dialects.builtin import Builtin, ModuleOp
 from xdsl.dialects.func import Func
@@ -133,15 +134,18 @@ class RngdcOpt(xDSLOptMain):
     passes: ClassVar[dict[str, PassFactory]] = {}
     """Passes of layers above this one."""
 
+    @override
     def register_all_dialects(self) -> None:
         own = {"builtin": lambda: Builtin, "func": lambda: Func, "tc": lambda: Tc}
         for name, factory in (own | self.dialects).items():
             self.ctx.register_dialect(name, factory)
 
+    @override
     def register_all_passes(self) -> None:
         for name, factory in (get_passes() | self.passes).items():
             self.register_pass(name, factory)
 
+    @override
     def register_all_arguments(self, arg_parser: argparse.ArgumentParser) -> None:
         super().register_all_arguments(arg_parser)
         arg_parser.prog = "rngdc opt"
@@ -149,9 +153,11 @@ class RngdcOpt(xDSLOptMain):
             "--dump-ir", type=Path, metavar="DIR", help="write the IR before and after every pass to numbered files"
         )
 
+    @override
     def setup_pipeline(self) -> None:
         self.pipeline = PassPipeline(tuple(parse_passes(self.args.passes, self.available_passes)))
 
+    @override
     def apply_passes(self, prog: ModuleOp) -> None:
         if not self.args.disable_verify:
             prog.verify()
@@ -164,7 +170,7 @@ class RngdcOpt(xDSLOptMain):
 
 
 @contextlib.contextmanager
-def reported_errors() -> Iterator[list[int]]:
+def reported_errors() -> Generator[list[int]]:
     """Turn errors of the input into messages on stderr and an exit status: 2 for what a user can fix, 1 otherwise."""
     status = [0]
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.dialects.func import CallOp, FuncOp
@@ -46,9 +47,10 @@ def erase_uncalled(module: ModuleOp) -> None:
     """Remove private functions that nothing calls."""
     called = {op.callee.string_value() for op in module.walk() if isinstance(op, CallOp)}
     for op in list(module.ops):
-        if isinstance(op, FuncOp) and op.sym_visibility is not None and op.sym_visibility.data == "private":
-            if op.sym_name.data not in called:
-                Rewriter.erase_op(op)
+        if not isinstance(op, FuncOp) or op.sym_visibility is None or op.sym_visibility.data != "private":
+            continue
+        if op.sym_name.data not in called:
+            Rewriter.erase_op(op)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Simplify(ModulePass):
 
     name = "simplify"
 
+    @override
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         patterns = [pattern() for pattern in PATTERNS]
         walker(patterns).rewrite_module(op)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
 from xdsl.context import Context
 from xdsl.dialects.builtin import FunctionType, ModuleOp, TensorType
 from xdsl.dialects.func import FuncOp
@@ -32,6 +33,7 @@ class Specialise(ModulePass):
     seq: int | None = None
     kv: int | None = None
 
+    @override
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         given = {"B": self.batch, "S": self.seq, "KV": self.kv}
         sizes = {symbol: size for symbol, size in given.items() if size is not None}
@@ -60,4 +62,6 @@ def substitute_sizes(module: ModuleOp, sizes: dict[str, int]) -> None:
                         Rewriter.replace_value_with_new_type(arg, new)
         if isinstance(op, FuncOp):
             kind = op.function_type
-            op.function_type = FunctionType.from_lists([change(t) for t in kind.inputs], [change(t) for t in kind.outputs])
+            op.function_type = FunctionType.from_lists(
+                [change(t) for t in kind.inputs], [change(t) for t in kind.outputs]
+            )

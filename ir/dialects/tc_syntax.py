@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+from typing_extensions import override
 from xdsl.dialects.builtin import (
     BoolAttr,
     DenseArrayBase,
@@ -31,6 +32,7 @@ class TcSyntax(IRDLOperation):
     SYNTAX: ClassVar[str] = ""
 
     @classmethod
+    @override
     def parse(cls, parser: Parser) -> Self:
         operands: list[SSAValue | list[SSAValue] | None] = []
         properties: dict[str, Attribute] = {}
@@ -55,6 +57,7 @@ class TcSyntax(IRDLOperation):
             result = parser.parse_type()
         return cls.build(operands=operands, properties=properties, attributes=attributes, result_types=[result])
 
+    @override
     def print(self, printer: Printer) -> None:
         typed: Attribute | None = None
         for word in self.SYNTAX.split():
@@ -110,7 +113,9 @@ def _parse_operands(cls: type[IRDLOperation], parser: Parser) -> list[SSAValue |
     result: list[SSAValue | list[SSAValue] | None] = []
     position = 0
     definitions = cls.get_irdl_definition().operands
-    required = [d for _, d in definitions if isinstance(d, OperandDef) and not isinstance(d, (OptOperandDef, VarOperandDef))]
+    required = [
+        d for _, d in definitions if isinstance(d, OperandDef) and not isinstance(d, (OptOperandDef, VarOperandDef))
+    ]
     if len(given) < len(required) or (len(given) > len(required) and not _variadic(cls)):
         parser.raise_error(f"{cls.name} takes {len(required)} operands, not {len(given)}")
     for name, definition in definitions:
