@@ -20,7 +20,7 @@ from backend_rngd.isa.descriptors import BROADCAST, FLIT_BYTES, REDUCE, Contract
 from runtime_sim.memory import RowMemory
 from runtime_sim.nest import Nest, Source, illegal
 from runtime_sim.numeric import STORAGE, widen
-from runtime_sim.views import Footprint, Loops, count, extent, nd, sizes_of, split, strides_of
+from runtime_sim.views import Footprint, Loops, extent, nd, sizes_of, split, strides_of
 
 Array = NDArray[Any]
 BLOCK_ELEMENTS = 1 << 18  # stream elements widened at a time, so that they are still in cache for the product
@@ -73,7 +73,8 @@ class Contraction:
         if low < 0 or high > lane_bytes:
             raise illegal(f"TRF bytes [{low}, {high}) of {lane_bytes} in a lane of {contract.lanes}")
         self.trf_footprints = tuple(
-            Footprint.of(contract.trf_base + lane * lane_bytes, trf_loops, read * width) for lane in range(contract.lanes)
+            Footprint.of(contract.trf_base + lane * lane_bytes, trf_loops, read * width)
+            for lane in range(contract.lanes)
         )
         self.trf_base = contract.trf_base
         self._axes(contract, packet, keep, read, stream_digits, width, lane_bytes, inner is not None)

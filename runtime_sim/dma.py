@@ -85,9 +85,7 @@ class DmaPlan:
                 )
             dm.check(low, high + self.op.packet, what)
         strides_in_memory = tuple(slices * dm.pitch + rest for slices, rest in steps)
-        return _Side(
-            endpoint, dm.bytes, first * dm.pitch + offset, strides_in_memory, (first, offset), tuple(steps)
-        )
+        return _Side(endpoint, dm.bytes, first * dm.pitch + offset, strides_in_memory, (first, offset), tuple(steps))
 
     # Checks ----------------------------------------------------------------------------------------------------------
     def check(self, unit: Unit) -> None:
@@ -118,9 +116,11 @@ class DmaPlan:
         for view in footprint.bits(unit.card.hbm_written[None, :]):
             if not view.all():
                 where = np.argwhere(~view)[0]
-                at = footprint.base + sum(
-                    int(i) * s for i, (_, s) in zip(where[1:], footprint.loops, strict=False)
-                ) + int(where[-1]) * GRANULE
+                at = (
+                    footprint.base
+                    + sum(int(i) * s for i, (_, s) in zip(where[1:], footprint.loops, strict=False))
+                    + int(where[-1]) * GRANULE
+                )
                 raise _uninitialised(f"HBM byte {at}")
 
     def _mark_write(self, unit: Unit, side: _Side, address: int) -> None:

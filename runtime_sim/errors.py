@@ -42,4 +42,3 @@ class SimulationError(Exception):
     def at(self, site: Site) -> SimulationError:
         """The same error with its place, unless it already has one."""
         return self if self.site else SimulationError(self.kind, self.what, self.fix, site)
-

@@ -130,9 +130,7 @@ class Unit:
             if observer is not None:
                 observer(Executed(routine, index, path, instruction))
 
-    def _call(
-        self, program: Program, call: Call, path: tuple[tuple[int, int], ...], observer: Observer | None
-    ) -> None:
+    def _call(self, program: Program, call: Call, path: tuple[tuple[int, int], ...], observer: Observer | None) -> None:
         if len(path) > 64:
             raise SimulationError(SimulationError.ILLEGAL, "calls nested deeper than 64", site=program.site(*path[-1]))
         saved = self.registers

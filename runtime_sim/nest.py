@@ -154,7 +154,9 @@ def _switched(
         return Source(nests, lead, fetch.packet, packets, dtype, fetch.cast)
     if len(tensors) == 2:
         raise SimulationError(
-            SimulationError.UNSUPPORTED, f"two interleaved tensors through {switch.kind.name}", "fetch them in two passes"
+            SimulationError.UNSUPPORTED,
+            f"two interleaved tensors through {switch.kind.name}",
+            "fetch them in two passes",
         )
     time0 = 1
     if switch.kind is SwitchKind.BROADCAST01:

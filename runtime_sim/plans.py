@@ -14,7 +14,7 @@ from runtime_sim.dma import DmaPlan
 from runtime_sim.errors import SimulationError
 from runtime_sim.memory import RowMemory
 from runtime_sim.nest import Source, by_flits, flit_width, illegal, source_of
-from runtime_sim.numeric import FLOATS, STORAGE, narrow, widen, widened
+from runtime_sim.numeric import STORAGE, narrow
 from runtime_sim.vector import Chain
 from runtime_sim.views import Footprint, count, extent, merged, nd, sizes_of, split, strides_of
 
@@ -75,9 +75,7 @@ class ExecPlan(_Static):
             dtype, packet, packets, pair = engine.result, engine.packet, engine.packets, False
             self.reads += [(unit.trf, footprint, rows, "contraction") for footprint in engine.trf_footprints]
         if op.vector or op.stash_input:
-            chain = Chain(
-                op.vector, op.stash_input, source.slices, unit.vrf, packets * packet, packet, dtype, pair
-            )
+            chain = Chain(op.vector, op.stash_input, source.slices, unit.vrf, packets * packet, packet, dtype, pair)
             self.chain = chain
             self.reads += [(unit.vrf, footprint, rows, "vector operand") for footprint in chain.footprints]
             dtype, pair, packets, packet = chain.dtype, chain.pair, chain.elements // chain.packet, chain.packet
@@ -104,9 +102,7 @@ class ExecPlan(_Static):
 class _Committer:
     """Cast, trim and commit of a stream [A, B, C, elements]."""
 
-    def __init__(
-        self, commit: Commit, source: Source, dtype: Dtype, packet: int, packets: int, dm: RowMemory
-    ) -> None:
+    def __init__(self, commit: Commit, source: Source, dtype: Dtype, packet: int, packets: int, dm: RowMemory) -> None:
         self.dtype = dtype
         self.target = commit.dtype
         self.cast = commit.dtype.bytes != dtype.bytes
@@ -114,7 +110,9 @@ class _Committer:
         if self.cast and commit.dtype not in legal.get(dtype, ()):
             raise illegal(f"the cast engine does not convert {dtype.name} to {commit.dtype.name}")
         if commit.valid * commit.dtype.bytes not in (8, 16, 24, 32):
-            raise illegal(f"commit keeps {commit.valid * commit.dtype.bytes} bytes of a flit", "8, 16, 24 or 32 are legal")
+            raise illegal(
+                f"commit keeps {commit.valid * commit.dtype.bytes} bytes of a flit", "8, 16, 24 or 32 are legal"
+            )
         self.packet, self.flit, self.valid = packet, flit_width(dtype), commit.valid
         probe = by_flits(np.zeros((1, 1, 1, packet), np.uint8), packet, self.flit, commit.valid)
         kept = probe.size * packets
@@ -205,9 +203,7 @@ class LoadTrfPlan(_Static):
             if len(groups[0]) > 1:
                 self.source, shape, self.regroup = nest.view(), (per_lane,), (op.slices, op.lanes, per_lane)
         strides = tuple(np.zeros(shape, storage).strides)
-        target = nd(
-            trf.bytes, storage, op.base, (op.slices, op.lanes, *shape), (trf.pitch, lane_bytes, *strides)
-        )
+        target = nd(trf.bytes, storage, op.base, (op.slices, op.lanes, *shape), (trf.pitch, lane_bytes, *strides))
         self.target = target if self.regroup is not None or op.lanes > 1 else target[:, 0]
 
     def run(self, unit: Unit) -> None:
@@ -250,9 +246,7 @@ class MemsetPlan(_Static):
             raise illegal(f"memset of {op.bytes} bytes at {op.base} of {op.slices} slices", "32-bit units")
         unit.dm.check(op.base, op.base + op.bytes, "memset")
         self.writes.append((unit.dm, Footprint(op.base, op.bytes, ()), slice(0, op.slices)))
-        self.view = nd(
-            unit.dm.bytes, np.dtype(np.uint32), op.base, (op.slices, op.bytes // 4), (unit.dm.pitch, 4)
-        )
+        self.view = nd(unit.dm.bytes, np.dtype(np.uint32), op.base, (op.slices, op.bytes // 4), (unit.dm.pitch, 4))
         self.value = np.uint32(op.value & 0xFFFFFFFF)
 
     def run(self, unit: Unit) -> None:

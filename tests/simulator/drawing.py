@@ -262,7 +262,9 @@ def chains(draw, table: dict[Alu, list[Op]], elements: int, packet: int, pair: b
         if op in UNARY:
             ops.append(VectorOp(alu, op, Mode.UNARY, group=group))
             continue
-        modes = [Mode.STREAM_OPERAND] if op in SHIFTS else [Mode.STREAM_OPERAND, Mode.OPERAND_STREAM, Mode.STREAM_STREAM]
+        modes = (
+            [Mode.STREAM_OPERAND] if op in SHIFTS else [Mode.STREAM_OPERAND, Mode.OPERAND_STREAM, Mode.STREAM_STREAM]
+        )
         mode = draw(st.sampled_from(modes))
         operand = Operand()
         if mode is not Mode.STREAM_STREAM:
@@ -302,9 +304,12 @@ def contractions(draw, slices: int):
     fetch_packet = draw(st.sampled_from([packet, packet // pack])) if not short else packet // 2
     kind, ring = None, 1
     if draw(st.booleans()) and packets % 2 == 0 and packets * packet % (2 * fetch_packet) == 0:
-        kind, ring = Switch(SwitchKind.BROADCAST01, 2, 1) if draw(st.booleans()) else Switch(
-            SwitchKind.BROADCAST1, 2, draw(st.sampled_from([1, slices // 2]))
-        ), 2
+        kind, ring = (
+            Switch(SwitchKind.BROADCAST01, 2, 1)
+            if draw(st.booleans())
+            else Switch(SwitchKind.BROADCAST1, 2, draw(st.sampled_from([1, slices // 2]))),
+            2,
+        )
     total = packets * pack // ring if short else packets * packet // fetch_packet // ring
     if total == 0 or (short and packets * pack % ring):
         kind, ring, total = None, 1, packets * pack if short else packets * packet // fetch_packet

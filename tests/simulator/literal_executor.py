@@ -290,10 +290,7 @@ class LiteralUnit:
         """One element through one ALU."""
         kind = {"f": np.float32, "i": np.int32, "I": np.uint32}[view]
         x = kind(struct.unpack("<" + view, element)[0])
-        if operand is None:
-            y = x
-        else:
-            y = kind(struct.unpack("<" + view, operand)[0])
+        y = x if operand is None else kind(struct.unpack("<" + view, operand)[0])
         if op.mode is Mode.OPERAND_STREAM and op.op is not Op.FMA:
             x, y = y, x
         with np.errstate(all="ignore"):
@@ -307,8 +304,12 @@ class LiteralUnit:
                 return struct.pack("<f", np.float32(x))
             if math.isnan(x):
                 return struct.pack("<i", 0)
-            return struct.pack("<i", int(min(max(round(float(x)), -(2**31)), 2**31 - 1)) if math.isfinite(x) else
-                               (2**31 - 1 if x > 0 else -(2**31)))
+            return struct.pack(
+                "<i",
+                int(min(max(round(float(x)), -(2**31)), 2**31 - 1))
+                if math.isfinite(x)
+                else (2**31 - 1 if x > 0 else -(2**31)),
+            )
         if view == "f":
             result = {
                 Op.ADD: lambda: x + y,

@@ -75,9 +75,7 @@ def chain_case(data, table, dtype: Dtype, pair: bool) -> Exec:
         fetch = Fetch(fetch.base, fetch.loops, fetch.dtype, fetch.packet, fetch.cast, (16384, tuple(other)))
     else:
         switch, packets = data.draw(draw_.switches(4, packets))
-    ops, stash, still = data.draw(
-        draw_.chains(table, packets * fetch.packet, fetch.packet, pair, dtype is Dtype.I32)
-    )
+    ops, stash, still = data.draw(draw_.chains(table, packets * fetch.packet, fetch.packet, pair, dtype is Dtype.I32))
     commit = data.draw(draw_.commits(Dtype.F32, fetch.packet, packets * (2 if still else 1)))
     return Exec(4, fetch, commit, switch, None, ops, stash)
 
@@ -209,7 +207,12 @@ def test_calls_move_registers():
         return Instruction(context, After(), op, 0)
 
     main = Routine(
-        "main", (at(Call(1, ((3, 1, 64), (4, 3, 0))), Context.CONTROL), at(other), at(Call(2, ((3, 0, 512),)), Context.CONTROL))
+        "main",
+        (
+            at(Call(1, ((3, 1, 64), (4, 3, 0))), Context.CONTROL),
+            at(other),
+            at(Call(2, ((3, 0, 512),)), Context.CONTROL),
+        ),
     )
     first = Routine("first", (at(move), at(Call(2, ((3, 4, 0),)), Context.CONTROL)))
     second = Routine(
