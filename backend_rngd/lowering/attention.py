@@ -36,7 +36,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.contract import k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.move import ring_broadcast
-from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
+from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir.errors import UnsupportedError
 
 SCORE_BYTES = 64 * 1024  # scores of a chunk of rows a slice
@@ -105,7 +105,9 @@ class AttentionLowering:
                 "use a model whose head size is a multiple of 4",
             )
         if q.space == Space.HBM:
-            raise UnsupportedError("attention over queries that do not fit DM", "they are read per head", "use a smaller bucket")
+            raise UnsupportedError(
+                "attention over queries that do not fit DM", "they are read per head", "use a smaller bucket"
+            )
         assert q.rows is not None
         self._need_contiguous(q)
         if k.padded != k.width:
@@ -142,8 +144,14 @@ class AttentionLowering:
     ) -> None:
         """Rows of a cache from HBM byte `base` to DM address `target` of `tile`, repeated by `loops`."""
         self.em.dma(
-            cache.buffer, Space.HBM, base, tile, Space.DM, target,
-            [*loops, (count, cache.width * 2, cache.padded * 2)], cache.width * 2,
+            cache.buffer,
+            Space.HBM,
+            base,
+            tile,
+            Space.DM,
+            target,
+            [*loops, (count, cache.width * 2, cache.padded * 2)],
+            cache.width * 2,
         )
 
     # Few tokens: one (batch, KV head) pair a slice -------------------------------------------------------------------
@@ -163,13 +171,31 @@ class AttentionLowering:
             mine = em.alloc(tokens * group * head * 2, "queries")
             lim = em.alloc(tokens * 8, "limits")
             em.dma(
-                q.buffer, Space.DM, q.base + b0 * tokens * q.pitch + h0 * group * q_head, mine, Space.DM, 0,
-                [*((n, b * tokens * q.pitch + h * group * q_head, s * DM_SLICE_STRIDE) for n, b, h, s in loops),
-                 (tokens, q.pitch, group * head * 2), (group, q_head, head * 2)], head * 2,
+                q.buffer,
+                Space.DM,
+                q.base + b0 * tokens * q.pitch + h0 * group * q_head,
+                mine,
+                Space.DM,
+                0,
+                [
+                    *((n, b * tokens * q.pitch + h * group * q_head, s * DM_SLICE_STRIDE) for n, b, h, s in loops),
+                    (tokens, q.pitch, group * head * 2),
+                    (group, q_head, head * 2),
+                ],
+                head * 2,
             )
             em.dma(
-                limit.buffer, Space.DM, limit.base + b0 * tokens * limit.pitch, lim, Space.DM, 0,
-                [*((n, b * tokens * limit.pitch, s * DM_SLICE_STRIDE) for n, b, _, s in loops), (tokens, limit.pitch, 8)], 8,
+                limit.buffer,
+                Space.DM,
+                limit.base + b0 * tokens * limit.pitch,
+                lim,
+                Space.DM,
+                0,
+                [
+                    *((n, b * tokens * limit.pitch, s * DM_SLICE_STRIDE) for n, b, _, s in loops),
+                    (tokens, limit.pitch, 8),
+                ],
+                8,
             )
             step = _Rows(tokens, mine, 0, group * head * 2, head * 2, lim, 0, 8)
 
@@ -177,7 +203,9 @@ class AttentionLowering:
                 real = min(count, cache.keys - start)
                 tile = self._tile(cache, count, real)
                 base = b0 * cache.batch_stride + h0 * cache.head_stride + start * cache.width * 2
-                steps = [(n, b * cache.batch_stride + h * cache.head_stride, s * DM_SLICE_STRIDE) for n, b, h, s in loops]
+                steps = [
+                    (n, b * cache.batch_stride + h * cache.head_stride, s * DM_SLICE_STRIDE) for n, b, h, s in loops
+                ]
                 self._load(cache, base, real, tile, 0, steps)
                 return tile
 
@@ -185,17 +213,27 @@ class AttentionLowering:
             self._heads(step, p, k, v, load, len(some), result, group * v.width * 2, v.width * 2)
             run = group * v.width * 2
             em.dma(
-                result, Space.DM, 0, out.buffer, Space.DM, out.base + b0 * tokens * out.pitch + h0 * run,
-                [(em.slices, 0, DM_SLICE_STRIDE),
-                 *((n, s * DM_SLICE_STRIDE, b * tokens * out.pitch + h * run) for n, b, h, s in loops),
-                 (tokens, run, out.pitch)], run,
+                result,
+                Space.DM,
+                0,
+                out.buffer,
+                Space.DM,
+                out.base + b0 * tokens * out.pitch + h0 * run,
+                [
+                    (em.slices, 0, DM_SLICE_STRIDE),
+                    *((n, s * DM_SLICE_STRIDE, b * tokens * out.pitch + h * run) for n, b, h, s in loops),
+                    (tokens, run, out.pitch),
+                ],
+                run,
             )
         return out
 
     def _need_contiguous(self, q: Tensor) -> None:
         d = q.dims[3]
         if d.kind == "feature" and d.stride != 2:
-            raise UnsupportedError("queries whose head values are not contiguous", "packets read 32 of them", "copy them first")
+            raise UnsupportedError(
+                "queries whose head values are not contiguous", "packets read 32 of them", "copy them first"
+            )
 
     def _output(self, q: Tensor, v: Cache, p: AttentionParams) -> Tensor:
         rows = q.rows
@@ -237,7 +275,11 @@ class AttentionLowering:
                 spread = self._tile(cache, each, each)
                 step = each * cache.width * 2
                 self._load(
-                    cache, base, each, spread, 0,
+                    cache,
+                    base,
+                    each,
+                    spread,
+                    0,
                     [(rows.batch, cache.batch_stride, ring * DM_SLICE_STRIDE), (ring, step, DM_SLICE_STRIDE)],
                 )
                 idle = em.slices - rows.batch * ring
@@ -250,7 +292,19 @@ class AttentionLowering:
                 tile = em.alloc(count * cache.padded * 2, "keys")
                 values = each * cache.padded
                 ring_broadcast(
-                    em, spread, [(values, 2)], Dtype.BF16, 16, 0, ring, tile, 0, [(values // 16, 32)], values * 2, [(16, 2)], 16
+                    em,
+                    spread,
+                    [(values, 2)],
+                    Dtype.BF16,
+                    16,
+                    0,
+                    ring,
+                    tile,
+                    0,
+                    [(values // 16, 32)],
+                    values * 2,
+                    [(16, 2)],
+                    16,
                 )
                 return tile
 
@@ -259,12 +313,27 @@ class AttentionLowering:
             for first in range(0, rows.local, chunk):
                 tokens = min(chunk, rows.local - first)
                 step = _Rows(
-                    tokens, q.buffer, q.base + first * q.pitch + h * p.group * q_head, q.pitch, q_head,
-                    limit.buffer, limit.base + first * limit.pitch, limit.pitch,
+                    tokens,
+                    q.buffer,
+                    q.base + first * q.pitch + h * p.group * q_head,
+                    q.pitch,
+                    q_head,
+                    limit.buffer,
+                    limit.base + first * limit.pitch,
+                    limit.pitch,
                 )
                 self._heads(
-                    step, p, k, v, load, em.slices, out.buffer, out.pitch, out_head,
-                    out.base + first * out.pitch + h * p.group * out_head, multiple=ring if k.keys % ring == 0 else KEY_MULTIPLE,
+                    step,
+                    p,
+                    k,
+                    v,
+                    load,
+                    em.slices,
+                    out.buffer,
+                    out.pitch,
+                    out_head,
+                    out.base + first * out.pitch + h * p.group * out_head,
+                    multiple=ring if k.keys % ring == 0 else KEY_MULTIPLE,
                 )
         return out
 
@@ -283,7 +352,11 @@ class AttentionLowering:
                     base = h * cache.head_stride + start * cache.width * 2
                     live = -(-(rows.batch - r) // rows.local)
                     self._load(
-                        cache, base + r * cache.batch_stride, real, tile, 0,
+                        cache,
+                        base + r * cache.batch_stride,
+                        real,
+                        tile,
+                        0,
                         [(live, rows.local * cache.batch_stride, DM_SLICE_STRIDE)],
                     )
                     if live < em.slices:
@@ -293,19 +366,43 @@ class AttentionLowering:
                     return tile
 
                 step = _Rows(
-                    1, q.buffer, q.base + r * q.pitch + h * p.group * q_head, q.pitch, q_head,
-                    limit.buffer, limit.base + r * limit.pitch, limit.pitch,
+                    1,
+                    q.buffer,
+                    q.base + r * q.pitch + h * p.group * q_head,
+                    q.pitch,
+                    q_head,
+                    limit.buffer,
+                    limit.base + r * limit.pitch,
+                    limit.pitch,
                 )
                 self._heads(
-                    step, p, k, v, load, em.slices, out.buffer, out.pitch, v.width * 2,
+                    step,
+                    p,
+                    k,
+                    v,
+                    load,
+                    em.slices,
+                    out.buffer,
+                    out.pitch,
+                    v.width * 2,
                     out.base + r * out.pitch + h * p.group * v.width * 2,
                 )
         return out
 
     # One KV head ------------------------------------------------------------------------------------------------------
     def _heads(
-        self, r: _Rows, p: AttentionParams, k: Cache, v: Cache, load: object, slices: int, target: SSAValue,
-        target_token: int, target_head: int, target_base: int = 0, multiple: int = KEY_MULTIPLE,
+        self,
+        r: _Rows,
+        p: AttentionParams,
+        k: Cache,
+        v: Cache,
+        load: object,
+        slices: int,
+        target: SSAValue,
+        target_token: int,
+        target_head: int,
+        target_base: int = 0,
+        multiple: int = KEY_MULTIPLE,
     ) -> None:
         """Rows of one KV head: `target` receives `[token][head][value]` with the given strides."""
         em = self.em
@@ -334,21 +431,33 @@ class AttentionLowering:
             part = acc if start == 0 else em.alloc(groups * lanes * v.padded * 4, "partial")
             for g in range(0, groups, slots):
                 count = min(slots, groups - g)
-                self._values(probabilities, keys, start, per_value, g, count, lanes, half, values, v.padded, part, slices)
+                self._values(
+                    probabilities, keys, start, per_value, g, count, lanes, half, values, v.padded, part, slices
+                )
             if start:
                 n = groups * lanes * v.padded
                 em.execute(
-                    em.fetch(0, [(n, 4)], Dtype.F32, 8, None, (0, [4])), acc, Commit(0, ((n, 4),), Dtype.F32, 8), acc,
-                    second=part, vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),), slices=slices,
+                    em.fetch(0, [(n, 4)], Dtype.F32, 8, None, (0, [4])),
+                    acc,
+                    Commit(0, ((n, 4),), Dtype.F32, 8),
+                    acc,
+                    second=part,
+                    vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),),
+                    slices=slices,
                 )
         base = em.vrf_space(round_up(rows * 8, 32))
         em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), total, base, slices)
         packet = 8 if v.width % 8 == 0 else 4
-        divide = VectorOp(Alu.FP_DIV, Op.DIV, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=((rows, 8), (v.width, 0))))
+        divide = VectorOp(
+            Alu.FP_DIV, Op.DIV, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=((rows, 8), (v.width, 0)))
+        )
         em.execute(
-            em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet), acc,
+            em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet),
+            acc,
             Commit(target_base, ((r.tokens, target_token), (p.group, target_head), (v.width, 2)), Dtype.BF16, packet),
-            target, vector=(divide,), slices=slices,
+            target,
+            vector=(divide,),
+            slices=slices,
         )
 
     def _mask(self, r: _Rows, p: AttentionParams, keys: int, slices: int) -> SSAValue:
@@ -358,7 +467,9 @@ class AttentionLowering:
 
         def one_side(target: SSAValue, sign: float, offset: float) -> None:
             base = em.vrf_space(round_up(r.tokens * 8, 32))
-            em.load_vrf(em.fetch(r.limit_base, [(r.tokens, r.limit_token), (2, 4)], Dtype.F32, 2), r.limit, base, slices)
+            em.load_vrf(
+                em.fetch(r.limit_base, [(r.tokens, r.limit_token), (2, 4)], Dtype.F32, 2), r.limit, base, slices
+            )
             limit = Operand(Source.VRF, base=base, loops=((r.tokens, 8), (keys, 0)))
             mode = Mode.OPERAND_STREAM if sign > 0 else Mode.STREAM_OPERAND
             ops = [VectorOp(Alu.FP_FMA, Op.SUB, mode, limit)]
@@ -366,25 +477,43 @@ class AttentionLowering:
                 ops.append(VectorOp(Alu.CLIP_ADD, Op.ADD, Mode.STREAM_OPERAND, Operand(Source.CONST, offset)))
             ops.append(VectorOp(Alu.CLIP_MIN, Op.MIN, Mode.STREAM_OPERAND, Operand(Source.CONST, 0.0)))
             em.execute(
-                em.fetch(0, [(r.tokens, 0), (keys, 4)], Dtype.F32, 8), self.iota,
-                Commit(0, ((r.tokens * keys, 4),), Dtype.F32, 8), target, vector=ops, slices=slices,
+                em.fetch(0, [(r.tokens, 0), (keys, 4)], Dtype.F32, 8),
+                self.iota,
+                Commit(0, ((r.tokens * keys, 4),), Dtype.F32, 8),
+                target,
+                vector=ops,
+                slices=slices,
             )
 
         one_side(mask, 1.0, 0.0)
         if p.window:
             if not p.causal:
-                raise UnsupportedError("a two-sided attention window", "only causal windows are lowered", "use full attention")
+                raise UnsupportedError(
+                    "a two-sided attention window", "only causal windows are lowered", "use full attention"
+                )
             lower = em.alloc(r.tokens * keys * 4, "mask")
             one_side(lower, -1.0, float(p.window - 1))
             em.execute(
-                em.fetch(0, [(r.tokens * keys, 4)], Dtype.F32, 8, None, (0, [4])), mask,
-                Commit(0, ((r.tokens * keys, 4),), Dtype.F32, 8), mask, second=lower,
-                vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),), slices=slices,
+                em.fetch(0, [(r.tokens * keys, 4)], Dtype.F32, 8, None, (0, [4])),
+                mask,
+                Commit(0, ((r.tokens * keys, 4),), Dtype.F32, 8),
+                mask,
+                second=lower,
+                vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),),
+                slices=slices,
             )
         return mask
 
     def _scores(
-        self, r: _Rows, p: AttentionParams, keys_tile: SSAValue, count: int, start: int, width: int, keys: int, scores: SSAValue,
+        self,
+        r: _Rows,
+        p: AttentionParams,
+        keys_tile: SSAValue,
+        count: int,
+        start: int,
+        width: int,
+        keys: int,
+        scores: SSAValue,
         slices: int,
     ) -> None:
         em = self.em
@@ -392,7 +521,11 @@ class AttentionLowering:
         used = count // 8 * width * 2
         base = self._next_half(lane_bytes, used)
         em.load_trf(
-            em.fetch(0, [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)], Dtype.BF16, 16), keys_tile, 8, base, slices
+            em.fetch(0, [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)], Dtype.BF16, 16),
+            keys_tile,
+            8,
+            base,
+            slices,
         )
         ops = [VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, p.scale))]
         if p.softcap:
@@ -409,9 +542,13 @@ class AttentionLowering:
             scores,
             slices=slices,
             contract=Contract(
-                8, packet // 16, base,
+                8,
+                packet // 16,
+                base,
                 ((r.tokens * p.group, 0, 0), (width // packet, packet * 2, REDUCE), (count // 8, width * 2, BROADCAST)),
-                packet, packet.bit_length() - 1, LaneMode.INTERLEAVED,
+                packet,
+                packet.bit_length() - 1,
+                LaneMode.INTERLEAVED,
             ),
             vector=ops,
         )
@@ -423,16 +560,33 @@ class AttentionLowering:
         return self.half * (lane_bytes // 2)
 
     def _softmax(
-        self, r: _Rows, p: AttentionParams, rows: int, keys: int, scores: SSAValue, mask: SSAValue, probabilities: SSAValue,
+        self,
+        r: _Rows,
+        p: AttentionParams,
+        rows: int,
+        keys: int,
+        scores: SSAValue,
+        mask: SSAValue,
+        probabilities: SSAValue,
         slices: int,
     ) -> SSAValue:
         """probabilities = exp(score + mask - max), bf16; returns their sums, f32, 8 B a row."""
         em = self.em
         n = rows * keys
         em.execute(
-            em.fetch(0, [(r.tokens, p.group * keys * 4), (p.group, keys * 4), (keys, 4)], Dtype.F32, 8, None,
-                     (0, [keys * 4, 0, 4])),
-            scores, Commit(0, ((n, 4),), Dtype.F32, 8), scores, second=mask, slices=slices,
+            em.fetch(
+                0,
+                [(r.tokens, p.group * keys * 4), (p.group, keys * 4), (keys, 4)],
+                Dtype.F32,
+                8,
+                None,
+                (0, [keys * 4, 0, 4]),
+            ),
+            scores,
+            Commit(0, ((n, 4),), Dtype.F32, 8),
+            scores,
+            second=mask,
+            slices=slices,
             vector=(
                 VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, HIDDEN), group=2),
                 VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),
@@ -440,27 +594,55 @@ class AttentionLowering:
         )
         top, total = em.alloc(rows * 8, "max"), em.alloc(rows * 8, "sum")
         em.execute(
-            em.fetch(0, [(n, 4)], Dtype.F32, 8), scores, Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2), top, slices=slices,
+            em.fetch(0, [(n, 4)], Dtype.F32, 8),
+            scores,
+            Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2),
+            top,
+            slices=slices,
             vector=(VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=keys, inner=1),),
         )
         base = em.vrf_space(round_up(rows * 8, 32))
         em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), top, base, slices)
         em.execute(
-            em.fetch(0, [(n, 4)], Dtype.F32, 8), scores, Commit(0, ((n, 2),), Dtype.BF16, 8), probabilities, slices=slices,
+            em.fetch(0, [(n, 4)], Dtype.F32, 8),
+            scores,
+            Commit(0, ((n, 2),), Dtype.BF16, 8),
+            probabilities,
+            slices=slices,
             vector=(
-                VectorOp(Alu.FP_FMA, Op.SUB, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=((rows, 8), (keys, 0)))),
+                VectorOp(
+                    Alu.FP_FMA,
+                    Op.SUB,
+                    Mode.STREAM_OPERAND,
+                    Operand(Source.VRF, base=base, loops=((rows, 8), (keys, 0))),
+                ),
                 VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY),
             ),
         )
         em.execute(
-            em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32), probabilities, Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2), total,
-            slices=slices, vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1),),
+            em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32),
+            probabilities,
+            Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2),
+            total,
+            slices=slices,
+            vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1),),
         )
         return total
 
     def _values(
-        self, probabilities: SSAValue, keys: int, start: int, count: int, group: int, groups: int, lanes: int, half: int,
-        values: SSAValue, width: int, target: SSAValue, slices: int,
+        self,
+        probabilities: SSAValue,
+        keys: int,
+        start: int,
+        count: int,
+        group: int,
+        groups: int,
+        lanes: int,
+        half: int,
+        values: SSAValue,
+        width: int,
+        target: SSAValue,
+        slices: int,
     ) -> None:
         """target[row][value] (f32) = sum over `count` keys, rows of `groups` lane groups from `group` on."""
         em = self.em
@@ -470,19 +652,30 @@ class AttentionLowering:
             em.fetch(
                 (first * keys + start) * 2, [(lanes, keys * 2), (groups, lanes * keys * 2), (count, 2)], Dtype.BF16, 16
             ),
-            probabilities, lanes, base, slices,
+            probabilities,
+            lanes,
+            base,
+            slices,
         )
         packet = k_multiple(width)
         em.execute(
             em.fetch(0, [(width // packet, packet * 2), (count, width * 2), (packet, 2)], Dtype.BF16, packet),
             values,
             Commit(
-                first * width * 4, ((width // packet, packet * 4), (groups * lanes, width * 4), (packet, 4)), Dtype.F32, 8
+                first * width * 4,
+                ((width // packet, packet * 4), (groups * lanes, width * 4), (packet, 4)),
+                Dtype.F32,
+                8,
             ),
             target,
             slices=slices,
             contract=Contract(
-                lanes, packet // 16, base, ((width // packet, 0, 0), (count, 2, REDUCE), (groups, count * 2, BROADCAST)), 1, 0,
+                lanes,
+                packet // 16,
+                base,
+                ((width // packet, 0, 0), (count, 2, REDUCE), (groups, count * 2, BROADCAST)),
+                1,
+                0,
                 LaneMode.SEQUENTIAL,
             ),
         )
@@ -494,7 +687,9 @@ def _pair_loops(pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, int, int,
     heads = sum(1 for b, _ in pairs if b == b0)
     batches = len(pairs) // heads
     if batches * heads != len(pairs):
-        raise UnsupportedError("attention pairs that end inside a batch row", "loops are rectangular", "use fewer heads")
+        raise UnsupportedError(
+            "attention pairs that end inside a batch row", "loops are rectangular", "use fewer heads"
+        )
     return [(batches, 1, 0, heads), (heads, 0, 1, 1)], b0, h0
 
 

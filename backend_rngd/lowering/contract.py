@@ -161,7 +161,9 @@ class ContractLowering:
             k * 2,
         )
 
-    def _accumulate(self, acc: SSAValue, part: SSAValue, target: SSAValue, count: int, dtype: Dtype, vector: tuple[VectorOp, ...]) -> None:
+    def _accumulate(
+        self, acc: SSAValue, part: SSAValue, target: SSAValue, count: int, dtype: Dtype, vector: tuple[VectorOp, ...]
+    ) -> None:
         """target = acc + part over `count` f32 elements a slice."""
         packet = 8 if count % 8 == 0 else 4
         add = VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01)
@@ -179,7 +181,13 @@ class ContractLowering:
 
     # Few tokens --------------------------------------------------------------------------------------------------------
     def _stream_weights(
-        self, x: Tensor, w: Matrix, dims: Sequence[Dim], dtype: Dtype, vector: tuple[VectorOp, ...], output: SSAValue | None
+        self,
+        x: Tensor,
+        w: Matrix,
+        dims: Sequence[Dim],
+        dtype: Dtype,
+        vector: tuple[VectorOp, ...],
+        output: SSAValue | None,
     ) -> Tensor:
         em = self.em
         assert x.rows is not None
@@ -196,9 +204,7 @@ class ContractLowering:
         own_epilogue = split and any(op.alu == Alu.FP_FMA for op in vector)
         result_ops = () if own_epilogue else vector
         parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if split else []
-        finals = [
-            em.alloc(t.per_slice * lanes * (4 if own_epilogue else dtype.bytes), "channels") for t in tiles
-        ]
+        finals = [em.alloc(t.per_slice * lanes * (4 if own_epilogue else dtype.bytes), "channels") for t in tiles]
         for i, t in enumerate(tiles):
             if t.slices < em.slices:  # the ring and the sums read every slice, also those without channels
                 for buffer, width in ((finals[i], 4 if own_epilogue else dtype.bytes), *((p[i], 4) for p in parts)):
@@ -217,7 +223,15 @@ class ContractLowering:
             tile, last = tiles[t], c == len(chunks) - 1
             where = finals[t] if not split else parts[0 if c == 0 else 1][t]
             self._weights_pass(
-                buffers[i % 2], tile, k, packet, lanes, base, where, dtype if not split else Dtype.F32, vector if not split else ()
+                buffers[i % 2],
+                tile,
+                k,
+                packet,
+                lanes,
+                base,
+                where,
+                dtype if not split else Dtype.F32,
+                vector if not split else (),
             )
             count = tile.per_slice * lanes
             if split and c > 0:
@@ -235,8 +249,14 @@ class ContractLowering:
             for tile, final in zip(tiles, finals, strict=True):
                 run = tile.per_slice * lanes * dtype.bytes
                 em.dma(
-                    final, Space.DM, 0, output, Space.HBM, tile.start * lanes * dtype.bytes,
-                    [(tile.slices, DM_SLICE_STRIDE, run)], run,
+                    final,
+                    Space.DM,
+                    0,
+                    output,
+                    Space.HBM,
+                    tile.start * lanes * dtype.bytes,
+                    [(tile.slices, DM_SLICE_STRIDE, run)],
+                    run,
                 )
             return Tensor(output, Space.HBM, dtype, _channel_major(dims, lanes * dtype.bytes), x.rows, 0, dtype.bytes)
         width = max(t.start + em.slices * t.per_slice for t in tiles)
@@ -249,8 +269,11 @@ class ContractLowering:
         target = self.em.alloc(count * dtype.bytes, "channels")
         packet = 8 if count % 8 == 0 else 4
         self.em.execute(
-            self.em.fetch(0, [(count, 4)], Dtype.F32, packet), source,
-            Commit(0, ((count, dtype.bytes),), dtype, packet), target, vector=vector,
+            self.em.fetch(0, [(count, 4)], Dtype.F32, packet),
+            source,
+            Commit(0, ((count, dtype.bytes),), dtype, packet),
+            target,
+            vector=vector,
         )
         return target
 
@@ -261,15 +284,29 @@ class ContractLowering:
         if x.space == Space.HBM:
             source = self.em.alloc(x.rows.local * k * 2, "tokens")
             self.em.dma(
-                x.buffer, Space.HBM, offset, source, Space.DM, 0,
-                [(self.em.slices, 0, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)], k * 2,
+                x.buffer,
+                Space.HBM,
+                offset,
+                source,
+                Space.DM,
+                0,
+                [(self.em.slices, 0, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)],
+                k * 2,
             )
             offset, pitch = 0, k * 2
         loops = [(lanes // x.rows.local, 0), (x.rows.local, pitch), (k, 2)]
         self.em.load_trf(self.em.fetch(offset, loops, Dtype.BF16, 16), source, lanes, base)
 
     def _weights_pass(
-        self, weights: SSAValue, tile: Tile, k: int, packet: int, lanes: int, base: int, target: SSAValue, dtype: Dtype,
+        self,
+        weights: SSAValue,
+        tile: Tile,
+        k: int,
+        packet: int,
+        lanes: int,
+        base: int,
+        target: SSAValue,
+        dtype: Dtype,
         vector: tuple[VectorOp, ...],
     ) -> None:
         self.em.execute(
@@ -279,8 +316,13 @@ class ContractLowering:
             target,
             slices=tile.slices,
             contract=Contract(
-                lanes, packet // 16, base, ((tile.per_slice, 0, 0), (k // packet, packet * 2, REDUCE)), packet,
-                packet.bit_length() - 1, LaneMode.INTERLEAVED,
+                lanes,
+                packet // 16,
+                base,
+                ((tile.per_slice, 0, 0), (k // packet, packet * 2, REDUCE)),
+                packet,
+                packet.bit_length() - 1,
+                LaneMode.INTERLEAVED,
             ),
             vector=vector,
         )
@@ -296,19 +338,42 @@ class ContractLowering:
         flit = 32 // width
         packet = next(p for p in (16, 12, 8, 4) if p <= flit and tile.per_slice % p == 0)
         ring_broadcast(
-            em, channels, [(local, width), (tile.per_slice, lanes * width)], dtype, packet, 0, em.slices, target, base,
-            [(local, pitch), (tile.per_slice // packet, packet * width)], tile.per_slice * width, [(packet, width)], packet,
+            em,
+            channels,
+            [(local, width), (tile.per_slice, lanes * width)],
+            dtype,
+            packet,
+            0,
+            em.slices,
+            target,
+            base,
+            [(local, pitch), (tile.per_slice // packet, packet * width)],
+            tile.per_slice * width,
+            [(packet, width)],
+            packet,
         )
         if spilled:
             run = tile.slices * tile.per_slice * width
             em.dma(
-                target, Space.DM, 0, result.buffer, Space.HBM, result.base + tile.start * width,
-                [(local, pitch, result.pitch)], run,
+                target,
+                Space.DM,
+                0,
+                result.buffer,
+                Space.HBM,
+                result.base + tile.start * width,
+                [(local, pitch, result.pitch)],
+                run,
             )
 
     # Many tokens -------------------------------------------------------------------------------------------------------
     def _stream_tokens(
-        self, x: Tensor, w: Matrix, dims: Sequence[Dim], dtype: Dtype, vector: tuple[VectorOp, ...], output: SSAValue | None
+        self,
+        x: Tensor,
+        w: Matrix,
+        dims: Sequence[Dim],
+        dtype: Dtype,
+        vector: tuple[VectorOp, ...],
+        output: SSAValue | None,
     ) -> Tensor:
         em = self.em
         assert x.rows is not None
@@ -353,22 +418,31 @@ class ContractLowering:
             if not resident and loaded != c:
                 tokens, loaded = self._tokens_chunk(x, k0, k), c
             base = self._next_half(em.machine.trf_bytes_per_slice // 8, 2 * k * 2)
-            em.load_trf(
-                em.fetch(0, [(8, k * 2), (2, 8 * k * 2), (k, 2)], Dtype.BF16, 16), buffers[i % 2], 8, base
-            )
+            em.load_trf(em.fetch(0, [(8, k * 2), (2, 8 * k * 2), (k, 2)], Dtype.BF16, 16), buffers[i % 2], 8, base)
             final = finals[t % len(finals)]
             mine = acc[0 if resident else t] if split else None
             where = final if not split else (mine if c == 0 else part)
             assert where is not None
             self._tokens_pass(
-                tokens, 0 if not resident else k0, k, packet, base, where, dtype if not split else Dtype.F32,
+                tokens,
+                0 if not resident else k0,
+                k,
+                packet,
+                base,
+                where,
+                dtype if not split else Dtype.F32,
                 vector if not split else (),
             )
             if split and c > 0:
                 assert mine is not None and part is not None
                 done = last and not own_epilogue
                 self._accumulate(
-                    mine, part, final if done else mine, rows * TRF_CHANNELS, dtype if done else Dtype.F32, vector if done else ()
+                    mine,
+                    part,
+                    final if done else mine,
+                    rows * TRF_CHANNELS,
+                    dtype if done else Dtype.F32,
+                    vector if done else (),
                 )
                 if last and own_epilogue:
                     final = self._apply(mine, rows * TRF_CHANNELS, dtype, vector)
@@ -380,13 +454,27 @@ class ContractLowering:
         assert x.rows is not None
         buffer = self.em.alloc(x.rows.local * k * 2, "tokens")
         self.em.dma(
-            x.buffer, Space.HBM, x.base + k0 * 2, buffer, Space.DM, 0,
-            [(self.em.slices, x.rows.local * x.pitch, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)], k * 2,
+            x.buffer,
+            Space.HBM,
+            x.base + k0 * 2,
+            buffer,
+            Space.DM,
+            0,
+            [(self.em.slices, x.rows.local * x.pitch, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)],
+            k * 2,
         )
         return Tensor(buffer, Space.DM, x.dtype, (), x.rows, 0, k * 2)
 
     def _tokens_pass(
-        self, x: Tensor, k0: int, k: int, packet: int, base: int, target: SSAValue, dtype: Dtype, vector: tuple[VectorOp, ...]
+        self,
+        x: Tensor,
+        k0: int,
+        k: int,
+        packet: int,
+        base: int,
+        target: SSAValue,
+        dtype: Dtype,
+        vector: tuple[VectorOp, ...],
     ) -> None:
         em = self.em
         assert x.rows is not None
@@ -422,13 +510,25 @@ class ContractLowering:
             pitch = tile.slices * run
             target, base = em.alloc(local * pitch, "rows"), 0
         em.dma(
-            channels, Space.DM, 0, target, Space.DM, base,
-            [(tile.slices, DM_SLICE_STRIDE, run), (em.slices, local * run, DM_SLICE_STRIDE), (local, run, pitch)], run,
+            channels,
+            Space.DM,
+            0,
+            target,
+            Space.DM,
+            base,
+            [(tile.slices, DM_SLICE_STRIDE, run), (em.slices, local * run, DM_SLICE_STRIDE), (local, run, pitch)],
+            run,
         )
         if spilled:
             em.dma(
-                target, Space.DM, 0, result.buffer, Space.HBM, result.base + tile.start * width,
-                [(em.slices, DM_SLICE_STRIDE, local * result.pitch), (local, pitch, result.pitch)], tile.slices * run,
+                target,
+                Space.DM,
+                0,
+                result.buffer,
+                Space.HBM,
+                result.base + tile.start * width,
+                [(em.slices, DM_SLICE_STRIDE, local * result.pitch), (local, pitch, result.pitch)],
+                tile.slices * run,
             )
 
 
@@ -472,6 +572,4 @@ def column_tiles(rows: int, per_slice: int, slices: int) -> list[Tile]:
 def trf_tiles(rows: int, slices: int) -> list[Tile]:
     """Tiles of 16 channels a slice."""
     width = slices * TRF_CHANNELS
-    return [
-        Tile(start, TRF_CHANNELS, min(slices, (rows - start) // TRF_CHANNELS)) for start in range(0, rows, width)
-    ]
+    return [Tile(start, TRF_CHANNELS, min(slices, (rows - start) // TRF_CHANNELS)) for start in range(0, rows, width)]

@@ -111,16 +111,15 @@ class Emitter:
         """Globals this routine has asked for."""
         return self._globals
 
-    def declared(self, name: str) -> bool:
-        """Whether the module has a global of that name."""
-        return any(isinstance(op, GlobalOp) and op.sym_name.data == name for op in self.module.body.block.ops)
-
     def declared_bytes(self, name: str) -> int:
-        """Size of a declared global."""
+        """Size of a global of the module, 0 if there is none of that name."""
         return next(
-            op.buffer_type.nbytes.data
-            for op in self.module.body.block.ops
-            if isinstance(op, GlobalOp) and op.sym_name.data == name
+            (
+                op.buffer_type.nbytes.data
+                for op in self.module.body.block.ops
+                if isinstance(op, GlobalOp) and op.sym_name.data == name
+            ),
+            0,
         )
 
     @property
@@ -211,14 +210,20 @@ class Emitter:
         """Load TRF in the sub context (8 B a cycle a slice, behind the main context's work)."""
         self.add(
             LoadTrfOp(
-                LoadTrf(slices or self.slices, fetch, lanes, base), source, self.trf, context="sub", location=self.location
+                LoadTrf(slices or self.slices, fetch, lanes, base),
+                source,
+                self.trf,
+                context="sub",
+                location=self.location,
             )
         )
 
     def load_vrf(self, fetch: Fetch, source: SSAValue, base: int, slices: int | None = None) -> None:
         """Load VRF in the sub context."""
         self.add(
-            LoadVrfOp(LoadVrf(slices or self.slices, fetch, base), source, self.vrf, context="sub", location=self.location)
+            LoadVrfOp(
+                LoadVrf(slices or self.slices, fetch, base), source, self.vrf, context="sub", location=self.location
+            )
         )
 
     def memset(self, target: SSAValue, base: int, nbytes: int) -> None:
@@ -252,9 +257,7 @@ class Emitter:
             packet,
             Index(0, index[1], tuple(i for _, _, _, i in merged), index[3]) if index else None,
         )
-        self.add(
-            DmaOp(desc, source, target, index=index[0] if index else None, context="dma", location=self.location)
-        )
+        self.add(DmaOp(desc, source, target, index=index[0] if index else None, context="dma", location=self.location))
 
     def probe(self, buffer: SSAValue, value: str, layout: str) -> None:
         """Say that a `tc` value is complete in `buffer`."""
@@ -273,12 +276,7 @@ def _merge_digits(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int
     for size, stride, flags in loops:
         if size == 1:
             continue
-        if (
-            out
-            and out[-1][2] == flags
-            and out[-1][1] == size * stride
-            and out[-1][0] * size <= MAX_LOOP
-        ):
+        if out and out[-1][2] == flags and out[-1][1] == size * stride and out[-1][0] * size <= MAX_LOOP:
             out[-1] = (out[-1][0] * size, stride, flags)
         else:
             out.append((size, stride, flags))

@@ -27,9 +27,7 @@ def offsets(em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int) 
     if index.space == Space.HBM:
         index = load_rows(em, index, index.rows.local)
     names = [f"d{i}" for i in range(len(index.dims))]
-    scaled = vector.map(
-        ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes)))), [index], [names], names, Dtype.I32
-    )
+    scaled = vector.map(ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes)))), [index], [names], names, Dtype.I32)
     image = em.alloc(index.rows.physical * OFFSET_BYTES, "offsets", "hbm")
     target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, index.rows, 0, OFFSET_BYTES)
     store_rows(em, scaled, target, index.rows.local)
@@ -37,7 +35,14 @@ def offsets(em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int) 
 
 
 def embedding(
-    em: Emitter, table: SSAValue, row_bytes: int, at: SSAValue, rows: RowSpace, dims: Sequence[Dim], dtype: Dtype, spill: int
+    em: Emitter,
+    table: SSAValue,
+    row_bytes: int,
+    at: SSAValue,
+    rows: RowSpace,
+    dims: Sequence[Dim],
+    dtype: Dtype,
+    spill: int,
 ) -> Tensor:
     """Rows of an HBM table for every physical row of `rows`; `at` are byte offsets."""
     order = [i for i, d in enumerate(dims) if d.kind == "feature"]
@@ -48,14 +53,27 @@ def embedding(
     run *= dtype.bytes
     if out.space == Space.HBM:
         em.dma(
-            table, Space.HBM, 0, out.buffer, Space.HBM, 0, [(rows.physical, 0, out.pitch)], run,
+            table,
+            Space.HBM,
+            0,
+            out.buffer,
+            Space.HBM,
+            0,
+            [(rows.physical, 0, out.pitch)],
+            run,
             (at, 0, [OFFSET_BYTES], False),
         )
         return out
     across = 0 if rows.replicated else rows.local * OFFSET_BYTES
     em.dma(
-        table, Space.HBM, 0, out.buffer, Space.DM, 0,
-        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)], run,
+        table,
+        Space.HBM,
+        0,
+        out.buffer,
+        Space.DM,
+        0,
+        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)],
+        run,
         (at, 0, [across, OFFSET_BYTES], False),
     )
     return out
@@ -76,20 +94,41 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
     run = x.row_bytes
     # Physical rows beyond the batch get row 0, so that every row is initialised.
     em.dma(
-        x.buffer, Space.HBM, x.base, out.buffer, Space.DM, 0, [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)], run
+        x.buffer,
+        Space.HBM,
+        x.base,
+        out.buffer,
+        Space.DM,
+        0,
+        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)],
+        run,
     )
     step = x.rows.batch_stride * x.pitch
     if rows.replicated:
         em.dma(
-            x.buffer, Space.HBM, x.base, out.buffer, Space.DM, 0,
-            [(em.slices, 0, DM_SLICE_STRIDE), (rows.batch, step, out.pitch)], run, (at, 0, [0, OFFSET_BYTES], False),
+            x.buffer,
+            Space.HBM,
+            x.base,
+            out.buffer,
+            Space.DM,
+            0,
+            [(em.slices, 0, DM_SLICE_STRIDE), (rows.batch, step, out.pitch)],
+            run,
+            (at, 0, [0, OFFSET_BYTES], False),
         )
         return out
     for nest in rows.valid_nests():
         loops = [(n, b * step, s * DM_SLICE_STRIDE + local * out.pitch) for n, s, local, b, _ in nest.loops]
         strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
         em.dma(
-            x.buffer, Space.HBM, x.base + nest.token * step, out.buffer, Space.DM, nest.slice * DM_SLICE_STRIDE, loops, run,
+            x.buffer,
+            Space.HBM,
+            x.base + nest.token * step,
+            out.buffer,
+            Space.DM,
+            nest.slice * DM_SLICE_STRIDE,
+            loops,
+            run,
             (at, nest.slice * rows.local * OFFSET_BYTES, strides, False),
         )
     return out
@@ -106,8 +145,14 @@ def write_cache(em: Emitter, new: Tensor, cache: Cache, at: SSAValue) -> None:
         strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
         first = nest.token * cache.batch_stride if rows.length == 1 else 0
         em.dma(
-            new.buffer, Space.DM, new.base + nest.slice * DM_SLICE_STRIDE, cache.buffer, Space.HBM, first,
-            [*loops, (heads.size, heads.stride, cache.head_stride)], width.size * new.dtype.bytes,
+            new.buffer,
+            Space.DM,
+            new.base + nest.slice * DM_SLICE_STRIDE,
+            cache.buffer,
+            Space.HBM,
+            first,
+            [*loops, (heads.size, heads.stride, cache.head_stride)],
+            width.size * new.dtype.bytes,
             (at, nest.slice * rows.local * OFFSET_BYTES, [*strides, 0], True),
         )
 
@@ -121,12 +166,19 @@ def as_keys(em: Emitter, x: Tensor) -> Cache:
     image = em.alloc(rows.batch * heads.size * head, "keys", "hbm")
     for nest in rows.valid_nests():
         loops = [
-            (n, s * DM_SLICE_STRIDE + local * x.pitch, b * heads.size * head + t * value) for n, s, local, b, t in nest.loops
+            (n, s * DM_SLICE_STRIDE + local * x.pitch, b * heads.size * head + t * value)
+            for n, s, local, b, t in nest.loops
         ]
         first = nest.token * (heads.size * head if rows.length == 1 else value)
         em.dma(
-            x.buffer, Space.DM, x.base + nest.slice * DM_SLICE_STRIDE, image, Space.HBM, first,
-            [*loops, (heads.size, heads.stride, head)], value,
+            x.buffer,
+            Space.DM,
+            x.base + nest.slice * DM_SLICE_STRIDE,
+            image,
+            Space.HBM,
+            first,
+            [*loops, (heads.size, heads.stride, head)],
+            value,
         )
     return Cache(image, heads.size * head, head, rows.length, width.size)
 
@@ -134,21 +186,45 @@ def as_keys(em: Emitter, x: Tensor) -> Cache:
 def token_lengths(em: Emitter, lengths: Tensor, rows: RowSpace) -> Tensor:
     """lengths[b] for every token of `rows`: i32 in DM, 8 B a row (slices without tokens get lengths[0])."""
     out = Tensor(
-        em.alloc(rows.local * 8), Space.DM, Dtype.I32, (Dim("batch", rows.batch), Dim("length", rows.length)), rows, 0, 8
+        em.alloc(rows.local * 8),
+        Space.DM,
+        Dtype.I32,
+        (Dim("batch", rows.batch), Dim("length", rows.length)),
+        rows,
+        0,
+        8,
     )
     em.dma(
-        lengths.buffer, Space.HBM, lengths.base, out.buffer, Space.DM, 0,
-        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)], 8,
+        lengths.buffer,
+        Space.HBM,
+        lengths.base,
+        out.buffer,
+        Space.DM,
+        0,
+        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)],
+        8,
     )
     if rows.replicated:
         em.dma(
-            lengths.buffer, Space.HBM, lengths.base, out.buffer, Space.DM, 0,
-            [(em.slices, 0, DM_SLICE_STRIDE), (rows.batch, 8, rows.length * 8), (rows.length, 0, 8)], 8,
+            lengths.buffer,
+            Space.HBM,
+            lengths.base,
+            out.buffer,
+            Space.DM,
+            0,
+            [(em.slices, 0, DM_SLICE_STRIDE), (rows.batch, 8, rows.length * 8), (rows.length, 0, 8)],
+            8,
         )
     else:
         per = rows.slices_per_batch
         em.dma(
-            lengths.buffer, Space.HBM, lengths.base, out.buffer, Space.DM, 0,
-            [(rows.batch, 8, per * DM_SLICE_STRIDE), (per, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)], 8,
+            lengths.buffer,
+            Space.HBM,
+            lengths.base,
+            out.buffer,
+            Space.DM,
+            0,
+            [(rows.batch, 8, per * DM_SLICE_STRIDE), (per, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)],
+            8,
         )
     return out

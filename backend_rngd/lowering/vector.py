@@ -116,7 +116,9 @@ class VectorLowering:
         axes = [Axis(n, sizes[n]) for n in order]
         kept = [n for n in order if n in out_names]
         if target is None:
-            dims = [row_kind[n] if n in row_kind else Dim("feature" if sizes[n] > 1 else "one", sizes[n]) for n in out_names]
+            dims = [
+                row_kind[n] if n in row_kind else Dim("feature" if sizes[n] > 1 else "one", sizes[n]) for n in out_names
+            ]
             index = [list(out_names).index(n) for n in kept]
             spacing = REDUCED_SPACING if reduce is not None else None
             target = output_tensor(self.em, dims, dtype, rows, index, self.spill, spacing)
@@ -198,7 +200,9 @@ class VectorLowering:
         ]
         out = target
         if target.space == Space.HBM:
-            order = sorted((i for i, d in enumerate(target.dims) if d.kind == "feature"), key=lambda i: -target.dims[i].stride)
+            order = sorted(
+                (i for i, d in enumerate(target.dims) if d.kind == "feature"), key=lambda i: -target.dims[i].stride
+            )
             strides, pitch = feature_dims([target.dims[i].size for i in order], dtype.bytes)
             dims = list(target.dims)
             for i, stride in zip(order, strides, strict=True):
@@ -270,7 +274,8 @@ class _Chunk:
     def _target(self, out: Tensor, ns: Sequence[str], reduce: bool) -> Operand_:
         by_name = {n: d for n, d in zip(ns, out.dims, strict=True)}
         strides = tuple(
-            out.dtype.bytes if a.name == PAIR else (by_name[a.name].stride if a.name in by_name else 0) for a in self.axes
+            out.dtype.bytes if a.name == PAIR else (by_name[a.name].stride if a.name in by_name else 0)
+            for a in self.axes
         )
         return Operand_(out, out.pitch, strides)
 
@@ -387,7 +392,11 @@ class _Chunk:
         out = self._temporary(Dtype.F32)
         sizes, packet = self._sizes(out, False)
         fetch = self.em.fetch(
-            v.tensor.base, [(self.rows, v.row_stride), *zip(sizes, v.strides, strict=True)], v.tensor.dtype, packet, Dtype.F32
+            v.tensor.base,
+            [(self.rows, v.row_stride), *zip(sizes, v.strides, strict=True)],
+            v.tensor.dtype,
+            packet,
+            Dtype.F32,
         )
         commit = Commit(0, ((self.rows, out.row_stride), *zip(sizes, out.strides, strict=True)), Dtype.F32, packet)
         self.em.execute(fetch, v.tensor.buffer, commit, out.tensor.buffer)
@@ -398,9 +407,17 @@ class _Chunk:
         for op in ops:
             alu, code = op.alu, op.op
             if integer:
-                table = {Op.MUL: Alu.FXP_MUL, Op.ADD: Alu.FXP_ADD, Op.SUB: Alu.FXP_ADD, Op.MAX: Alu.CLIP_MAX, Op.MIN: Alu.CLIP_MIN}
+                table = {
+                    Op.MUL: Alu.FXP_MUL,
+                    Op.ADD: Alu.FXP_ADD,
+                    Op.SUB: Alu.FXP_ADD,
+                    Op.MAX: Alu.CLIP_MAX,
+                    Op.MIN: Alu.CLIP_MIN,
+                }
                 if code not in table:
-                    raise UnsupportedError(f"integer {code.name.lower()}", "no integer ALU runs it", "compute it in f32")
+                    raise UnsupportedError(
+                        f"integer {code.name.lower()}", "no integer ALU runs it", "compute it in f32"
+                    )
                 alu = table[code]
             operand = Operand()
             if op.arg.kind == "const":

@@ -1,0 +1,240 @@
+"""The entry function: program inputs and outputs, weights by name, calls of block functions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from xdsl.dialects import func
+from xdsl.dialects.builtin import ArrayAttr, StringAttr
+from xdsl.ir import SSAValue
+
+from backend_rngd.dialect import CallOp
+from backend_rngd.isa.descriptors import Dtype, Space
+from backend_rngd.lowering.block import BlockLowering
+from backend_rngd.lowering.function import FunctionLowering
+from backend_rngd.lowering.move import load_rows, store_rows
+from backend_rngd.lowering.program import INPUT_PITCH, Port
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
+from backend_rngd.lowering.values import NUMPY, Form, Stored, Value, Weight, dtype_of, port_strides
+from ir import expr as ex
+from ir.dialects import tc
+from ir.errors import UnsupportedError
+from ir.types import shape_of
+
+if TYPE_CHECKING:
+    pass
+
+
+class EntryLowering(FunctionLowering):
+    """The entry function: inputs, weights by name, calls, outputs."""
+
+    def run(self) -> None:
+        f = self.function
+        names = _names(f, "arg_names", "arg", len(f.body.block.args))
+        self.held: dict[str, SSAValue] = {}
+        for name, arg in zip(names, f.body.block.args, strict=True):
+            self._argument(name, arg)
+        returned = self._returned(f)
+        self.results = {v: n for v, n in returned}
+        values = self.walk()
+        self.em.location = "outputs"
+        for value, (_, name) in zip(values, returned, strict=True):
+            self._output(value, name)
+
+    def _returned(self, f: func.FuncOp) -> list[tuple[SSAValue, str]]:
+        op = f.body.block.last_op
+        assert isinstance(op, func.ReturnOp)
+        return list(zip(op.operands, _names(f, "result_names", "result", len(op.operands)), strict=True))
+
+    def _argument(self, name: str, arg: SSAValue) -> None:
+        shape = tuple(shape_of(arg))
+        dtype = dtype_of(arg)
+        options = self.parent.options
+        if name.startswith("cache."):
+            b, k, t, d = shape
+            if t > options.cache_capacity:
+                raise UnsupportedError(
+                    f"a bucket of {t} keys", f"the cache holds {options.cache_capacity}", "raise the capacity"
+                )
+            nbytes = options.cache_batch * k * options.cache_capacity * d * 2
+            self.env[arg] = Stored(
+                self.em.global_buffer(name, "hbm", nbytes, "cache", nbytes // options.cache_batch), shape
+            )
+            head = options.cache_capacity * d * 2
+            self.parent.out.caches.append(Port(name, name, "bf16", shape, (k * head, head, d * 2, 2)))
+            return
+        if dtype == Dtype.I32 and len(shape) in (1, 2):
+            rows = RowSpace.make(shape[0], shape[1] if len(shape) == 2 else 1, options.slices)
+            dims = [Dim("batch", shape[0])] + ([Dim("length", shape[1])] if len(shape) == 2 else [])
+            buffer = self.em.global_buffer(name, "hbm", rows.physical * INPUT_PITCH, "input")
+            self.env[arg] = Tensor(buffer, Space.HBM, dtype, tuple(dims), rows, 0, INPUT_PITCH)
+            strides = (rows.batch_stride * INPUT_PITCH, INPUT_PITCH)[: len(shape)]
+            self.parent.out.inputs.append(Port(name, name, "i32", shape, strides))
+            return
+        # A single op on its own: dense operands. Rank 3 and more: tokens first; the rest are weights.
+        if len(shape) >= 3 and name.startswith(("x", "arg", "q", "k", "v", "new")):
+            rows = RowSpace.make(shape[0], shape[1], options.slices)
+            strides, pitch = feature_dims(list(shape[2:]), dtype.bytes)
+            dims = [Dim("batch", shape[0]), Dim("length", shape[1])]
+            dims += [Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in zip(shape[2:], strides, strict=True)]
+            buffer = self.em.global_buffer(name, "hbm", rows.physical * pitch, "input")
+            held = Tensor(buffer, Space.HBM, dtype, tuple(dims), rows, 0, pitch)
+            self.env[arg] = load_rows(self.em, held, rows.local) if rows.local * pitch <= self.spill else held
+            self.parent.out.inputs.append(
+                Port(name, name, dtype.name.lower(), shape, (rows.batch_stride * pitch, pitch, *strides))
+            )
+            return
+        self._weight(arg, f"arg.{name}")
+
+    def op_tc_weight(self, op: tc.WeightOp) -> None:
+        self._weight(op.result, op.fqn.data)
+
+    def _weight(self, value: SSAValue, name: str) -> None:
+        dtype = dtype_of(value)
+
+        def bind(form: Form) -> SSAValue:
+            return self.parent.weight_global(self.em, name, dtype, form)
+
+        self.env[value] = Weight.of(tuple(shape_of(value)), dtype, bind)
+
+    def op_tc_constant(self, op: tc.ConstantOp) -> None:
+        values = np.asarray(op.array())
+        dtype = dtype_of(op.result)
+        name = f"constant.{self.index}"
+
+        def bind(form: Form) -> SSAValue:
+            rows, columns = (round_up(n, m) for n, m in zip(form.reshape, form.pad, strict=True))
+            image = np.zeros((rows, columns), NUMPY[dtype])
+            image[: form.reshape[0], : form.reshape[1]] = values.transpose(form.permute).reshape(form.reshape)
+            return self.parent.constant_global(self.em, name, image)
+
+        self.env[op.result] = Weight.of(tuple(values.shape), dtype, bind, values)
+
+    def op_tc_contract(self, op: tc.ContractOp) -> None:
+        uses = list(op.results[0].uses)
+        final = op.results[0]
+        if len(uses) == 1 and self._epilogue(op)[1] is not None:
+            final = uses[0].operation.results[0]
+        through = _returned_view(final)
+        if through in self.results and len(list(final.uses)) == 1:
+            self._contract(op, self.results[through])
+        else:
+            self._contract(op, None)
+
+    # Calls ---------------------------------------------------------------------------------------------------------------
+    def op_func_call(self, op: func.CallOp) -> None:
+        name = op.callee.string_value()
+        function = self.parent.functions[name]
+        operands = [self.env[o] for o in op.operands]
+        if name not in self.parent.blocks:
+            direct = [self._input_of(v) for v in operands]
+            self.parent.blocks[name] = BlockLowering(self.parent, function, operands, direct)
+        block = self.parent.blocks[name]
+        for i, (o, v) in enumerate(zip(op.operands, operands, strict=True)):
+            if isinstance(v, Tensor):
+                self._fill_slot(block, i, o, v)
+        arguments: list[SSAValue] = []
+        for i, form in block.parameters:
+            v = operands[i]
+            assert not isinstance(v, Tensor)
+            arguments.append(v.buffer if isinstance(v, Stored) else _bound(v, form))
+        self.em.add(CallOp(name, arguments, self.em.location))
+        for i, result in enumerate(op.results):
+            r = block.results[i]
+            if isinstance(r, int):
+                source = operands[r]
+                assert isinstance(source, Stored)
+                self.env[result] = Stored(source.buffer, tuple(shape_of(result)))
+            else:
+                self.env[result] = block.result_tensor(i, self.em)
+
+    def _global_of(self, v: Value) -> str | None:
+        if not isinstance(v, Tensor):
+            return None
+        return next((n for n, b in self.em.known_globals().items() if b is v.buffer), None)
+
+    def _input_of(self, v: Value) -> str | None:
+        """The program input that a value is, if it is one: blocks then read it in place."""
+        name = self._global_of(v)
+        return name if name in {port.buffer for port in self.parent.out.inputs} else None
+
+    def _fill_slot(self, block: BlockLowering, i: int, value: SSAValue, v: Tensor) -> None:
+        slot = block.slots[i]
+        if slot.direct is not None:
+            if self._global_of(v) != slot.direct:
+                raise AssertionError("a block argument that was a global in the first call is another value now")
+            return
+        if self.held.get(slot.name) is value:
+            return
+        target = block.slot_tensor(i, self.em)
+        if v.buffer is not target.buffer:
+            names = [f"d{n}" for n in range(len(v.dims))]
+            if v.space == Space.HBM:
+                assert v.rows is not None
+                self.em.dma(
+                    v.buffer,
+                    Space.HBM,
+                    v.base,
+                    target.buffer,
+                    Space.HBM,
+                    target.base,
+                    [(v.rows.physical, v.pitch, target.pitch)],
+                    round_up(v.row_bytes, 8),
+                )
+            else:
+                self.vector.map(ex.Input(0), [v], [names], names, v.dtype, target=target)
+        self.held[slot.name] = value
+
+    # Outputs -------------------------------------------------------------------------------------------------------------
+    def _output(self, value: SSAValue, name: str) -> None:
+        v = self.env[value]
+        if isinstance(v, Stored):
+            return
+        t = self.tensor(value)
+        assert t.rows is not None
+        if t.space == Space.DM or self._global_of(t) != name:
+            order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
+            strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
+            dims = list(t.dims)
+            for i, s in zip(order, strides, strict=True):
+                dims[i] = Dim("feature", t.dims[i].size, s)
+            buffer = self.em.global_buffer(name, "hbm", t.rows.physical * pitch, "output")
+            held = Tensor(buffer, Space.HBM, t.dtype, tuple(dims), t.rows, 0, pitch)
+            if t.space == Space.HBM:
+                self.em.dma(
+                    t.buffer,
+                    Space.HBM,
+                    t.base,
+                    buffer,
+                    Space.HBM,
+                    0,
+                    [(t.rows.physical, t.pitch, pitch)],
+                    round_up(t.row_bytes, 8),
+                )
+            else:
+                store_rows(self.em, t, held, t.rows.local)
+            t = held
+        self.parent.out.outputs.append(Port(name, name, t.dtype.name.lower(), t.shape, port_strides(t), t.base))
+
+
+def _names(f: func.FuncOp, attribute: str, prefix: str, count: int) -> list[str]:
+    """Names of arguments or results: the function's attribute, or numbered."""
+    held = f.attributes.get(attribute)
+    if isinstance(held, ArrayAttr):
+        return [a.data for a in held if isinstance(a, StringAttr)]
+    return [f"{prefix}{i}" for i in range(count)]
+
+
+def _bound(v: Value, form: Form | None) -> SSAValue:
+    assert isinstance(v, Weight) and form is not None
+    return v.bind(form)
+
+
+def _returned_view(value: SSAValue) -> SSAValue:
+    """Follow single-use reshapes from a value towards the return."""
+    while True:
+        uses = list(value.uses)
+        if len(uses) != 1 or not isinstance(uses[0].operation, tc.ReshapeOp):
+            return value
+        value = uses[0].operation.results[0]

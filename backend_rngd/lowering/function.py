@@ -1,0 +1,423 @@
+"""The walk over one `tc` function: an environment of placed values and one method per operation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from xdsl.dialects import func
+from xdsl.dialects.builtin import StringAttr
+from xdsl.ir import Operation, SSAValue
+
+from backend_rngd.dialect import RoutineOp
+from backend_rngd.isa.descriptors import Dtype, Space
+from backend_rngd.lowering.attention import AttentionLowering, AttentionParams, Cache
+from backend_rngd.lowering.contract import N_MULTIPLE, ContractLowering, Matrix, epilogue_ops, k_multiple
+from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.expression import ChainOp
+from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
+from backend_rngd.lowering.move import load_rows
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
+from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, product
+from backend_rngd.lowering.vector import VectorLowering, output_tensor
+from ir import expr as ex
+from ir.dialects import tc
+from ir.errors import UnsupportedError
+from ir.types import shape_of
+
+if TYPE_CHECKING:
+    from backend_rngd.lowering.lower import Program
+
+VIEWS = (tc.ReshapeOp, tc.TransposeOp, tc.SliceOp)
+
+
+class FunctionLowering:
+    """Common part of the entry and of block functions: an environment and one method per op."""
+
+    def __init__(self, parent: Program, function: func.FuncOp, routine: RoutineOp) -> None:
+        self.parent = parent
+        self.function = function
+        self.name = function.sym_name.data
+        self.em = Emitter(
+            parent.out.module, routine.body.block, parent.machine, parent.options.slices, probes=parent.options.probes
+        )
+        self.spill = parent.options.spill_bytes
+        self.vector = VectorLowering(self.em, self.spill)
+        self.contracts = ContractLowering(self.em, self.spill)
+        self.env: dict[SSAValue, Value] = {}
+        self.resident: dict[SSAValue, Tensor] = {}
+        self.offset_images: dict[tuple[SSAValue, int], SSAValue] = {}
+        self.limits: dict[tuple[SSAValue, bool, RowSpace], Tensor] = {}
+        self.fused: set[Operation] = set()
+        self.index = 0
+
+    # Values ------------------------------------------------------------------------------------------------------------
+    def tensor(self, value: SSAValue) -> Tensor:
+        """The placed tensor of an activation."""
+        v = self.env[value]
+        if isinstance(v, Weight):
+            return self.vector_weight(value, v)
+        if isinstance(v, Stored):
+            raise UnsupportedError(
+                "arithmetic on a KV cache", "caches are read by attention only", "update, then attend"
+            )
+        return v
+
+    def vector_weight(self, value: SSAValue, w: Weight) -> Tensor:
+        """A small parameter as a constant in DM of every slice."""
+        if value in self.resident:
+            return self.resident[value]
+        count = int(np.prod(w.shape, dtype=np.int64))
+        if count * w.dtype.bytes > self.spill:
+            raise UnsupportedError(
+                f"a parameter of shape {w.shape} used element-wise",
+                f"it takes more than {self.spill} B of every slice",
+                "use it in a contraction or a gather",
+            )
+        strides, pitch = feature_dims(list(w.shape), w.dtype.bytes)
+        buffer = w.vector()
+        dims = tuple(Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in zip(w.shape, strides, strict=True))
+        held = Tensor(buffer, Space.HBM, w.dtype, dims, None, 0, pitch)
+        self.resident[value] = load_rows(self.em, held, 1)
+        return self.resident[value]
+
+    def in_dm(self, value: SSAValue) -> Tensor:
+        """The tensor, loaded from HBM once if it is a program input."""
+        t = self.tensor(value)
+        if t.space == Space.HBM and t.dtype == Dtype.I32 and t.rows is not None:
+            if value not in self.resident:
+                self.resident[value] = load_rows(self.em, t, t.rows.local)
+            return self.resident[value]
+        return t
+
+    # Walk --------------------------------------------------------------------------------------------------------------
+    def walk(self) -> list[SSAValue]:
+        """Lower all ops; returns the operands of the return op."""
+        block = self.function.body.block
+        for op in block.ops:
+            self.em.location = _location(op)
+            if isinstance(op, func.ReturnOp):
+                return list(op.operands)
+            if op not in self.fused:
+                method = getattr(self, "op_" + op.name.replace(".", "_"), None)
+                if method is None:
+                    raise UnsupportedError(
+                        f"`{op.name}` in @{self.name}",
+                        "the backend has no lowering for it",
+                        "see docs/status.md for what is built",
+                    )
+                method(op)
+                self._probe(op)
+            self.index += 1
+        raise AssertionError("function without return")
+
+    def _probe(self, op: Operation) -> None:
+        for i, result in enumerate(op.results):
+            v = self.env.get(result)
+            if isinstance(v, Tensor) and v.rows is not None and not isinstance(op, VIEWS):
+                self.em.probe(v.buffer, f"{self.name}#{self.index}.{i}", json.dumps(probe_layout(v)))
+
+    # Views -------------------------------------------------------------------------------------------------------------
+    def op_tc_reshape(self, op: tc.ReshapeOp) -> None:
+        shape = shape_of(op.result)
+        v = self.env[op.x]
+        if isinstance(v, Weight) and (viewed := v.reshape(shape)) is not None:
+            self.env[op.result] = viewed
+            return
+        t = self.tensor(op.x)
+        view = t.reshape(shape)
+        if view is None and any(d.kind == "tokens" for d in t.dims):
+            view = split_tokens(t, shape)
+        if view is None:
+            view = self.copy(t).reshape(shape)
+        if view is None:
+            raise UnsupportedError(
+                f"reshape {tuple(t.shape)} -> {tuple(shape)}", "it mixes tokens and features", "keep tokens apart"
+            )
+        self.env[op.result] = view
+
+    def copy(self, t: Tensor) -> Tensor:
+        """A compact row-major copy in logical order."""
+        names = [f"d{i}" for i in range(len(t.dims))]
+        order = [i for i, d in enumerate(t.dims) if d.kind == "feature"]
+        target = output_tensor(self.em, t.dims, t.dtype, t.rows, order, self.spill)
+        return self.vector.map(ex.Input(0), [t], [names], names, t.dtype, target=target)
+
+    def op_tc_transpose(self, op: tc.TransposeOp) -> None:
+        v = self.env[op.x]
+        self.env[op.result] = (
+            v.transpose(op.permutation) if isinstance(v, Weight) else self.tensor(op.x).transpose(op.permutation)
+        )
+
+    def op_tc_slice(self, op: tc.SliceOp) -> None:
+        axis, start, size = op.bounds()
+        view = self.tensor(op.x).slice(axis, start, size)
+        if view is None:
+            raise UnsupportedError("a slice of tokens", "tokens lie on slices", "use a gather of one token a batch row")
+        self.env[op.result] = view
+
+    def op_tc_concat(self, op: tc.ConcatOp) -> None:
+        parts = [self.tensor(o) for o in op.operands]
+        axis = int(op.axis.value.data)
+        dims = list(parts[0].dims)
+        dims[axis] = Dim("feature", sum(p.dims[axis].size for p in parts))
+        if any(p.dims[axis].is_row for p in parts):
+            raise UnsupportedError("concatenation of tokens", "tokens lie on slices", "concatenate features")
+        rows = next((p.rows for p in parts if p.rows is not None), None)
+        order = [i for i, d in enumerate(dims) if d.kind == "feature"]
+        target = output_tensor(self.em, dims, parts[0].dtype, rows, order, self.spill)
+        names = [f"d{i}" for i in range(len(dims))]
+        start = 0
+        for p in parts:
+            piece = target.slice(axis, start, p.dims[axis].size)
+            assert piece is not None
+            self.vector.map(ex.Input(0), [p], [names], names, p.dtype, target=piece)
+            start += p.dims[axis].size
+        self.env[op.results[0]] = target
+
+    # Arithmetic --------------------------------------------------------------------------------------------------------
+    def op_tc_map(self, op: tc.MapOp) -> None:
+        self._map(op, None)
+
+    def op_tc_reduce(self, op: tc.ReduceOp) -> None:
+        self._map(op, op.kind.data)
+
+    def _map(self, op: tc.MapOp | tc.ReduceOp, reduce: str | None) -> None:
+        rule = op.rule()
+        e = op.expression()
+        inputs: list[Tensor] = []
+        names: list[tuple[str, ...]] = []
+        substitution: dict[int, ex.Expr] = {}
+        for i, o in enumerate(op.operands):
+            v = self.env[o]
+            if (
+                isinstance(v, Weight)
+                and v.literal is not None
+                and v.literal.size
+                and np.all(v.literal == v.literal.flat[0])
+            ):
+                substitution[i] = ex.Const(float(v.literal.flat[0]))
+                continue
+            substitution[i] = ex.Input(len(inputs))
+            inputs.append(self.in_dm(o))
+            names.append(rule.inputs[i])
+        dtype = dtype_of(op.results[0])
+        self.env[op.results[0]] = self.vector.map(
+            ex.substitute(e, substitution), inputs, names, rule.output, dtype, reduce
+        )
+
+    def op_tc_contract(self, op: tc.ContractOp) -> None:
+        self._contract(op, None)
+
+    def _contract(self, op: tc.ContractOp, output: str | None) -> Tensor:
+        rule = op.rule()
+        left, right = (self.env[o] for o in op.operands)
+        sides = list(rule.inputs)
+        operands = list(op.operands)
+        if isinstance(left, Weight) and not isinstance(right, Weight):
+            left, right, sides, operands = right, left, sides[::-1], operands[::-1]
+        if not isinstance(right, Weight) or isinstance(left, Weight):
+            raise UnsupportedError(
+                f"contraction `{rule}` of two activations",
+                "only weights can be laid out for the contraction engine",
+                "use attention",
+            )
+        x = self.tensor(operands[0])
+        if x.rows is None or x.dtype != Dtype.BF16 or right.dtype != Dtype.BF16:
+            raise UnsupportedError(
+                f"contraction `{rule}` of {x.dtype.name} and {right.dtype.name}",
+                "the contraction engine multiplies bf16 (f8 and integers come with quantized checkpoints)",
+                "cast the model to bf16",
+            )
+        k_axes = [a for a in sides[0] if a in sides[1] and a not in rule.output]
+        n_axes = [a for a in rule.output if a in sides[1]]
+        if any(a in sides[0] for a in n_axes):
+            raise UnsupportedError(f"batched contraction `{rule}` with a weight", "no mapping is written", "split it")
+        sizes = {
+            a: n
+            for side, shape in ((sides[0], x.shape), (sides[1], right.sizes))
+            for a, n in zip(side, shape, strict=True)
+        }
+        multiple = k_multiple(product(sizes[a] for a in k_axes))
+        rows, columns = ([sides[1].index(a) for a in axes] for axes in (n_axes, k_axes))
+        buffer, n, k = right.matrix(rows, columns, (N_MULTIPLE, multiple))
+        matrix = Matrix(buffer, round_up(n, N_MULTIPLE), round_up(k, multiple))
+        x = self._contiguous(x, [sides[0].index(a) for a in k_axes], matrix.k)
+        by_axis = {a: d for a, d in zip(sides[0], x.dims, strict=True)}
+        dims = [
+            Dim("feature", sizes[a]) if a in n_axes and sizes[a] > 1 else by_axis.get(a, Dim("one", 1))
+            for a in rule.output
+        ]
+        dtype = dtype_of(op.results[0])
+        ops, final = self._epilogue(op)
+        if final is not None:
+            dtype = dtype_of(final.results[0])
+        produced = (final or op).results[0]
+        sink = self.em.global_buffer(output, "hbm", self._output_bytes(x, matrix, dtype), "output") if output else None
+        result = self.contracts.run(x, matrix, dims, dtype, ops, sink)
+        if final is not None:
+            final_rule = final.rule()
+            result = result.transpose([final_rule.inputs[0].index(a) for a in final_rule.output])
+            self.fused.add(final)
+        self.env[produced] = result
+        if produced is not op.results[0]:
+            self.env.pop(op.results[0], None)
+        return result
+
+    def _output_bytes(self, x: Tensor, w: Matrix, dtype: Dtype) -> int:
+        assert x.rows is not None
+        return w.rows * max(4, x.rows.physical) * dtype.bytes
+
+    def _epilogue(self, op: tc.ContractOp) -> tuple[list[ChainOp], tc.MapOp | None]:
+        """A single map of the result and numbers rides in the contraction's own pass."""
+        uses = list(op.results[0].uses)
+        if len(uses) != 1 or not isinstance(uses[0].operation, tc.MapOp) or len(uses[0].operation.operands) != 1:
+            return [], None
+        user = uses[0].operation
+        ops = epilogue_ops(user.expression())
+        return (ops, user) if ops is not None else ([], None)
+
+    def _contiguous(self, x: Tensor, axes: Sequence[int], padded: int) -> Tensor:
+        """x with the K axes contiguous in the given order, zero-padded to `padded` elements."""
+        k = product(x.dims[a].size for a in axes)
+        stride = x.dtype.bytes
+        good = padded == k and x.base % 8 == 0
+        for a in reversed(axes):
+            d = x.dims[a]
+            if d.size > 1:
+                good = good and d.stride == stride
+                stride *= d.size
+        if good:
+            return x
+        assert x.rows is not None
+        names = [f"d{i}" for i in range(len(x.dims))]
+        order = [a for a in axes if x.dims[a].kind == "feature"]
+        target = output_tensor(self.em, x.dims, x.dtype, x.rows, order, self.spill)
+        if padded != k:
+            if target.space == Space.HBM:
+                raise UnsupportedError(
+                    f"a contraction over {k} elements", "padding of spilled values is not built", "use a multiple of 16"
+                )
+            buffer = self.em.alloc(x.rows.local * padded * 2)
+            self.em.memset(buffer, 0, x.rows.local * padded * 2)
+            target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, padded * 2)
+        return self.vector.map(ex.Input(0), [x], [names], names, x.dtype, target=target)
+
+    # Indexed -----------------------------------------------------------------------------------------------------------
+    def _offsets(self, value: SSAValue, scale: int) -> SSAValue:
+        key = (value, scale)
+        if key not in self.offset_images:
+            self.offset_images[key] = offsets(self.em, self.vector, self.in_dm(value), scale)
+        return self.offset_images[key]
+
+    def op_tc_gather(self, op: tc.GatherOp) -> None:
+        rule = op.rule()
+        table, index = self.env[op.operands[0]], self.tensor(op.operands[1])
+        gathered = next(a for a in rule.inputs[0] if a not in rule.output)
+        shape = shape_of(op.results[0])
+        by_index = {a: d for a, d in zip(rule.inputs[1], index.dims, strict=True)}
+        dims = [
+            by_index[a] if a in by_index else (Dim("feature", n) if n > 1 else Dim("one", 1))
+            for a, n in zip(rule.output, shape, strict=True)
+        ]
+        assert index.rows is not None
+        if isinstance(table, Weight):
+            side = list(rule.inputs[0])
+            columns = [side.index(a) for a in rule.output if a in side]
+            multiple = k_multiple(product(table.sizes[c] for c in columns))
+            buffer, _, width = table.matrix([side.index(gathered)], columns, (N_MULTIPLE, multiple))
+            row = round_up(width, multiple) * table.dtype.bytes
+            at = self._offsets(op.operands[1], row)
+            self.env[op.results[0]] = embedding(self.em, buffer, row, at, index.rows, dims, table.dtype, self.spill)
+            return
+        x = self.tensor(op.operands[0])
+        if x.dims[list(rule.inputs[0]).index(gathered)].kind not in ("length", "one"):
+            raise UnsupportedError(
+                f"gather `{rule}` of activations", "only one token a batch row is gathered", "see docs/status.md"
+            )
+        if x.rows is not None and x.rows.length == 1:
+            kept = [x.dims[rule.inputs[0].index(a)] for a in rule.output]
+            self.env[op.results[0]] = Tensor(x.buffer, x.space, x.dtype, tuple(kept), index.rows, x.base, x.pitch)
+            return
+        self.env[op.results[0]] = one_token(self.em, self.vector, x, self.in_dm(op.operands[1]), dims, self.spill)
+
+    def op_tc_kv_update(self, op: tc.KvUpdateOp) -> None:
+        cache = self.env[op.operands[0]]
+        if not isinstance(cache, Stored):
+            raise UnsupportedError(
+                "kv_update of an activation", "caches are inputs of the program", "pass it as an argument"
+            )
+        if any(u.operation is not op and u.operation.parent is op.parent for u in op.operands[0].uses):
+            raise UnsupportedError(
+                "a cache that is read after it was updated", "updates are in place", "read the result"
+            )
+        new = self.tensor(op.operands[1])
+        if new.space == Space.HBM or (new.dims[3].kind == "feature" and new.dims[3].stride != new.dtype.bytes):
+            new = self.copy(new)
+        view = self._cache(cache)
+        at = self._offsets(op.operands[2], view.width * 2)
+        write_cache(self.em, new, view, at)
+        self.env[op.results[0]] = Stored(cache.buffer, cache.shape)
+
+    def _cache(self, c: Stored) -> Cache:
+        _, heads, keys, width = c.shape
+        head = self.parent.options.cache_capacity * width * 2
+        return Cache(c.buffer, heads * head, head, keys, width)
+
+    def op_tc_attention(self, op: tc.AttentionOp) -> None:
+        q = self.tensor(op.q)
+        k, v = self.env[op.k], self.env[op.v]
+        assert q.rows is not None
+        for name, extra in (("bias", op.bias), ("sinks", op.sinks)):
+            if extra is not None:
+                raise UnsupportedError(f"attention with {name}", "it is not lowered yet", "see docs/status.md")
+        causal = bool(op.causal.value.data)
+        keys = self._cache(k) if isinstance(k, Stored) else as_keys(self.em, self._keys(op.k))
+        values = self._cache(v) if isinstance(v, Stored) else as_keys(self.em, self._keys(op.v))
+        heads = shape_of(op.q)[1]
+        kv_heads = shape_of(op.k)[1]
+        params = AttentionParams(
+            float(op.scale.value.data),
+            causal,
+            int(op.window.value.data),
+            float(op.softcap.value.data),
+            heads // kv_heads,
+            kv_heads,
+        )
+        limit = self._limit(op, q.rows, causal)
+        attention = AttentionLowering(self.em, self._iota(keys.keys))
+        if q.dims[3].kind == "feature" and q.dims[3].stride != 2:
+            q = self.copy(q)
+        self.env[op.results[0]] = attention.run(q, keys, values, limit, params)
+
+    def _keys(self, value: SSAValue) -> Tensor:
+        t = self.tensor(value)
+        return self.copy(t) if t.dims[3].stride != t.dtype.bytes or t.space == Space.HBM else t
+
+    def _limit(self, op: tc.AttentionOp, rows: RowSpace, causal: bool) -> Tensor:
+        """f32 per token: the last visible key (its position if causal, else length - 1)."""
+        if causal and op.lengths is not None:
+            raise UnsupportedError("causal attention with lengths", "one bound a token is lowered", "drop the lengths")
+        source = op.positions if causal else op.lengths
+        if source is None:
+            raise UnsupportedError("full attention without lengths", "padding would be seen", "pass lengths")
+        key = (source, causal, rows)
+        if key not in self.limits:
+            if causal:
+                t, e = self.in_dm(source), ex.Input(0)
+            else:
+                t, e = token_lengths(self.em, self.tensor(source), rows), ex.Call("add", (ex.Input(0), ex.Const(-1.0)))
+            names = [f"d{i}" for i in range(len(t.dims))]
+            self.limits[key] = self.vector.map(e, [t], [names], names, Dtype.F32)
+        return self.limits[key]
+
+    def _iota(self, keys: int) -> SSAValue:
+        return self.parent.iota(self.em, keys)
+
+
+def _location(op: Operation) -> str:
+    """`layer path|operation`, shown by the disassembler, the trace and every error."""
+    path = op.attributes.get("path")
+    return f"{path.data if isinstance(path, StringAttr) else ''}|{op.name}"

@@ -1,0 +1,60 @@
+"""What a lowering is asked for and what it yields beside the `rngd` module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from xdsl.dialects.builtin import ModuleOp
+
+SPILL_BYTES = 96 * 1024  # a value larger than this a slice lives in HBM and is walked in chunks
+INPUT_PITCH = 8  # bytes between the i32 values of a program input: the smallest aligned DM write
+
+
+@dataclass(frozen=True)
+class LoweringOptions:
+    """slices: slices of a unit. cache_capacity, cache_batch: geometry of the KV cache shared by all buckets."""
+
+    slices: int = 64
+    cache_capacity: int = 0
+    cache_batch: int = 1
+    probes: bool = True
+    spill_bytes: int = SPILL_BYTES
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the loader lays a tensor out in the HBM global `name`: permute, reshape to (rows, columns), pad with zeros."""
+
+    name: str
+    weight: str
+    permute: tuple[int, ...]
+    reshape: tuple[int, int]
+    pad: tuple[int, int]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Port:
+    """A program input, output or cache in HBM: global name, logical name, dtype, shape and byte strides."""
+
+    name: str
+    buffer: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass
+class Lowered:
+    """An `rngd` module with what the host must know to run it."""
+
+    module: ModuleOp
+    placements: dict[str, Placement] = field(default_factory=dict)
+    constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    caches: list[Port] = field(default_factory=list)
