@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,7 +36,8 @@ class Size:
         """The size of a dimension; raises RuleError if the text is no product of symbols and numbers."""
         if isinstance(dim, int):
             return Size(dim)
-        factor, symbols = 1, []
+        factor = 1
+        symbols: list[str] = []
         for part in dim.split("*"):
             part = part.strip()
             if part.isdigit():
@@ -272,7 +273,7 @@ def _skip(
     rest_r: list[Size],
     left: list[list[str]],
     right: list[list[str]],
-    names: object,
+    names: Iterator[str],
     unsharded: set[str],
 ) -> tuple[int, int]:
     """Sizes that share no factor in order: give every dimension up to the next common boundary an own axis."""
@@ -284,7 +285,7 @@ def _skip(
         else:
             total_r, end_r = total_r * rest_r[end_r], end_r + 1
     for group in [*left[i:end_l], *right[j:end_r]]:
-        name = next(names)  # type: ignore[call-overload]
+        name = next(names)
         group.append(name)
         unsharded.add(name)
     return end_l, end_r

@@ -62,11 +62,10 @@ Expr = Input | Const | Call
 @lru_cache(maxsize=1)
 def _erf_coefficients() -> Array:
     # erf(x)/x is an entire even function, so a Chebyshev series in x*x converges to f32 precision quickly.
-    def target(t: Array) -> Array:
-        x = np.sqrt((t + 1) * (_ERF_LIMIT**2 / 2))
-        return np.array([math.erf(v) / v if v > 1e-8 else 2 / math.sqrt(math.pi) for v in x.ravel()])
-
-    return np.polynomial.chebyshev.chebinterpolate(target, 28)
+    nodes = np.polynomial.chebyshev.chebpts1(29)
+    x = np.sqrt((nodes + 1) * (_ERF_LIMIT**2 / 2))
+    values = np.array([math.erf(v) / v for v in x.tolist()])
+    return np.asarray(np.polynomial.chebyshev.chebfit(nodes, values, 28))
 
 
 _ERF_LIMIT = 4.0  # 1 - erf(4) is 1.5e-8, less than half an f32 step below 1
@@ -79,21 +78,59 @@ def erf(x: Array) -> Array:
     return np.asarray(clipped * np.polynomial.chebyshev.chebval(scaled, _erf_coefficients()), x.dtype)
 
 
+_HALF, _ONE_F32 = np.float32(0.5), np.float32(1)
+
+
+def _recip(x: Array) -> Array:
+    return _ONE_F32 / x
+
+
+def _rsqrt(x: Array) -> Array:
+    return _ONE_F32 / np.sqrt(x)
+
+
 def _sigmoid(x: Array) -> Array:
-    return np.float32(1) / (np.float32(1) + np.exp(-x))
+    return _ONE_F32 / (_ONE_F32 + np.exp(-x))
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, x.dtype.type(0))
+
+
+def _silu(x: Array) -> Array:
+    return x * _sigmoid(x)
 
 
 def _gelu(x: Array) -> Array:
-    return x * np.float32(0.5) * (np.float32(1) + erf(x * np.float32(math.sqrt(0.5))))
+    return x * _HALF * (_ONE_F32 + erf(x * np.float32(math.sqrt(0.5))))
 
 
 def _gelu_tanh(x: Array) -> Array:
     inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    return x * np.float32(0.5) * (np.float32(1) + np.tanh(inner))
+    return x * _HALF * (_ONE_F32 + np.tanh(inner))
+
+
+def _square(x: Array) -> Array:
+    return x * x
+
+
+def _floor(x: Array) -> Array:
+    return np.floor(x).astype(x.dtype)
+
+
+def _select(condition: Array, x: Array, y: Array) -> Array:
+    return np.where(condition != 0, x, y)
+
+
+def _round_bf16(x: Array) -> Array:
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _compare(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    return lambda a, b: op(a, b).astype(np.result_type(a, b))
+    def compare(a: Array, b: Array) -> Array:
+        return op(a, b).astype(np.result_type(a, b))
+
+    return compare
 
 
 FUNCTIONS: dict[str, tuple[int, Callable[..., Array]]] = {
@@ -109,28 +146,28 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Array]]] = {
     "exp": (1, np.exp),
     "log": (1, np.log),
     "sqrt": (1, np.sqrt),
-    "rsqrt": (1, lambda x: np.float32(1) / np.sqrt(x)),
-    "recip": (1, lambda x: np.float32(1) / x),
+    "rsqrt": (1, _rsqrt),
+    "recip": (1, _recip),
     "sin": (1, np.sin),
     "cos": (1, np.cos),
     "tanh": (1, np.tanh),
     "sigmoid": (1, _sigmoid),
     "erf": (1, erf),
-    "relu": (1, lambda x: np.maximum(x, x.dtype.type(0))),
-    "silu": (1, lambda x: x * _sigmoid(x)),
+    "relu": (1, _relu),
+    "silu": (1, _silu),
     "gelu": (1, _gelu),
     "gelu_tanh": (1, _gelu_tanh),
-    "square": (1, lambda x: x * x),
-    "floor": (1, lambda x: np.floor(x).astype(x.dtype)),
+    "square": (1, _square),
+    "floor": (1, _floor),
     "lt": (2, _compare(np.less)),
     "le": (2, _compare(np.less_equal)),
     "gt": (2, _compare(np.greater)),
     "ge": (2, _compare(np.greater_equal)),
     "eq": (2, _compare(np.equal)),
-    "select": (3, lambda c, x, y: np.where(c != 0, x, y)),
-    "round_bf16": (1, lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)),
+    "select": (3, _select),
+    "round_bf16": (1, _round_bf16),
 }
-"""Number of arguments and numpy implementation of every function. `gelu` is the exact one, `gelu_tanh` its tanh form."""
+"""Arguments and numpy implementation of every function. `gelu` is the exact one, `gelu_tanh` its tanh form."""
 
 INTEGER_FUNCTIONS = frozenset(
     {"add", "sub", "mul", "max", "min", "neg", "abs", "relu", "square", "floor", "lt", "le", "gt", "ge", "eq", "select"}

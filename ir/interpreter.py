@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from xdsl.interpreter import (
     impl_terminator,
     register_impls,
 )
-from xdsl.ir import Operation, SSAValue
+from xdsl.ir import Attribute, Operation, SSAValue
 from xdsl.traits import SymbolTable
 
 from ir import kernels
@@ -87,9 +87,13 @@ class TcFunctions(InterpreterFunctions):
     @impl(tc.AttentionOp)
     def _attention(self, interpreter: Interpreter, op: tc.AttentionOp, args: PythonValues) -> PythonValues:
         optional = iter(args[4:])
-        lengths, bias, sinks = (None if v is None else next(optional) for v in (op.lengths, op.bias, op.sinks))
+        lengths, bias, sinks = (None if o is None else next(optional) for o in (op.lengths, op.bias, op.sinks))
+        q, k, v, positions = args[:4]
         result = kernels.attention(
-            *args[:4],
+            q,
+            k,
+            v,
+            positions,
             lengths,
             bias,
             sinks,
@@ -189,7 +193,7 @@ def names_of(function: func.FuncOp, key: str, count: int) -> list[str]:
     """The names in attribute `arg_names` or `result_names`, or `arg0`, `arg1`, ... if there is none."""
     names = function.attributes.get(key)
     if isinstance(names, ArrayAttr):
-        return [n.data for n in names.data if isinstance(n, StringAttr)]
+        return [n.data for n in cast("ArrayAttr[Attribute]", names).data if isinstance(n, StringAttr)]
     return [f"{key.split('_')[0]}{i}" for i in range(count)]
 
 

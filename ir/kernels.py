@@ -54,7 +54,7 @@ def contract(rule: Rule, lhs: Array, rhs: Array, dtype: np.dtype[Any]) -> Array:
     columns = [a for a in rule.output if a in right_axes and a not in left_axes]
     inner = [a for a in left_axes if a in right_axes and a not in rule.output]
     size = dict(zip((*left_axes, *right_axes), (*left.shape, *right.shape), strict=True))
-    matrices = []
+    matrices: list[Array] = []
     for array, axes, order in ((left, left_axes, (batch, rows, inner)), (right, right_axes, (batch, inner, columns))):
         moved = array.transpose([axes.index(a) for group in order for a in group])
         # One dimension per group; the batch dimension is dropped where there is none, so that BLAS sees 2-D operands.
@@ -107,9 +107,8 @@ def gather(rule: Rule, table: Array, indices: Array) -> Array:
     own = [a for a in index_axes if a not in batch]
     moved = table.transpose([table_axes.index(a) for a in (*batch, indexed, *rest)])
     places = indices.transpose([index_axes.index(a) for a in (*batch, *own)])
-    grid = np.ogrid[tuple(slice(n) for n in places.shape[: len(batch)])] if batch else []
-    grid = [np.asarray(g).reshape(*g.shape, *[1] * len(own)) for g in grid]
-    rows = moved[(*grid, places)]
+    grid: tuple[Array, ...] = np.ix_(*(np.arange(n) for n in places.shape[: len(batch)])) if batch else ()
+    rows = moved[(*(g.reshape(*g.shape, *[1] * len(own)) for g in grid), places)]
     have = [*batch, *own, *rest]
     return rows.transpose([have.index(a) for a in rule.output])
 
@@ -123,7 +122,7 @@ def kv_update(cache: Array, new: Array, slots: Array) -> Array:
     """A copy of `cache` (b k t d) with `new` (b k s d) at `slots` (b s); later rows win."""
     _check_index(slots, cache.shape[2], "slot")
     result = cache.copy()
-    batch = np.arange(cache.shape[0])[:, None]
+    batch = np.arange(cache.shape[0]).reshape(-1, 1)
     # Advanced indices around a slice put their dimensions first: b s k d.
     result[batch, :, slots] = new.transpose(0, 2, 1, 3)
     return result

@@ -146,7 +146,7 @@ class WeightTable(Mapping[str, WeightRef]):
         return stored.offset, stored.nbytes
 
     def to_json(self, directory: Path | None = None) -> dict[str, Any]:
-        """A JSON-able form. Inline arrays over 64 KB go to `inline.safetensors` in `directory`, which they then need."""
+        """A JSON-able form. Inline arrays over 64 KB go to `inline.safetensors` in `directory`."""
         large = {n: r.inline for n, r in self._refs.items() if r.inline is not None and r.inline.nbytes > INLINE_LIMIT}
         if large and directory is None:
             raise ValueError(f"inline weights over {INLINE_LIMIT} bytes need a directory: {', '.join(large)}")
@@ -216,7 +216,7 @@ def safetensors_refs(path: Path | str) -> list[WeightRef]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
+        dtype: str = SAFETENSORS_DTYPES.get(entry["dtype"], str(entry["dtype"]))
         begin, end = entry["data_offsets"]
         if start + end > stat.st_size:
             raise UserError([Problem(f"{path} is cut off", f"{name} ends behind the file", "download it again")])

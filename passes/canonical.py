@@ -94,7 +94,7 @@ class ComposeSlices(RewritePattern):
 
 
 class TransposeIntoRule(RewritePattern):
-    """An operand that is a transpose becomes its operand with permuted axes: `b h s, ...` of x^T is `b s h, ...` of x."""
+    """An operand that is a transpose becomes its operand with permuted axes: `b h s` of x^T is `b s h` of x."""
 
     @override
     def match_and_rewrite(self, op: Operation, rewriter: PatternRewriter) -> None:

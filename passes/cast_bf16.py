@@ -15,6 +15,7 @@ are cast when they are loaded. Without `allow`, a module that needs a cast is an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -63,9 +64,9 @@ class Storage:
             elif isinstance(op, tc.KvUpdateOp):
                 self.link([op.cache], [op.result])
 
-    def link(self, left: object, right: object) -> None:
+    def link(self, left: Iterable[SSAValue], right: Iterable[SSAValue]) -> None:
         """Say that pairs of values are one."""
-        for a, b in zip(left, right, strict=True):  # type: ignore[call-overload]
+        for a, b in zip(left, right, strict=True):
             self.parent[self.find(a)] = self.find(b)
 
     def find(self, value: SSAValue) -> SSAValue:

@@ -11,6 +11,7 @@ Rules name axes, not sizes, so nothing but types changes. The names stay as labe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from typing_extensions import override
 from xdsl.context import Context
@@ -48,7 +49,9 @@ def substitute_sizes(module: ModuleOp, sizes: dict[str, int]) -> None:
 
     def change(kind: Attribute) -> Attribute:
         if kind not in known:
-            known[kind] = specialised(kind, sizes) if isinstance(kind, TensorType) else kind
+            known[kind] = (
+                specialised(cast("TensorType[Attribute]", kind), sizes) if isinstance(kind, TensorType) else kind
+            )
         return known[kind]
 
     for op in module.walk():

@@ -8,22 +8,39 @@ values are defined above their use.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from typing_extensions import override
 from xdsl.dialects.builtin import (
+    AnyDenseElement,
     BoolAttr,
     DenseArrayBase,
     DenseIntOrFPElementsAttr,
     FloatAttr,
     IntegerAttr,
+    IntegerType,
     StringAttr,
     i64,
 )
 from xdsl.ir import Attribute, SSAValue
-from xdsl.irdl import IRDLOperation, OperandDef, OptOperandDef, VarOperandDef
+from xdsl.irdl import IRDLOperation, OptOperandDef, VarOperandDef
 from xdsl.parser import Parser
 from xdsl.printer import Printer
+
+Literal = DenseIntOrFPElementsAttr[AnyDenseElement]
+Numbers = DenseArrayBase[IntegerType]
+
+
+def literal(value: Attribute) -> Literal:
+    """A property that is known to be a dense literal."""
+    assert isinstance(value, DenseIntOrFPElementsAttr)
+    return cast(Literal, value)
+
+
+def numbers(value: Attribute) -> list[int]:
+    """The values of a property that is known to be an array of integers."""
+    assert isinstance(value, DenseArrayBase)
+    return [int(v) for v in cast(Numbers, value).get_values()]
 
 
 class TcSyntax(IRDLOperation):
@@ -48,9 +65,7 @@ class TcSyntax(IRDLOperation):
             else:
                 properties[name] = _parse_property(parser, name, kind)
                 if kind == "typed":
-                    held = properties[name]
-                    assert isinstance(held, DenseIntOrFPElementsAttr)
-                    result = held.type
+                    result = literal(properties[name]).type
         attributes = parser.parse_optional_attr_dict()
         if result is None:
             parser.parse_punctuation(":")
@@ -71,8 +86,7 @@ class TcSyntax(IRDLOperation):
                 printer.print_string(name)
             elif kind == "typed":
                 # The literal carries the result type; attributes stand between both.
-                typed = self.properties[name]
-                assert isinstance(typed, DenseIntOrFPElementsAttr)
+                typed = literal(self.properties[name])
                 printer.print_attribute(typed)
             else:
                 _print_property(printer, name, kind, self.properties[name])
@@ -113,9 +127,7 @@ def _parse_operands(cls: type[IRDLOperation], parser: Parser) -> list[SSAValue |
     result: list[SSAValue | list[SSAValue] | None] = []
     position = 0
     definitions = cls.get_irdl_definition().operands
-    required = [
-        d for _, d in definitions if isinstance(d, OperandDef) and not isinstance(d, (OptOperandDef, VarOperandDef))
-    ]
+    required = [d for _, d in definitions if not isinstance(d, (OptOperandDef, VarOperandDef))]
     if len(given) < len(required) or (len(given) > len(required) and not _variadic(cls)):
         parser.raise_error(f"{cls.name} takes {len(required)} operands, not {len(given)}")
     for name, definition in definitions:
@@ -144,8 +156,8 @@ def _parse_property(parser: Parser, name: str, kind: str) -> Attribute:
         case "word":
             return StringAttr(parser.parse_identifier())
         case "ints":
-            numbers = parser.parse_comma_separated_list(parser.Delimiter.SQUARE, parser.parse_integer)
-            return DenseArrayBase.from_list(i64, numbers)
+            values = parser.parse_comma_separated_list(parser.Delimiter.SQUARE, parser.parse_integer)
+            return DenseArrayBase.from_list(i64, values)
         case "typed":
             return parser.parse_attribute()
         case "int":
@@ -168,7 +180,7 @@ def _print_property(printer: Printer, name: str, kind: str, value: Attribute) ->
         case StringAttr():
             printer.print_string(value.data)
         case DenseArrayBase():
-            printer.print_string(f"[{', '.join(str(v) for v in value.get_values())}]")
+            printer.print_string(f"[{', '.join(str(v) for v in numbers(value))}]")
         case FloatAttr():
             printer.print_string(f"{name} {_decimal(value.value.data)}")
         case IntegerAttr() if kind == "bool":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 from xdsl.dialects.builtin import (
+    AnyFloat,
     DenseArrayBase,
     DenseIntOrFPElementsAttr,
     IntegerAttr,
+    IntegerType,
     StringAttr,
     TensorType,
     i64,
@@ -30,6 +32,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from ir.axes import Dim, Rule, reshape_rule
 from ir.dialects.tc_base import TcOp, TensorResult, own_axes
+from ir.dialects.tc_syntax import literal, numbers
 from ir.errors import RuleError
 from ir.types import NUMPY_DTYPES, dims_of, elem_of, is_float, shape_of
 
@@ -82,22 +85,22 @@ class ConstantOp(TcOp):
     traits = traits_def(Pure())
     SYNTAX: ClassVar[str] = "value:typed"
 
-    def __init__(self, value: NDArray[np.generic] | DenseIntOrFPElementsAttr, type: TensorResult) -> None:
-        if not isinstance(value, DenseIntOrFPElementsAttr):
-            if elem_of(type) in ("i32", "i1"):
-                data = [int(v) for v in np.asarray(value).ravel().tolist()]
-            else:
-                data = np.asarray(value).astype(np.float64).ravel().tolist()
-            value = DenseIntOrFPElementsAttr.from_list(type, data)
-        super().__init__(properties={"value": value}, result_types=[type])
+    def __init__(self, value: NDArray[Any], type: TensorResult) -> None:
+        if elem_of(type) in ("i32", "i1"):
+            integers = [int(v) for v in value.ravel().tolist()]
+            held = DenseIntOrFPElementsAttr.from_list(cast("TensorType[IntegerType]", type), integers)
+        else:
+            floats = [float(v) for v in value.astype(np.float64).ravel().tolist()]
+            held = DenseIntOrFPElementsAttr.from_list(cast("TensorType[AnyFloat]", type), floats)
+        super().__init__(properties={"value": held}, result_types=[type])
 
     @override
     def rule(self) -> Rule:
         return Rule((), tuple(own_axes(len(shape_of(self.result)))))
 
-    def array(self) -> NDArray[np.generic]:
+    def array(self) -> NDArray[Any]:
         """The literal as a numpy array."""
-        values = self.value.get_values()
+        values = literal(self.value).get_values()
         flat = np.array(values, dtype=np.float64 if is_float(self.result) else np.int64)
         flat = flat.astype(NUMPY_DTYPES[elem_of(self.result)])
         shape = shape_of(self.result)
@@ -110,8 +113,8 @@ class ConstantOp(TcOp):
             raise VerifyException("a constant has static sizes")
         if (size := int(np.prod(shape))) > MAX_CONSTANT:
             raise VerifyException(f"a constant of {size} elements; more than {MAX_CONSTANT} belong into a weight")
-        if self.value.type != self.result_type:
-            raise VerifyException(f"the literal has type {self.value.type}, the result {self.result_type}")
+        if literal(self.value).type != self.result_type:
+            raise VerifyException(f"the literal has type {literal(self.value).type}, the result {self.result_type}")
 
 
 @irdl_op_definition
@@ -165,7 +168,7 @@ class TransposeOp(TcOp):
     @property
     def permutation(self) -> list[int]:
         """`perm` as a list."""
-        return [int(p) for p in self.perm.get_values()]
+        return numbers(self.perm)
 
     @override
     def rule(self) -> Rule:
