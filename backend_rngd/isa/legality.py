@@ -1,9 +1,13 @@
-"""Legality of descriptors and streams (first version: replaced below)."""
+"""Whether descriptors and streams keep the documented limits: `check` for one descriptor, `check_stream` for a program.
+
+Not limited here: the number of VRF operands of a pass (the book speaks of one register-file port chosen by tag guards, the
+lowering uses one operand an ALU) and the tag stage, which the descriptors do not have.
+"""
+
 from __future__ import annotations
-from backend_rngd.isa.descriptors import Descriptor
-from backend_rngd.machine import Machine
 
+from backend_rngd.isa.check_one import check
+from backend_rngd.isa.check_stream import check_stream, errors
+from backend_rngd.isa.rules import RULES, Violation
 
-def check(desc: Descriptor, machine: Machine, context: str | None = None) -> list[str]:
-    """Broken limits of one descriptor."""
-    raise NotImplementedError("legality checks are being written")
+__all__ = ["RULES", "Violation", "check", "check_stream", "errors"]

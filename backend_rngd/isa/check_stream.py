@@ -1,0 +1,315 @@
+"""Legality of whole streams: control flow, registers, memory map, waits and races.
+
+The race check walks every routine in program order and asks, for every instruction, which earlier instructions of other
+contexts touch the same bytes; `after` must cover them (directly or through what those waited for) and must not say more.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from backend_rngd.isa.check_one import check
+from backend_rngd.isa.descriptors import (
+    After,
+    Call,
+    Commit,
+    Context,
+    Dma,
+    Exec,
+    Fetch,
+    Instruction,
+    LoadTrf,
+    LoadVrf,
+    Memset,
+    Routine,
+    Space,
+    Stream,
+)
+from backend_rngd.isa.footprint import Access, footprint, slice_range
+from backend_rngd.isa.hazards import CONTEXTS, Hazards
+from backend_rngd.isa.rules import Violation
+from backend_rngd.isa.shape import access_bytes
+from backend_rngd.machine import Machine
+
+HOST_REGISTERS = range(0, 8)  # register 0 is zero, 1 to 7 are set by the host at launch (batch rows of caches)
+NO_WAIT = After()
+
+
+def errors(violations: Iterable[Violation]) -> list[Violation]:
+    """Violations that are not warnings."""
+    return [v for v in violations if v.severity == "error"]
+
+
+@dataclass
+class _Place:
+    """Reports violations of one instruction."""
+
+    out: list[Violation]
+    stream: Stream
+    routine: str = ""
+    index: int = -1
+    location: str = ""
+
+    def at(self, routine: Routine, index: int) -> _Place:
+        instruction = routine.instructions[index]
+        known = 0 <= instruction.location < len(self.stream.locations)
+        location = self.stream.locations[instruction.location] if known else ""
+        return _Place(self.out, self.stream, routine.name, index, location)
+
+    def add(self, rule: str, message: str) -> None:
+        self.out.append(Violation(rule, message, self.routine, self.index, self.location))
+
+
+def check_stream(
+    stream: Stream, machine: Machine, hbm_regions: Sequence[tuple[int, int]] | None = None
+) -> list[Violation]:
+    """Every broken rule of a stream, warnings included (see `errors`).
+
+    hbm_regions: (address, bytes) of the buffers of the memory map; None leaves HBM bounds to the card's size.
+    """
+    out: list[Violation] = []
+    place = _Place(out, stream)
+    _check_header(stream, machine, place)
+    if out:
+        return out
+    stashes = any(_stashes(i) for r in stream.routines for i in r.instructions)
+    order = _check_calls(stream, place)
+    footprints = [[footprint(i.what) for i in r.instructions] for r in stream.routines]
+    for routine, touched in zip(stream.routines, footprints, strict=True):
+        for index, instruction in enumerate(routine.instructions):
+            where = place.at(routine, index)
+            found = check(instruction.what, machine, instruction.context, absolute=True)
+            out += [
+                replace(v, routine=where.routine, index=index, location=where.location) for v in found
+            ]
+            if not found:
+                _check_unit(where, instruction, stream.slices, machine, touched[index], stashes)
+        _check_waits(stream, routine, touched, place)
+    if order is not None:
+        _check_registers(stream, footprints, place, machine, hbm_regions)
+    return out
+
+
+def _check_header(stream: Stream, machine: Machine, place: _Place) -> None:
+    if stream.slices not in (machine.slices_per_pe, 2 * machine.slices_per_pe, machine.slices_per_cluster):
+        place.add("header", f"a unit of {stream.slices} slices")
+    if not stream.routines:
+        place.add("header", "no routine")
+    names = [r.name for r in stream.routines]
+    if len(set(names)) != len(names):
+        place.add("header", "two routines of one name")
+    for routine in stream.routines:
+        for index, instruction in enumerate(routine.instructions):
+            if not 0 <= instruction.location < len(stream.locations):
+                place.at(routine, index).add("header", f"location {instruction.location}")
+
+
+def _stashes(instruction: Instruction) -> bool:
+    what = instruction.what
+    return isinstance(what, Exec) and (what.stash_input or any(op.stash for op in what.vector))
+
+
+def _check_calls(stream: Stream, place: _Place) -> list[int] | None:
+    """Routines with callers first, or None if calls make no sense."""
+    broken = len(place.out)
+    callees: list[list[int]] = []
+    for routine in stream.routines:
+        found: list[int] = []
+        for index, instruction in enumerate(routine.instructions):
+            what = instruction.what
+            if not isinstance(what, Call):
+                continue
+            where = place.at(routine, index)
+            if instruction.after != NO_WAIT:
+                where.add("useless-wait", "a call waits for nothing: the instructions of the routine do")
+            if not 0 <= what.routine < len(stream.routines):
+                where.add("call", f"routine {what.routine} of {len(stream.routines)}")
+            elif not stream.routines[what.routine].instructions:
+                where.add("call", f"routine {stream.routines[what.routine].name} is empty")
+            else:
+                found.append(what.routine)
+        callees.append(found)
+    state = [0] * len(stream.routines)
+    order: list[int] = []
+
+    def visit(i: int) -> bool:
+        if state[i] == 1:
+            return False
+        if state[i] == 0:
+            state[i] = 1
+            if not all(visit(j) for j in dict.fromkeys(callees[i])):
+                return False
+            state[i] = 2
+            order.append(i)
+        return True
+
+    for i in range(len(stream.routines)):
+        if not visit(i):
+            place.add("call", f"routine {stream.routines[i].name} calls itself")
+            return None
+    return order[::-1] if len(place.out) == broken else None
+
+
+def _check_unit(
+    where: _Place, instruction: Instruction, slices: int, machine: Machine, touched: Sequence[Access], stashes: bool
+) -> None:
+    """What depends on the unit or the program: its slices, the stash's part of VRF, bank hits."""
+    what = instruction.what
+    if isinstance(what, (Exec, LoadTrf, LoadVrf, Memset)) and what.slices > slices:
+        where.add("slices", f"{what.slices} slices on a unit of {slices}")
+    if isinstance(what, Dma):
+        sides = ((what.source, 1), (what.destination, 2))
+        for endpoint, column in sides:
+            if endpoint.space == Space.DM:
+                last = slice_range(endpoint, [(loop[0], loop[column]) for loop in what.loops])[1]
+                if last > slices:
+                    where.add("slices", f"slice {last - 1} of a unit of {slices}")
+    if stashes:
+        limit = machine.vrf_bytes - machine.vrf_stash_bytes
+        if any(a.space == "vrf" and a.high > limit for a in touched):
+            where.add("stash-space", f"VRF bytes beyond {limit}")
+    if isinstance(what, (Exec, LoadTrf, LoadVrf)):
+        hits = bank_hits_fetch(what.fetch, machine, instruction.context == Context.SUB)
+        if isinstance(what, Exec):
+            hits = max(hits, bank_hits_commit(what.commit, machine))
+        if hits >= machine.dm_starvation_hits:
+            where.add("bank-starvation", f"{hits} accesses in a row hit one bank")
+
+
+def _row_hits(loops: Iterable[tuple[int, int]], row: int) -> int:
+    """Consecutive steps (loops inner to outer) that stay on the same bank: strides that are multiples of a row of banks."""
+    hits = 1
+    for size, stride in loops:
+        if stride % row:
+            break
+        hits *= size
+    return hits
+
+
+def bank_hits_fetch(fetch: Fetch, machine: Machine, sub: bool) -> int:
+    """Longest series of accesses of a fetch that hit one DM bank."""
+    access = access_bytes(fetch, machine.fetch_sub_bytes if sub else machine.fetch_main_bytes)
+    row = machine.dm_banks * machine.dm_bank_bytes
+    inner = list(reversed(fetch.loops))
+    width = fetch.dtype.bytes
+    if inner and inner[0][1] == width:
+        if inner[0][0] * width > access:
+            return 1
+        inner = inner[1:]
+    return _row_hits(inner, row)
+
+
+def bank_hits_commit(commit: Commit, machine: Machine) -> int:
+    """Longest series of writes of a commit that hit one DM bank."""
+    row = machine.dm_banks * machine.dm_bank_bytes
+    inner = list(reversed(commit.loops))
+    if inner[0][0] > commit.valid:
+        return 1
+    return _row_hits(inner[1:], row)
+
+
+# Waits ---------------------------------------------------------------------------------------------------------------
+def _check_waits(stream: Stream, routine: Routine, touched: Sequence[Sequence[Access]], place: _Place) -> None:
+    hazards = Hazards(touched)
+    calls = 0
+    seen = [0, 0, 0]
+    for index, instruction in enumerate(routine.instructions):
+        context, after = instruction.context, instruction.after
+        where = place.at(routine, index)
+        if isinstance(instruction.what, Call):
+            calls += 1
+            hazards.barrier()
+            continue
+        if context not in CONTEXTS:
+            continue  # reported by the descriptor's check
+        given = (after.main, after.sub, after.dma)
+        issued = hazards.issued
+        if any(not 0 <= n <= have for n, have in zip(given, issued, strict=True)) or given[context]:
+            where.add("future", f"waits for {given} of {issued} instructions issued")
+            given = (0, 0, 0)
+        if not 0 <= after.call <= calls:
+            where.add("future", f"waits for {after.call} of {calls} calls")
+        elif seen[context] < calls and after.call < calls:
+            where.add("race", f"starts before call {calls} is complete")
+        elif after.call and seen[context] >= calls:
+            where.add("useless-wait", f"waits for call {after.call} again")
+        seen[context] = calls
+        need = hazards.required(context, touched[index])
+        wanted = hazards.unmet(context, need)
+        have = hazards.implied(context, given)
+        uncovered = [CONTEXTS[d].name.lower() for d in range(3) if have[d] < need[d]]
+        if uncovered:
+            missing = ", ".join(f"{CONTEXTS[d].name.lower()} {need[d]}" for d in range(3) if have[d] < need[d])
+            where.add("race", f"does not wait for {missing}, which touch the same bytes")
+        elif given != wanted:
+            where.add("useless-wait", f"waits for {given} of (main, sub, dma) where {wanted} is enough")
+        if not after.enter:
+            where.add("race", "does not wait for what was issued before the routine")
+        hazards.issue(context, touched[index], given if not uncovered else wanted)
+
+
+# Registers and HBM ---------------------------------------------------------------------------------------------------
+class _Regions:
+    def __init__(self, regions: Sequence[tuple[int, int]]) -> None:
+        self.starts = sorted(a for a, _ in regions)
+        self.ends = {a: a + n for a, n in regions}
+
+    def holds(self, low: int, high: int) -> bool:
+        i = bisect.bisect_right(self.starts, low) - 1
+        return i >= 0 and high <= self.ends[self.starts[i]]
+
+
+def _check_registers(
+    stream: Stream,
+    footprints: Sequence[Sequence[Sequence[Access]]],
+    place: _Place,
+    machine: Machine,
+    regions: Sequence[tuple[int, int]] | None,
+) -> None:
+    """Follow every call from the entry with the values of its registers."""
+    known = _Regions(regions if regions is not None else [(0, machine.hbm_bytes)])
+    spans: list[dict[int, list[tuple[int, int, int]]]] = []  # per routine: register -> (low, high, instruction)
+    for routine, touched in zip(stream.routines, footprints, strict=True):
+        span: dict[int, list[tuple[int, int, int]]] = {}
+        for index in range(len(routine.instructions)):
+            for access in touched[index]:
+                if access.space == "hbm":
+                    span.setdefault(access.register, []).append((access.low, access.high, index))
+        spans.append(span)
+    reported: set[tuple[int, int, str]] = set()
+
+    def report(routine: int, index: int, rule: str, message: str) -> None:
+        if (routine, index, rule) not in reported:
+            reported.add((routine, index, rule))
+            place.at(stream.routines[routine], index).add(rule, message)
+
+    def enter(number: int, registers: dict[int, int]) -> None:
+        for register, found in spans[number].items():
+            if register not in registers:
+                report(number, found[0][2], "register", f"register {register} is read but never set")
+                continue
+            value = registers[register]
+            one_buffer = register not in HOST_REGISTERS
+            if one_buffer and known.holds(min(f[0] for f in found) + value, max(f[1] for f in found) + value):
+                continue
+            for low, high, index in found:
+                if not known.holds(low + value, high + value):
+                    message = f"HBM bytes [{low + value}, {high + value}) lie in no single buffer"
+                    report(number, index, "hbm-bounds", message)
+        for index, instruction in enumerate(stream.routines[number].instructions):
+            what = instruction.what
+            if not isinstance(what, Call):
+                continue
+            inside = dict(registers)
+            for target, source, immediate in what.moves:
+                if source not in registers:
+                    report(number, index, "register", f"register {source} is read but never set")
+                else:
+                    inside[target] = registers[source] + immediate
+            enter(what.routine, inside)
+
+    enter(0, {r: 0 for r in HOST_REGISTERS})
+
+
