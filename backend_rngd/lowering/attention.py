@@ -11,7 +11,7 @@ in TRF (lane = row, PacketBroadcast) with V streaming, 32 value columns a packet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,7 @@ from ir.errors import UnsupportedError
 
 SCORE_BYTES = 64 * 1024  # scores of a chunk of rows a slice
 TILE_BYTES = 48 * 1024  # one K or V tile a slice
+PairLoops = list[tuple[int, int, int, int]]  # (count, batch step, head step, slice step)
 KEY_MULTIPLE = 16  # keys are padded (and masked) to whole flits of probabilities
 HIDDEN = 1.0e30  # penalty per position of distance beyond what is visible
 
@@ -108,11 +109,12 @@ class AttentionLowering:
             raise UnsupportedError(
                 "attention over queries that do not fit DM", "they are read per head", "use a smaller bucket"
             )
-        assert q.rows is not None
+        rows = q.rows
+        assert rows is not None
         self._need_contiguous(q)
         if k.padded != k.width:
             q = self._pad_heads(q, k.padded)
-        return self._pairs(q, k, v, limit, p) if q.rows.replicated else self._tokens(q, k, v, limit, p)
+        return self._pairs(q, k, v, limit, p) if rows.replicated else self._tokens(q, k, v, limit, p)
 
     def _pad_heads(self, q: Tensor, padded: int) -> Tensor:
         """q with zeros behind every head, so that contraction packets are whole flits."""
@@ -199,7 +201,9 @@ class AttentionLowering:
             )
             step = _Rows(tokens, mine, 0, group * head * 2, head * 2, lim, 0, 8)
 
-            def load(cache: Cache, start: int, count: int) -> SSAValue:
+            def load(
+                cache: Cache, start: int, count: int, b0: int = b0, h0: int = h0, loops: PairLoops = loops
+            ) -> SSAValue:
                 real = min(count, cache.keys - start)
                 tile = self._tile(cache, count, real)
                 base = b0 * cache.batch_stride + h0 * cache.head_stride + start * cache.width * 2
@@ -396,7 +400,7 @@ class AttentionLowering:
         p: AttentionParams,
         k: Cache,
         v: Cache,
-        load: object,
+        load: Callable[[Cache, int, int], SSAValue],
         slices: int,
         target: SSAValue,
         target_token: int,
@@ -406,7 +410,6 @@ class AttentionLowering:
     ) -> None:
         """Rows of one KV head: `target` receives `[token][head][value]` with the given strides."""
         em = self.em
-        assert callable(load)
         rows = r.tokens * p.group
         lanes = 8 if rows > 4 else 4
         groups = -(-rows // lanes)
@@ -681,7 +684,7 @@ class AttentionLowering:
         )
 
 
-def _pair_loops(pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, int, int, int]], int, int]:
+def _pair_loops(pairs: list[tuple[int, int]]) -> tuple[PairLoops, int, int]:
     """Loops (count, batch step, head step, slice step) over consecutive (batch, head) pairs, and the first pair."""
     b0, h0 = pairs[0]
     heads = sum(1 for b, _ in pairs if b == b0)

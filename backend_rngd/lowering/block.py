@@ -71,11 +71,8 @@ class BlockLowering(FunctionLowering):
         for n, value in enumerate(values):
             v = self.env[value]
             if isinstance(v, Stored):
-                source = next(
-                    i
-                    for i, a in enumerate(function.body.block.args)
-                    if isinstance(self.env[a], Stored) and self.env[a].buffer is v.buffer
-                )  # pyright: ignore
+                arguments = [self.env[a] for a in function.body.block.args]
+                source = next(i for i, a in enumerate(arguments) if isinstance(a, Stored) and a.buffer is v.buffer)
                 self.results.append(source)
                 self.templates.append(None)
                 continue
@@ -103,7 +100,8 @@ class BlockLowering(FunctionLowering):
     def result_tensor(self, n: int, em: Emitter) -> Tensor:
         """Result `n` seen from the caller."""
         template, name = self.templates[n], self.results[n]
-        assert template is not None and isinstance(name, str)
+        assert template is not None
+        assert isinstance(name, str)
         return in_global(template, name, em)
 
 

@@ -36,7 +36,7 @@ from backend_rngd.isa.descriptors import (
     VectorOp,
 )
 from backend_rngd.lowering.emitter import Emitter
-from backend_rngd.lowering.expression import ChainOp, DoesNotFit, Scheduler
+from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
 from backend_rngd.lowering.move import ring_broadcast
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir import expr as ex
@@ -81,7 +81,7 @@ def epilogue_ops(e: ex.Expr | None) -> list[ChainOp] | None:
         return []
     try:
         steps = Scheduler(e, lambda _: False, lambda _a, _b: True).run()
-    except DoesNotFit:
+    except DoesNotFitError:
         return None
     if len(steps) != 1 or steps[0].second is not None or steps[0].stash_input or steps[0].rounded:
         return None
@@ -104,7 +104,7 @@ class ContractLowering:
         self.spill = spill
         self.half = 0
 
-    # Entry -----------------------------------------------------------------------------------------------------------
+    # Entry ------------------------------------------------------------
     def run(
         self,
         x: Tensor,
@@ -179,7 +179,7 @@ class ContractLowering:
             vector=(add, *shifted),
         )
 
-    # Few tokens --------------------------------------------------------------------------------------------------------
+    # Few tokens ------------------------------------------------------------
     def _stream_weights(
         self,
         x: Tensor,
@@ -365,7 +365,7 @@ class ContractLowering:
                 run,
             )
 
-    # Many tokens -------------------------------------------------------------------------------------------------------
+    # Many tokens ------------------------------------------------------------
     def _stream_tokens(
         self,
         x: Tensor,
@@ -434,7 +434,8 @@ class ContractLowering:
                 vector if not split else (),
             )
             if split and c > 0:
-                assert mine is not None and part is not None
+                assert mine is not None
+                assert part is not None
                 done = last and not own_epilogue
                 self._accumulate(
                     mine,

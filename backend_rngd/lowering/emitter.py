@@ -69,7 +69,7 @@ class Emitter:
     slices: int
     location: str = ""
     probes: bool = True
-    _globals: dict[str, SSAValue] = field(default_factory=dict)
+    _globals: dict[str, SSAValue] = field(default_factory=dict[str, SSAValue])
     _vrf_next: int = 0
     _trf: SSAValue | None = None
     _vrf: SSAValue | None = None
@@ -78,7 +78,7 @@ class Emitter:
         """Append one operation."""
         self.block.add_op(op)
 
-    # Buffers -------------------------------------------------------------------------------------------------------
+    # Buffers ------------------------------------------------------------
     def alloc(self, nbytes: int, name: str = "", space: str = "dm") -> SSAValue:
         """A local buffer: DM bytes a slice, HBM bytes in all. Live from first to last use."""
         op = AllocOp(space, nbytes, name)
@@ -145,7 +145,7 @@ class Emitter:
         self._vrf_next += nbytes
         return base
 
-    # Instructions --------------------------------------------------------------------------------------------------
+    # Instructions ------------------------------------------------------------
     def fetch(
         self,
         base: int,

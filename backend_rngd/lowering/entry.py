@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from xdsl.dialects import func
@@ -30,6 +30,7 @@ class EntryLowering(FunctionLowering):
     """The entry function: inputs, weights by name, calls, outputs."""
 
     def run(self) -> None:
+        """Lower the function."""
         f = self.function
         names = _names(f, "arg_names", "arg", len(f.body.block.args))
         self.held: dict[str, SSAValue] = {}
@@ -52,7 +53,7 @@ class EntryLowering(FunctionLowering):
         dtype = dtype_of(arg)
         options = self.parent.options
         if name.startswith("cache."):
-            b, k, t, d = shape
+            _, k, t, d = shape
             if t > options.cache_capacity:
                 raise UnsupportedError(
                     f"a bucket of {t} keys", f"the cache holds {options.cache_capacity}", "raise the capacity"
@@ -88,6 +89,7 @@ class EntryLowering(FunctionLowering):
         self._weight(arg, f"arg.{name}")
 
     def op_tc_weight(self, op: tc.WeightOp) -> None:
+        """A parameter by name; it gets an address when its use says how it is laid out."""
         self._weight(op.result, op.fqn.data)
 
     def _weight(self, value: SSAValue, name: str) -> None:
@@ -99,6 +101,7 @@ class EntryLowering(FunctionLowering):
         self.env[value] = Weight.of(tuple(shape_of(value)), dtype, bind)
 
     def op_tc_constant(self, op: tc.ConstantOp) -> None:
+        """A literal; uniform ones become immediates of the expressions that use them."""
         values = np.asarray(op.array())
         dtype = dtype_of(op.result)
         name = f"constant.{self.index}"
@@ -112,6 +115,7 @@ class EntryLowering(FunctionLowering):
         self.env[op.result] = Weight.of(tuple(values.shape), dtype, bind, values)
 
     def op_tc_contract(self, op: tc.ContractOp) -> None:
+        """Contraction engine, see `contract.py`."""
         uses = list(op.results[0].uses)
         final = op.results[0]
         if len(uses) == 1 and self._epilogue(op)[1] is not None:
@@ -122,8 +126,9 @@ class EntryLowering(FunctionLowering):
         else:
             self._contract(op, None)
 
-    # Calls ---------------------------------------------------------------------------------------------------------------
+    # Calls ------------------------------------------------------------
     def op_func_call(self, op: func.CallOp) -> None:
+        """Fill the block's activation slots, call its routine with HBM addresses."""
         name = op.callee.string_value()
         function = self.parent.functions[name]
         operands = [self.env[o] for o in op.operands]
@@ -186,7 +191,7 @@ class EntryLowering(FunctionLowering):
                 self.vector.map(ex.Input(0), [v], [names], names, v.dtype, target=target)
         self.held[slot.name] = value
 
-    # Outputs -------------------------------------------------------------------------------------------------------------
+    # Outputs ------------------------------------------------------------
     def _output(self, value: SSAValue, name: str) -> None:
         v = self.env[value]
         if isinstance(v, Stored):
@@ -222,12 +227,13 @@ def _names(f: func.FuncOp, attribute: str, prefix: str, count: int) -> list[str]
     """Names of arguments or results: the function's attribute, or numbered."""
     held = f.attributes.get(attribute)
     if isinstance(held, ArrayAttr):
-        return [a.data for a in held if isinstance(a, StringAttr)]
+        return [a.data for a in cast(ArrayAttr[StringAttr], held)]
     return [f"{prefix}{i}" for i in range(count)]
 
 
 def _bound(v: Value, form: Form | None) -> SSAValue:
-    assert isinstance(v, Weight) and form is not None
+    assert isinstance(v, Weight)
+    assert form is not None
     return v.bind(form)
 
 

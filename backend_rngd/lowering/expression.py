@@ -54,7 +54,7 @@ BINARY: dict[str, tuple[tuple[Alu, Op], ...]] = {
 COMMUTATIVE = frozenset({"mul", "add", "max", "min"})
 
 
-class DoesNotFit(Exception):
+class DoesNotFitError(Exception):
     """An operation has no ALU in the stages a pass may still use."""
 
 
@@ -127,18 +127,50 @@ def _pow(b: _Builder, x: Ref, p: Ref) -> Ref:
     raise UnsupportedError("a power other than 0.5, -0.5, 1, 2, 3, 4", "the vector engine has no pow", "expand it")
 
 
+def _neg(b: _Builder, x: Ref) -> Ref:
+    return b.node("mul", x, const(-1.0))
+
+
+def _rsqrt(b: _Builder, x: Ref) -> Ref:
+    return b.node("div", const(1.0), b.node("sqrt", x))
+
+
+def _recip(b: _Builder, x: Ref) -> Ref:
+    return b.node("div", const(1.0), x)
+
+
+def _square(b: _Builder, x: Ref) -> Ref:
+    return b.node("mul", x, x)
+
+
+def _silu(b: _Builder, x: Ref) -> Ref:
+    return b.node("mul", b.node("sigmoid", x), x)
+
+
+def _relu(b: _Builder, x: Ref) -> Ref:
+    return b.node("max", x, const(0.0))
+
+
+def _abs(b: _Builder, x: Ref) -> Ref:
+    return b.node("max", x, b.node("mul", x, const(-1.0)))
+
+
+def _round(b: _Builder, x: Ref) -> Ref:
+    return b.node("round", x)
+
+
 REWRITES: dict[str, Callable[..., Ref]] = {
-    "neg": lambda b, x: b.node("mul", x, const(-1.0)),
-    "rsqrt": lambda b, x: b.node("div", const(1.0), b.node("sqrt", x)),
-    "recip": lambda b, x: b.node("div", const(1.0), x),
-    "square": lambda b, x: b.node("mul", x, x),
+    "neg": _neg,
+    "rsqrt": _rsqrt,
+    "recip": _recip,
+    "square": _square,
     "pow": _pow,
-    "silu": lambda b, x: b.node("mul", b.node("sigmoid", x), x),
+    "silu": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
-    "relu": lambda b, x: b.node("max", x, const(0.0)),
-    "abs": lambda b, x: b.node("max", x, b.node("mul", x, const(-1.0))),
-    "round_bf16": lambda b, x: b.node("round", x),
+    "relu": _relu,
+    "abs": _abs,
+    "round_bf16": _round,
 }
 
 
@@ -178,9 +210,9 @@ class Step:
 class _Chain:
     """A chain under construction."""
 
-    used: set[Alu] = field(default_factory=set)
+    used: set[Alu] = field(default_factory=set[Alu])
     stage: int = 0
-    ops: list[ChainOp] = field(default_factory=list)
+    ops: list[ChainOp] = field(default_factory=list[ChainOp])
 
     def pick(self, options: Sequence[tuple[Alu, Op]], last_stage: int) -> tuple[Alu, Op] | None:
         for alu, op in options:
@@ -257,7 +289,7 @@ class Scheduler:
         """Whether some consumer still waits for `ref`."""
         return ref == self.root or any(c not in self.done for c in self.consumers.get(ref, ()))
 
-    # Starting a pass -------------------------------------------------------------------------------------------
+    # Starting a pass ------------------------------------------------------------
     def _single(self, node: Node) -> tuple[Step, _Chain]:
         chain = _Chain()
         first = next(a for a in node.args if a.kind != "const")
@@ -274,7 +306,7 @@ class Scheduler:
             chain.push(alu, op, Mode.ZIP01, Arg("none"))
             return step, chain
         if not self._push(chain, node, first, step):
-            raise DoesNotFit(node.fn)
+            raise DoesNotFitError(node.fn)
         return step, chain
 
     def _zip_alu(self, fn: str, chain: _Chain) -> tuple[Alu, Op]:
@@ -283,7 +315,7 @@ class Scheduler:
             options = ((Alu.FP_FPU, Op.DIV),)
         picked = chain.pick(options, LAST_STAGE)
         if picked is None:
-            raise DoesNotFit(fn)
+            raise DoesNotFitError(fn)
         return picked
 
     def _pair(self, ref: Ref, node: Node) -> tuple[Step, _Chain] | None:
@@ -323,7 +355,7 @@ class Scheduler:
             consumer, ref = ref, streams[0]
         return ref, ops
 
-    # Growing a pass ----------------------------------------------------------------------------------------------
+    # Growing a pass ------------------------------------------------------------
     def _extend(self, step: Step, chain: _Chain, current: Ref) -> Step:
         while not step.rounded:
             users = [c for c in self.consumers.get(current, ()) if c not in self.done]

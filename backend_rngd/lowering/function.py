@@ -53,7 +53,7 @@ class FunctionLowering:
         self.fused: set[Operation] = set()
         self.index = 0
 
-    # Values ------------------------------------------------------------------------------------------------------------
+    # Values ------------------------------------------------------------
     def tensor(self, value: SSAValue) -> Tensor:
         """The placed tensor of an activation."""
         v = self.env[value]
@@ -92,7 +92,7 @@ class FunctionLowering:
             return self.resident[value]
         return t
 
-    # Walk --------------------------------------------------------------------------------------------------------------
+    # Walk ------------------------------------------------------------
     def walk(self) -> list[SSAValue]:
         """Lower all ops; returns the operands of the return op."""
         block = self.function.body.block
@@ -119,8 +119,9 @@ class FunctionLowering:
             if isinstance(v, Tensor) and v.rows is not None and not isinstance(op, VIEWS):
                 self.em.probe(v.buffer, f"{self.name}#{self.index}.{i}", json.dumps(probe_layout(v)))
 
-    # Views -------------------------------------------------------------------------------------------------------------
+    # Views ------------------------------------------------------------
     def op_tc_reshape(self, op: tc.ReshapeOp) -> None:
+        """A view where the bytes allow it, else a copy in logical order."""
         shape = shape_of(op.result)
         v = self.env[op.x]
         if isinstance(v, Weight) and (viewed := v.reshape(shape)) is not None:
@@ -146,12 +147,14 @@ class FunctionLowering:
         return self.vector.map(ex.Input(0), [t], [names], names, t.dtype, target=target)
 
     def op_tc_transpose(self, op: tc.TransposeOp) -> None:
+        """A view."""
         v = self.env[op.x]
         self.env[op.result] = (
             v.transpose(op.permutation) if isinstance(v, Weight) else self.tensor(op.x).transpose(op.permutation)
         )
 
     def op_tc_slice(self, op: tc.SliceOp) -> None:
+        """A view of features."""
         axis, start, size = op.bounds()
         view = self.tensor(op.x).slice(axis, start, size)
         if view is None:
@@ -159,6 +162,7 @@ class FunctionLowering:
         self.env[op.result] = view
 
     def op_tc_concat(self, op: tc.ConcatOp) -> None:
+        """One buffer; every part is copied to its place."""
         parts = [self.tensor(o) for o in op.operands]
         axis = int(op.axis.value.data)
         dims = list(parts[0].dims)
@@ -177,11 +181,13 @@ class FunctionLowering:
             start += p.dims[axis].size
         self.env[op.results[0]] = target
 
-    # Arithmetic --------------------------------------------------------------------------------------------------------
+    # Arithmetic ------------------------------------------------------------
     def op_tc_map(self, op: tc.MapOp) -> None:
+        """Vector-engine passes."""
         self._map(op, None)
 
     def op_tc_reduce(self, op: tc.ReduceOp) -> None:
+        """Vector-engine passes that end in the intra-slice reducer."""
         self._map(op, op.kind.data)
 
     def _map(self, op: tc.MapOp | tc.ReduceOp, reduce: str | None) -> None:
@@ -209,6 +215,7 @@ class FunctionLowering:
         )
 
     def op_tc_contract(self, op: tc.ContractOp) -> None:
+        """Contraction engine, see `contract.py`."""
         self._contract(op, None)
 
     def _contract(self, op: tc.ContractOp, output: str | None) -> Tensor:
@@ -305,7 +312,7 @@ class FunctionLowering:
             target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, padded * 2)
         return self.vector.map(ex.Input(0), [x], [names], names, x.dtype, target=target)
 
-    # Indexed -----------------------------------------------------------------------------------------------------------
+    # Indexed ------------------------------------------------------------
     def _offsets(self, value: SSAValue, scale: int) -> SSAValue:
         key = (value, scale)
         if key not in self.offset_images:
@@ -313,6 +320,7 @@ class FunctionLowering:
         return self.offset_images[key]
 
     def op_tc_gather(self, op: tc.GatherOp) -> None:
+        """Embedding rows, or one token a batch row."""
         rule = op.rule()
         table, index = self.env[op.operands[0]], self.tensor(op.operands[1])
         gathered = next(a for a in rule.inputs[0] if a not in rule.output)
@@ -344,6 +352,7 @@ class FunctionLowering:
         self.env[op.results[0]] = one_token(self.em, self.vector, x, self.in_dm(op.operands[1]), dims, self.spill)
 
     def op_tc_kv_update(self, op: tc.KvUpdateOp) -> None:
+        """A scatter into the cache, in place."""
         cache = self.env[op.operands[0]]
         if not isinstance(cache, Stored):
             raise UnsupportedError(
@@ -367,6 +376,7 @@ class FunctionLowering:
         return Cache(c.buffer, heads * head, head, keys, width)
 
     def op_tc_attention(self, op: tc.AttentionOp) -> None:
+        """Scores, softmax and weighted sum, see `attention.py`."""
         q = self.tensor(op.q)
         k, v = self.env[op.k], self.env[op.v]
         assert q.rows is not None

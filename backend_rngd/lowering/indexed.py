@@ -23,14 +23,15 @@ OFFSET_BYTES = 8  # an offset and its padding: a commit writes at least 8 B
 
 def offsets(em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int) -> SSAValue:
     """HBM image `[physical row]` (8 B apart) of index * row_bytes for an i32 tensor with rows."""
-    assert index.rows is not None
+    rows = index.rows
+    assert rows is not None
     if index.space == Space.HBM:
-        index = load_rows(em, index, index.rows.local)
+        index = load_rows(em, index, rows.local)
     names = [f"d{i}" for i in range(len(index.dims))]
     scaled = vector.map(ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes)))), [index], [names], names, Dtype.I32)
-    image = em.alloc(index.rows.physical * OFFSET_BYTES, "offsets", "hbm")
-    target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, index.rows, 0, OFFSET_BYTES)
-    store_rows(em, scaled, target, index.rows.local)
+    image = em.alloc(rows.physical * OFFSET_BYTES, "offsets", "hbm")
+    target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, rows, 0, OFFSET_BYTES)
+    store_rows(em, scaled, target, rows.local)
     return image
 
 
@@ -81,14 +82,15 @@ def embedding(
 
 def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dims: Sequence[Dim], spill: int) -> Tensor:
     """x[b, index[b], features] for every batch row; the result has one token per batch row."""
-    assert x.rows is not None and index.rows is not None
+    tokens, rows = x.rows, index.rows
+    assert tokens is not None
+    assert rows is not None
     if x.space == Space.DM:
-        image = em.alloc(x.rows.physical * x.pitch, "tokens", "hbm")
-        held = Tensor(image, Space.HBM, x.dtype, x.dims, x.rows, 0, x.pitch)
-        store_rows(em, x, held, x.rows.local)
+        image = em.alloc(tokens.physical * x.pitch, "tokens", "hbm")
+        held = Tensor(image, Space.HBM, x.dtype, x.dims, tokens, 0, x.pitch)
+        store_rows(em, x, held, tokens.local)
         x = held
     at = offsets(em, vector, index, x.pitch)
-    rows = index.rows
     order = [i for i, d in enumerate(dims) if d.kind == "feature"]
     out = output_tensor(em, dims, x.dtype, rows, order, spill)
     run = x.row_bytes
@@ -103,7 +105,7 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
         [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)],
         run,
     )
-    step = x.rows.batch_stride * x.pitch
+    step = tokens.batch_stride * x.pitch
     if rows.replicated:
         em.dma(
             x.buffer,

@@ -39,13 +39,14 @@ class Program:
         self.forms: dict[str, list[Form]] = {}
 
     def run(self) -> Lowered:
+        """Lower `main`, or the only function."""
         main = self.functions.get("main") or next(iter(self.functions.values()))
         self.main = RoutineOp("main", [])
         self.out.module.body.block.add_op(self.main)
         EntryLowering(self, main, self.main).run()
         return self.out
 
-    # Globals ---------------------------------------------------------------------------------------------------------
+    # Globals ------------------------------------------------------------
     def weight_global(self, em: Emitter, name: str, dtype: Dtype, form: Form) -> SSAValue:
         """The HBM image of weight `name` in `form`; equal forms share one image."""
         forms = self.forms.setdefault(name, [])

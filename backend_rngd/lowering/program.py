@@ -25,7 +25,7 @@ class LoweringOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the loader lays a tensor out in the HBM global `name`: permute, reshape to (rows, columns), pad with zeros."""
+    """A weight's image in the HBM global `name`: permute, reshape to (rows, columns), pad both with zeros."""
 
     name: str
     weight: str
@@ -53,8 +53,8 @@ class Lowered:
     """An `rngd` module with what the host must know to run it."""
 
     module: ModuleOp
-    placements: dict[str, Placement] = field(default_factory=dict)
-    constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-    inputs: list[Port] = field(default_factory=list)
-    outputs: list[Port] = field(default_factory=list)
-    caches: list[Port] = field(default_factory=list)
+    placements: dict[str, Placement] = field(default_factory=dict[str, Placement])
+    constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, np.ndarray[Any, Any]])
+    inputs: list[Port] = field(default_factory=list[Port])
+    outputs: list[Port] = field(default_factory=list[Port])
+    caches: list[Port] = field(default_factory=list[Port])

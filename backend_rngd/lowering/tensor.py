@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from xdsl.ir import SSAValue
@@ -211,7 +212,7 @@ def _merge(dims: Sequence[Dim]) -> Dim | None:
     if len(dims) == 1:
         return dims[0]
     if all(d.kind == "feature" for d in dims):
-        for outer, inner in zip(dims, dims[1:], strict=False):
+        for outer, inner in pairwise(dims):
             if outer.stride != inner.size * inner.stride:
                 return None
         return Dim("feature", _count(dims), dims[-1].stride)

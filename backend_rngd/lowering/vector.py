@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
 from backend_rngd.lowering.emitter import Emitter, canonical
-from backend_rngd.lowering.expression import FLOAT_STAGE, LAST_STAGE, ChainOp, DoesNotFit, Ref, Scheduler, Step
+from backend_rngd.lowering.expression import FLOAT_STAGE, LAST_STAGE, ChainOp, DoesNotFitError, Ref, Scheduler, Step
 from backend_rngd.lowering.move import load_rows, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
 from ir import expr as ex
@@ -32,7 +32,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Operand_:
+class View:
     """A tensor seen from the iteration: byte strides of the row and of every feature axis (0: broadcast)."""
 
     tensor: Tensor
@@ -83,7 +83,7 @@ class VectorLowering:
         reduce: str | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
-        """`e` over `inputs` (axis names per dimension), result over `out_names`; `reduce` (add, max, min) sums the rest.
+        """`e` over `inputs` (axis names per dimension), result over `out_names`; `reduce` (add, max, min) takes the rest.
 
         Returns a compact tensor (rows like the inputs) or `target` filled in.
         """
@@ -128,7 +128,7 @@ class VectorLowering:
         self._chunks(e, inputs, names, axes, target, out_names, dtype, reduce, len(reduced))
         return target
 
-    # Chunks --------------------------------------------------------------------------------------------------------
+    # Chunks ------------------------------------------------------------
     def _chunks(
         self,
         e: ex.Expr,
@@ -227,7 +227,7 @@ class _Chunk:
         self.reduced = reduced
         self.axes = axes if axes else [Axis(PAIR, 2)]
         self.pair = not axes
-        self.values: dict[Ref, Operand_] = {}
+        self.values: dict[Ref, View] = {}
 
     def run(
         self,
@@ -246,7 +246,7 @@ class _Chunk:
         try:
             steps = scheduler.run()
             fused = True
-        except DoesNotFit:
+        except DoesNotFitError:
             if not reduce:
                 raise
             scheduler = self._scheduler(e, LAST_STAGE)
@@ -263,28 +263,28 @@ class _Chunk:
     def _scheduler(self, e: ex.Expr, final: int) -> Scheduler:
         return Scheduler(e, self._through_vrf, self._same_type, final_stage=final)
 
-    # Views ---------------------------------------------------------------------------------------------------------
-    def _operand(self, t: Tensor, ns: Sequence[str]) -> Operand_:
+    # Views ------------------------------------------------------------
+    def _operand(self, t: Tensor, ns: Sequence[str]) -> View:
         by_name = {n: d for n, d in zip(ns, t.dims, strict=True)}
         strides = tuple(
             by_name[a.name].stride if a.name in by_name and by_name[a.name].kind == "feature" else 0 for a in self.axes
         )
-        return Operand_(t, t.pitch if t.rows is not None else 0, strides)
+        return View(t, t.pitch if t.rows is not None else 0, strides)
 
-    def _target(self, out: Tensor, ns: Sequence[str], reduce: bool) -> Operand_:
+    def _target(self, out: Tensor, ns: Sequence[str], reduce: bool) -> View:
         by_name = {n: d for n, d in zip(ns, out.dims, strict=True)}
         strides = tuple(
             out.dtype.bytes if a.name == PAIR else (by_name[a.name].stride if a.name in by_name else 0)
             for a in self.axes
         )
-        return Operand_(out, out.pitch, strides)
+        return View(out, out.pitch, strides)
 
-    def _temporary(self, dtype: Dtype) -> Operand_:
+    def _temporary(self, dtype: Dtype) -> View:
         strides, pitch = feature_dims([a.size for a in self.axes], dtype.bytes)
         buffer = self.em.alloc(self.rows * pitch)
         if self.axes[-1].size % 4 and not self.pair:
             self.em.memset(buffer, 0, self.rows * pitch)
-        return Operand_(Tensor(buffer, Space.DM, dtype, (), None, 0, pitch), pitch, tuple(strides))
+        return View(Tensor(buffer, Space.DM, dtype, (), None, 0, pitch), pitch, tuple(strides))
 
     def _through_vrf(self, ref: Ref) -> bool:
         if ref not in self.values:
@@ -292,7 +292,7 @@ class _Chunk:
         v = self.values[ref]
         return v.tensor.dtype != Dtype.I32 and self._vrf_bytes(v) <= VRF_OPERAND_BYTES
 
-    def _vrf_shape(self, v: Operand_) -> tuple[int, list[int]]:
+    def _vrf_shape(self, v: View) -> tuple[int, list[int]]:
         """Rows and feature sizes actually present in an operand; the innermost padded to four elements."""
         rows = self.rows if v.row_stride else 1
         sizes = [a.size if s else 1 for a, s in zip(self.axes, v.strides, strict=True)]
@@ -303,7 +303,7 @@ class _Chunk:
             sizes[inner] = round_up(sizes[inner], 4)
         return rows, sizes
 
-    def _vrf_bytes(self, v: Operand_) -> int:
+    def _vrf_bytes(self, v: View) -> int:
         rows, sizes = self._vrf_shape(v)
         for n in sizes:
             rows *= n
@@ -312,8 +312,8 @@ class _Chunk:
     def _same_type(self, a: Ref, b: Ref) -> bool:
         return self.values[a].tensor.dtype == self.values[b].tensor.dtype
 
-    # Emission ------------------------------------------------------------------------------------------------------
-    def _sizes(self, target: Operand_, reduce: bool) -> tuple[list[int], int]:
+    # Emission ------------------------------------------------------------
+    def _sizes(self, target: View, reduce: bool) -> tuple[list[int], int]:
         """Axis sizes with the innermost padded to a packet, and the packet's elements."""
         sizes = [a.size for a in self.axes]
         inner = sizes[-1]
@@ -328,7 +328,7 @@ class _Chunk:
         sizes[-1] = round_up(inner, 4)
         return sizes, 8 if sizes[-1] % 8 == 0 else 4
 
-    def _emit(self, step: Step, target: Operand_, integer: bool, reduce: str | None) -> None:
+    def _emit(self, step: Step, target: View, integer: bool, reduce: str | None) -> None:
         em = self.em
         stream = self.values[step.stream]
         second = self.values[step.second] if step.second is not None else None
@@ -387,7 +387,7 @@ class _Chunk:
             stash_input=step.stash_input,
         )
 
-    def _widened(self, v: Operand_) -> Operand_:
+    def _widened(self, v: View) -> View:
         """A f32 copy of a bf16 operand (one fetch has one element type), rows and axes as the iteration has them."""
         out = self._temporary(Dtype.F32)
         sizes, packet = self._sizes(out, False)
@@ -430,7 +430,7 @@ class _Chunk:
             out.append(VectorOp(alu, code, op.mode, operand, group=op.group))
         return out
 
-    def _load_vrf(self, v: Operand_, iteration: list[int]) -> Operand:
+    def _load_vrf(self, v: View, iteration: list[int]) -> Operand:
         em = self.em
         rows, sizes = self._vrf_shape(v)
         strides: list[int] = []
