@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from backend_rngd.isa.descriptors import BROADCAST, FLIT_BYTES, REDUCE, Contract, Dtype, LaneMode
 from runtime_sim.memory import RowMemory
 from runtime_sim.nest import Nest, Source, illegal
-from runtime_sim.numeric import STORAGE, widen
+from runtime_sim.numeric import SCRATCH, STORAGE, widen
 from runtime_sim.views import Footprint, Loops, extent, nd, sizes_of, split, strides_of
 
 Array = NDArray[Any]
-BLOCK_ELEMENTS = 1 << 18  # stream elements widened at a time, so that they are still in cache for the product
+BLOCK_ELEMENTS = 1 << 17  # stream elements widened at a time, so that they are still in cache for the product
 
 
 @dataclass(frozen=True)
@@ -198,25 +198,68 @@ class Contraction:
         shape = [axes[i].size for i in placed]
         back = np.argsort(placed).tolist()
         leading = tuple(x.size for x in lead)
-        kind = np.dtype(np.float64 if self.integer else np.float32)
+
+        product = _Product(x_view, w_view, self.dtype, self.integer, size["b"], size["m"], size["n"], size["k"])
 
         def run() -> Array:
-            x = _widened(x_view, self.dtype, kind).reshape(size["b"], size["m"], size["k"])
-            w = _widened(w_view, self.dtype, kind).reshape(size["b"], size["n"], size["k"])
-            out = np.matmul(x, w.swapaxes(1, 2)) if size["b"] > 1 else np.matmul(x[0], w[0].T)
-            out = out.reshape(shape).transpose(back).reshape(*leading, -1)
-            return out.astype(np.int64).astype(np.int32) if self.integer else out
+            return product.run().reshape(shape).transpose(back).reshape(*leading, -1)
 
         return run
 
 
-def _widened(view: Array, dtype: Dtype, kind: np.dtype[Any]) -> Array:
-    out = np.empty(view.shape, kind)
-    if dtype in (Dtype.I8, Dtype.I16):
-        out[...] = view
-    else:
-        widen(view, dtype, out)
-    return out
+class _Product:
+    """x [b, m, k] times the transpose of w [b, n, k], both strided views of stored elements."""
+
+    def __init__(
+        self, x: Array, w: Array, dtype: Dtype, integer: bool, batch: int, rows: int, columns: int, depth: int
+    ) -> None:
+        self.x, self.w, self.dtype, self.integer = x, w, dtype, integer
+        self.batch, self.rows, self.columns, self.depth = batch, rows, columns, depth
+        self.kind = np.dtype(np.float64 if integer else np.float32)  # i8 sums stay exact in f64
+        # Blocks are cut from the outermost axis of x, which is a batch axis if there is one and a row axis otherwise.
+        first = x.shape[0] if x.ndim and (batch > 1 or rows > 1) else 1
+        self.step = max(1, min(first, BLOCK_ELEMENTS * first // max(x.size, 1)))
+        self.first = first
+
+    def run(self) -> Array:
+        """f32 [b, m, n], or i32 that wraps."""
+        w = self._widened("w", self.w).reshape(self.batch, self.columns, self.depth)
+        repeated = self.columns > 1 and self.batch == 1 and self.columns <= 8 and bool((w[0, 1:] == w[0, :1]).all())
+        if repeated:
+            w = w[:, :1]
+        out = np.empty((self.batch, self.rows, w.shape[1]), self.kind)
+        if self.step >= self.first:
+            x = self._widened("x", self.x).reshape(self.batch, self.rows, self.depth)
+            self._multiply(x, w, out)
+        else:
+            share = self.batch // self.first if self.batch > 1 else self.rows // self.first
+            for start in range(0, self.first, self.step):
+                part = self.x[start : start + self.step]
+                lines = slice(start * share, (start + len(part)) * share)
+                if self.batch > 1:
+                    x = self._widened("x", part).reshape(-1, self.rows, self.depth)
+                    self._multiply(x, w[lines], out[lines])
+                else:
+                    x = self._widened("x", part).reshape(1, -1, self.depth)
+                    self._multiply(x, w, out[:, lines])
+        if repeated:
+            out = np.repeat(out, self.columns, axis=2)
+        return out.astype(np.int64).astype(np.int32) if self.integer else out
+
+    @staticmethod
+    def _multiply(x: Array, w: Array, out: Array) -> None:
+        if len(x) == 1:
+            np.matmul(x[0], w[0].T, out=out[0])
+        else:
+            np.matmul(x, w.swapaxes(1, 2), out=out)
+
+    def _widened(self, slot: str, view: Array) -> Array:
+        out = SCRATCH.take(slot, view.shape, self.kind)
+        if self.integer:
+            out[...] = view
+        else:
+            widen(view, self.dtype, out)
+        return out
 
 
 def _padded(source: Source) -> tuple[Nest, Callable[[], None] | None]:

@@ -6,6 +6,7 @@ subnormal results to a zero of the same sign and make every NaN the canonical on
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,27 @@ STORAGE: dict[Dtype, np.dtype[Any]] = {
 }
 FLOATS = frozenset({Dtype.BF16, Dtype.F32, Dtype.F8E4M3, Dtype.F8E5M2})
 BLOCK = 1 << 16  # elements converted at a time: the intermediate results of a conversion stay in the L2 cache
+
+
+class Scratch:
+    """Buffers reused from instruction to instruction: fresh memory costs more in page faults than a conversion does.
+
+    A buffer is valid until the same slot is asked for again.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[str, Array] = {}
+
+    def take(self, slot: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialised C-contiguous array."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        memory = self._slots.get(slot)
+        if memory is None or memory.size < nbytes:
+            memory = self._slots[slot] = np.empty(max(nbytes, 1 << 16), np.uint8)
+        return np.ndarray(shape, dtype, memory)
+
+
+SCRATCH = Scratch()
 
 
 def widened(dtype: Dtype) -> Dtype:

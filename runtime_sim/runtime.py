@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, Bucket, Port, placed
+from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, Bucket, Cache, Port, placed
 from backend_rngd.artifact.weights import DTYPES
 from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.description import Mode
@@ -88,6 +89,21 @@ class Device:
         if bucket.name not in self._times:
             self._times[bucket.name] = simulate(self.artifact.stream(bucket), self.machine)
         return self._times[bucket.name]
+
+
+def read_cache(card: Card, cache: Cache, rows: int, length: int) -> Array:
+    """Keys or values [rows, heads, length, width] of the first rows and positions of a cache."""
+    shape = (cache.batch, cache.heads, cache.capacity, cache.width)
+    whole = card.read(cache.address, cache.bytes).view(DTYPES["bf16"])[: math.prod(shape)].reshape(shape)
+    return whole[:rows, :, :length]
+
+
+def write_cache(card: Card, cache: Cache, values: Array) -> None:
+    """Write keys or values [rows, heads, length, width] to the start of a cache; the rest becomes zero."""
+    shape = (cache.batch, cache.heads, cache.capacity, cache.width)
+    whole = np.zeros(shape, DTYPES["bf16"])
+    whole[: values.shape[0], :, : values.shape[2]] = values
+    card.write(cache.address, whole)
 
 
 def machine_of(artifact: Artifact, mode: Mode) -> Machine:
