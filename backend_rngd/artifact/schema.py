@@ -123,14 +123,16 @@ class HbmMap(_Record):
 
 
 class Cache(_Record):
-    """A KV cache: key or value of a layer, `batch` rows of `row_bytes`, each [heads, capacity, width]."""
+    """Keys or values of a layer: dense bf16 [batch, heads, capacity, width]; a program uses a leading part."""
 
     name: str
     address: int
     bytes: int
     row_bytes: int
     batch: int
+    heads: int
     capacity: int
+    width: int
 
 
 class Port(_Record):

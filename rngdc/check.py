@@ -1,0 +1,222 @@
+"""`rngdc check`: the same inputs through every level, and the first operation that disagrees.
+
+Levels: `tc` as captured, `tc` after the passes (both by the reference kernels), and the instruction streams on the
+simulated card. Between the last two every operation is judged on its own: the reference continues with the values that
+the streams computed, so that rounding differences do not pile up and the operation that is named is the one at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from backend_rngd.artifact import Artifact, Bucket
+from ir.compare import Comparison, Disagreement, Metrics, accumulated, compare_modules, metrics, show_location
+from ir.interpreter import find_function, names_of, run
+from ir.text import parse_module
+from ir.types import dims_of, numpy_dtype, shape_of
+from rngdc.probes import Key, ProbeReader
+from runtime_sim.runtime import Device, read_cache, write_cache
+
+if TYPE_CHECKING:
+    from xdsl.dialects.builtin import ModuleOp
+    from xdsl.ir import Operation
+
+Array = NDArray[Any]
+Inputs = dict[str, Array]
+
+
+@dataclass
+class StreamComparison:
+    """`tc` after the passes against the streams: metrics of each result, and the first operation at fault."""
+
+    results: dict[str, Metrics]
+    first: Disagreement | None
+    compared: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no operation is at fault and every result is close."""
+        return self.first is None and all(m.close for m in self.results.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return {
+            "agrees": self.agrees,
+            "results": {name: asdict(m) for name, m in self.results.items()},
+            "first_disagreement": None if self.first is None else asdict(self.first),
+            "compared": self.compared,
+        }
+
+
+@dataclass
+class BucketCheck:
+    """The comparisons of one bucket."""
+
+    bucket: str
+    passes: Comparison | None
+    streams: StreamComparison
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all levels agree."""
+        return self.streams.agrees and (self.passes is None or (self.passes.agrees and self.passes.first is None))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        levels = {} if self.passes is None else {"passes": self.passes.to_json()}
+        return {"bucket": self.bucket, "agrees": self.agrees, **levels, "streams": self.streams.to_json()}
+
+
+@dataclass
+class CheckReport:
+    """The outcome of `rngdc check`."""
+
+    artifact: str
+    buckets: list[BucketCheck] = field(default_factory=list[BucketCheck])
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every bucket agrees at every level."""
+        return bool(self.buckets) and all(b.agrees for b in self.buckets)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report of `rngdc check --json`."""
+        return {"artifact": self.artifact, "agrees": self.agrees, "buckets": [b.to_json() for b in self.buckets]}
+
+
+def check(
+    device: Device, buckets: Sequence[Bucket], seed: int = 0, progress: Callable[[str], None] = lambda _: None
+) -> CheckReport:
+    """Compare the levels of every given bucket. The device must be loaded. Raises SimulationError."""
+    artifact = device.artifact
+    report = CheckReport(str(artifact.directory))
+    source = None
+    if (artifact.directory / "ir" / "model.mlir").is_file():
+        source = parse_module(artifact.text("ir/model.mlir"), "ir/model.mlir")
+    for bucket in buckets:
+        module = parse_module(artifact.text(bucket.ir), bucket.ir)
+        inputs = sample_inputs(artifact, bucket, module, seed)
+        passes = None
+        if source is not None:
+            progress(f"{bucket.name}: tc before and after the passes")
+            passes = compare_modules(source, module, inputs, artifact.weight)
+        progress(f"{bucket.name}: streams")
+        streams = compare_streams(device, bucket, module, inputs)
+        report.buckets.append(BucketCheck(bucket.name, passes, streams))
+    return report
+
+
+def sample_inputs(artifact: Artifact, bucket: Bucket, module: ModuleOp, seed: int = 0) -> Inputs:
+    """Arguments of a bucket's `@main`: random tokens, rows of different length, filled caches for decoding.
+
+    The names say what an argument means; any other integers count up, any other numbers are normal.
+    """
+    rng = np.random.default_rng(seed)
+    function = find_function(module, "main")
+    vocab = artifact.manifest.model.vocab_size or 2
+    length, keys = bucket.input_length, bucket.attention_size
+    inputs: Inputs = {}
+    lengths = np.array([max(1, length - 3 - 5 * i) for i in range(bucket.batch)], np.int32)
+    starts = np.zeros(bucket.batch, np.int32)
+    if bucket.phase == "decode":
+        lengths = np.ones(bucket.batch, np.int32)
+        starts = np.array([max(0, keys - 2 - 7 * i) for i in range(bucket.batch)], np.int32)
+    names = names_of(function, "arg_names", len(function.body.block.args))
+    for name, value in zip(names, function.body.block.args, strict=True):
+        shape, dtype = shape_of(value), numpy_dtype(value)
+        if name == "input_ids":
+            inputs[name] = rng.integers(0, vocab, shape, np.int32)
+        elif name == "position_ids" and len(shape) == 2:
+            inputs[name] = starts[:, None] + np.arange(shape[1], dtype=np.int32)[None]
+        elif name == "last":
+            inputs[name] = lengths - 1
+        elif name == "lengths":
+            inputs[name] = lengths
+        elif name.startswith("cache."):
+            filled = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+            inputs[name] = filled if bucket.phase == "decode" else np.zeros(shape, ml_dtypes.bfloat16)
+        elif dtype.kind == "i":
+            inputs[name] = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % max(1, keys or shape[-1])
+        else:
+            known = f"arg.{name}" in {w.name for w in artifact.manifest.weights}
+            inputs[name] = artifact.weight(f"arg.{name}") if known else rng.standard_normal(shape).astype(dtype)
+    return inputs
+
+
+def compare_streams(device: Device, bucket: Bucket, module: ModuleOp, inputs: Inputs) -> StreamComparison:
+    """Run a program with probes and judge every probed value, the outputs and the caches."""
+    artifact = device.artifact
+    caches = {c.name: c for c in artifact.manifest.caches}
+    device.clear_caches()
+    for name, cache in caches.items():
+        if name in inputs:
+            write_cache(device.card, cache, inputs[name])
+    reader = ProbeReader(artifact, bucket, device.unit)
+    outputs = device.run(bucket, inputs, observer=reader)
+    for name, cache in caches.items():
+        if name in inputs:
+            outputs[name] = read_cache(device.card, cache, bucket.batch, bucket.attention_size)
+    plain = run(module, inputs, artifact.weight)
+    judge = _Judge(module, reader.values)
+    exact = run(module, inputs, artifact.weight, observe=judge)
+    results: dict[str, Metrics] = {}
+    for name, value in outputs.items():
+        if name not in plain:
+            continue
+        # Probed operations replace their values, so what is left of the difference is the last operation's own.
+        own = metrics(value, exact[name].reshape(value.shape))
+        whole = metrics(value, plain[name].reshape(value.shape), accumulated(judge.depth))
+        results[name] = whole if own.close else own
+    return StreamComparison(results, judge.first, judge.compared)
+
+
+class _Judge:
+    """Observer of a reference run: compares each probed value, then continues with the value of the streams."""
+
+    def __init__(self, module: ModuleOp, values: dict[Key, Array]) -> None:
+        self.values = values
+        self.first: Disagreement | None = None
+        self.compared = 0
+        self.calls: set[tuple[str, ...]] = set()
+        self._names: dict[Operation, str] = {}
+        for function in module.ops:
+            name = getattr(function, "sym_name", None)
+            if name is not None:
+                for index, op in enumerate(function.regions[0].block.ops):
+                    self._names[op] = f"{name.data}#{index}"
+
+    @property
+    def depth(self) -> int:
+        """How many functions ran."""
+        return len(self.calls)
+
+    def __call__(self, op: Operation, results: list[Array], path: tuple[str, ...]) -> None:
+        self.calls.add(path)
+        for i, expected in enumerate(results):
+            actual = self.values.get((path, f"{self._names[op]}.{i}"))
+            if actual is None:
+                continue
+            actual = actual.reshape(expected.shape)
+            self.compared += 1
+            found = metrics(actual, expected)
+            if not found.close and self.first is None:
+                text = str(op).split(" = ", 1)[-1]
+                where = op.attributes.get("path")
+                self.first = Disagreement(
+                    text, path, str(getattr(where, "data", "")), show_location(op.location), found
+                )
+            if expected.flags.writeable:
+                expected[...] = actual
+
+
+def symbolic_sizes(module: ModuleOp) -> list[str]:
+    """The symbols that the types of `@main`'s arguments leave open."""
+    function = find_function(module, "main")
+    found = {d for value in function.body.block.args for d in dims_of(value) if isinstance(d, str)}
+    return sorted(found)

@@ -1,0 +1,111 @@
+"""Reading the values of `tc` operations out of the memories of a running program.
+
+debug/<bucket>.json says for each value `function#operation.result` after how many instructions of a routine it is
+complete, in which memory it lies, and where each element is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend_rngd.artifact import Artifact, Bucket
+from backend_rngd.artifact.weights import DTYPES
+from backend_rngd.isa.descriptors import Call, Stream
+from runtime_sim.functional import Executed, Unit
+
+Array = NDArray[Any]
+Key = tuple[tuple[str, ...], str]
+"""A value in a run: the chain of calls such as `("main", "block_0[3]")`, and `function#operation.result`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where a value lies: byte offsets of every index of every dimension, added up, and the slice likewise."""
+
+    value: str
+    space: str
+    register: int
+    address: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    slices: tuple[NDArray[np.int64], ...]
+    offsets: tuple[NDArray[np.int64], ...]
+
+    def read(self, unit: Unit) -> Array:
+        """The value, from the memories as they are now."""
+        slices = _outer_sum(self.slices, self.shape)
+        offsets = _outer_sum(self.offsets, self.shape) + self.address
+        if self.space == "hbm":
+            flat, at = unit.card.hbm, offsets + unit.registers[self.register]
+        else:
+            flat, at = unit.dm.bytes, slices * unit.dm.pitch + offsets
+        raw = flat[at[..., None] + np.arange(self.dtype.itemsize)]
+        return np.ascontiguousarray(raw).view(self.dtype).reshape(self.shape)
+
+
+def _outer_sum(parts: tuple[NDArray[np.int64], ...], shape: tuple[int, ...]) -> NDArray[np.int64]:
+    total = np.zeros(shape, np.int64)
+    for dim, part in enumerate(parts):
+        total += part.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    return total
+
+
+def parse_probe(entry: dict[str, Any]) -> Probe:
+    """A probe from its JSON form. Digits of a dimension run outer to inner: [dim, size, slice stride, byte stride]."""
+    layout = entry["layout"]
+    shape = tuple(int(n) for n in layout["shape"])
+    slices: list[NDArray[np.int64]] = []
+    offsets: list[NDArray[np.int64]] = []
+    for dim, size in enumerate(shape):
+        digits = [d for d in layout["digits"] if d[0] == dim]
+        steps = list(itertools.product(*[range(d[1]) for d in digits]))[:size]
+        steps = steps if digits else [()] * size
+        slices.append(np.array([sum(i * d[2] for i, d in zip(s, digits, strict=True)) for s in steps], np.int64))
+        offsets.append(np.array([sum(i * d[3] for i, d in zip(s, digits, strict=True)) for s in steps], np.int64))
+    return Probe(
+        entry["value"], entry["space"], entry["register"], entry["address"] + layout["base"], DTYPES[layout["dtype"]],
+        shape, tuple(slices), tuple(offsets),
+    )  # fmt: skip
+
+
+class ProbeReader:
+    """Observer of a run that keeps every probed value."""
+
+    def __init__(self, artifact: Artifact, bucket: Bucket, unit: Unit) -> None:
+        self.unit = unit
+        self.values: dict[Key, Array] = {}
+        self.order: list[Key] = []
+        stream = artifact.stream(bucket)
+        self._calls = _call_names(stream)
+        self._entry = stream.routines[0].name
+        self._probes: dict[tuple[int, int], list[Probe]] = defaultdict(list)
+        for entry in json.loads(artifact.text(bucket.debug)):
+            after = max(0, entry["instructions"] - 1)
+            self._probes[entry["routine"], after].append(parse_probe(entry))
+
+    def __call__(self, executed: Executed) -> None:
+        """Read what the instruction completed."""
+        for probe in self._probes.get((executed.routine, executed.index), ()):
+            chain = (self._entry, *[self._calls[site] for site in executed.path])
+            self.values[chain, probe.value] = probe.read(self.unit)
+            self.order.append((chain, probe.value))
+
+
+def _call_names(stream: Stream) -> dict[tuple[int, int], str]:
+    """(routine, index) of each call -> callee and its number among the calls of that callee in this routine."""
+    names: dict[tuple[int, int], str] = {}
+    for number, routine in enumerate(stream.routines):
+        seen: Counter[str] = Counter()
+        for index, instruction in enumerate(routine.instructions):
+            if isinstance(instruction.what, Call):
+                callee = stream.routines[instruction.what.routine].name
+                names[number, index] = f"{callee}[{seen[callee]}]"
+                seen[callee] += 1
+    return names

@@ -1,0 +1,255 @@
+"""From specialised `tc` modules to streams on one HBM map: the weights and caches of all buckets lie at the same addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
+
+from backend_rngd.artifact import Bucket, Cache, Constant, HbmMap, Placement, Port
+from backend_rngd.dialect import GlobalOp
+from backend_rngd.emit import Emitted, emit
+from backend_rngd.lowering import Lowered, LoweringOptions, lower
+from backend_rngd.machine import Machine
+from backend_rngd.place import place
+from backend_rngd.schedule import schedule
+from ir.errors import Problem, UserError
+from rngdc.buckets import BucketSpec
+
+Step = Callable[[str, BucketSpec], None]
+"""Called before each step with its name."""
+Dump = Callable[[str, BucketSpec, ModuleOp], None]
+"""Called after each step with the module."""
+
+
+@dataclass
+class Program:
+    """A bucket on its way from `tc` to streams."""
+
+    bucket: BucketSpec
+    tc: ModuleOp
+    lowered: Lowered
+    emitted: Emitted | None = None
+    record: Bucket | None = None
+
+    @property
+    def probes(self) -> list[dict[str, Any]]:
+        """Contents of debug/<bucket>.json."""
+        assert self.emitted is not None
+        return [
+            {
+                "value": p.value,
+                "routine": p.routine,
+                "instructions": p.instructions,
+                "space": p.space,
+                "register": p.register,
+                "address": p.address,
+                "layout": p.layout,
+            }
+            for p in self.emitted.probes
+        ]
+
+
+@dataclass
+class Programs:
+    """All buckets of an artifact with the HBM map they share."""
+
+    programs: list[Program]
+    placements: list[Placement]
+    constants: list[Constant]
+    constant_bytes: bytes
+    caches: list[Cache]
+    hbm: HbmMap
+    peak: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def compile_programs(
+    modules: Mapping[BucketSpec, ModuleOp], machine: Machine, slices: int, step: Step, dump: Dump, probes: bool = True
+) -> Programs:
+    """Lower, place, schedule and emit every bucket. Raises UserError with all that cannot be built."""
+    capacity = max((b.attention_size for b in modules), default=0)
+    batch = max((b.batch for b in modules), default=1)
+    options = LoweringOptions(slices=slices, cache_capacity=capacity, cache_batch=batch, probes=probes)
+    programs: list[Program] = []
+    problems: list[Problem] = []
+    for bucket, module in modules.items():
+        step("lower", bucket)
+        try:
+            programs.append(Program(bucket, module, lower(module, machine, options)))
+        except UserError as error:
+            problems += [Problem(f"{bucket.name}: {p.what}", p.why, p.fix) for p in error.problems]
+            continue
+        dump("lower", bucket, programs[-1].lowered.module)
+    if problems:
+        raise UserError(problems)
+    shared = _SharedMap(machine.hbm_map_alignment)
+    for program in programs:
+        shared.collect(program.lowered)
+    hbm = shared.assign()
+    total = hbm.shared
+    peak: dict[str, int] = {}
+    for program in programs:
+        module = program.lowered.module
+        step("place", program.bucket)
+        shared.set_addresses(program.lowered)
+        try:
+            top = place(module, machine, hbm.shared)
+        except UserError as error:
+            problems += [Problem(f"{program.bucket.name}: {p.what}", p.why, p.fix) for p in error.problems]
+            continue
+        total = max(total, top["hbm"])
+        for space, used in top.items():
+            peak[space] = max(peak.get(space, 0), used)
+        step("schedule", program.bucket)
+        schedule(module)
+        dump("schedule", program.bucket, module)
+        step("emit", program.bucket)
+        program.emitted = emit(module, machine, 1, slices)
+        program.record = _record(program)
+    if problems:
+        raise UserError(problems)
+    caches = _caches(programs, batch, capacity)
+    return Programs(
+        programs, shared.placements(), shared.constants(), bytes(shared.constant_bytes), caches,
+        hbm.model_copy(update={"total": total}), peak,
+    )  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+class _SharedMap:
+    """Weights, constants and caches of all buckets: equal ones once, each kind in one piece."""
+
+    def __init__(self, alignment: int) -> None:
+        self.alignment = alignment
+        self.weights: dict[tuple[Any, ...], int] = {}
+        self.literals: dict[bytes, int] = {}
+        self.caches: dict[str, int] = {}
+        self.names: dict[bytes, str] = {}
+        self.address: dict[Any, int] = {}
+        self.constant_bytes = bytearray()
+
+    def _globals(self, lowered: Lowered) -> list[tuple[GlobalOp, Any, int]]:
+        """(op, key, bytes) of every global that is shared between buckets."""
+        out: list[tuple[GlobalOp, Any, int]] = []
+        for op in lowered.module.body.block.ops:
+            if not isinstance(op, GlobalOp) or op.buffer_type.space.data != "hbm":
+                continue
+            name, kind, nbytes = op.sym_name.data, op.kind.data, op.buffer_type.nbytes.data
+            if kind == "weight":
+                p = lowered.placements[name]
+                out.append((op, (p.weight, p.permute, p.reshape, p.pad, p.dtype), nbytes))
+            elif kind == "constant":
+                raw = _padded(lowered.constants[name], nbytes)
+                self.names.setdefault(raw, name)
+                out.append((op, raw, nbytes))
+            elif kind == "cache":
+                out.append((op, name, nbytes))
+        return out
+
+    def collect(self, lowered: Lowered) -> None:
+        """Note what a bucket needs."""
+        for _, key, nbytes in self._globals(lowered):
+            kinds: tuple[dict[Any, int], ...] = (self.weights, self.literals, self.caches)
+            table = kinds[0] if isinstance(key, tuple) else kinds[1] if isinstance(key, bytes) else kinds[2]
+            table[key] = max(table.get(key, 0), nbytes)
+
+    def assign(self) -> HbmMap:
+        """Give every image an address; returns the ends of the areas (`total` is that of the shared ones)."""
+        at = 0
+        ends: list[int] = []
+        kinds: tuple[dict[Any, int], ...] = (self.weights, self.literals, self.caches)
+        for table in kinds:
+            for key, nbytes in table.items():
+                self.address[key] = at
+                at += -(-nbytes // self.alignment) * self.alignment
+            ends.append(at)
+        return HbmMap(weights=ends[0], constants=ends[1] - ends[0], caches=ends[2] - ends[1], shared=at, total=at)
+
+    def set_addresses(self, lowered: Lowered) -> None:
+        """Write the addresses into a bucket's module."""
+        for op, key, _ in self._globals(lowered):
+            op.address = IntegerAttr(self.address[key], i64)
+
+    def placements(self) -> list[Placement]:
+        """The images of weights; further forms of a weight get a number behind their name."""
+        forms: dict[str, int] = {}
+        out: list[Placement] = []
+        for key, nbytes in self.weights.items():
+            weight, permute, reshape, pad, dtype = key
+            number = forms[weight] = forms.get(weight, -1) + 1
+            name = f"{weight}#{number}" if number else weight
+            out.append(
+                Placement(
+                    name=name, address=self.address[key], bytes=nbytes, weight=weight, permute=permute,
+                    reshape=reshape, pad=pad, dtype=dtype,
+                )  # fmt: skip
+            )
+        return out
+
+    def constants(self) -> list[Constant]:
+        """The literals; fills `constant_bytes`."""
+        self.constant_bytes.clear()
+        out: list[Constant] = []
+        for raw in self.literals:
+            offset = len(self.constant_bytes)
+            self.constant_bytes += raw
+            name = self.names[raw]
+            out.append(Constant(name=name, address=self.address[raw], offset=offset, bytes=len(raw)))
+        return out
+
+
+def _padded(values: NDArray[Any], nbytes: int) -> bytes:
+    raw = np.ascontiguousarray(values).tobytes()
+    return raw + bytes(nbytes - len(raw))
+
+
+def _record(program: Program) -> Bucket:
+    emitted, lowered, bucket = program.emitted, program.lowered, program.bucket
+    assert emitted is not None
+
+    def ports(found: list[Any]) -> tuple[Port, ...]:
+        out: list[Port] = []
+        for p in found:
+            at = emitted.globals[p.buffer]
+            out.append(
+                Port(
+                    name=p.name, address=at.address + p.offset, bytes=at.nbytes - p.offset, dtype=p.dtype,
+                    shape=p.shape, strides=p.strides,
+                )  # fmt: skip
+            )
+        return tuple(out)
+
+    return Bucket(
+        name=bucket.name,
+        phase=bucket.phase,
+        batch=bucket.batch,
+        input_length=bucket.input_length,
+        attention_size=bucket.attention_size,
+        stream=f"streams/{bucket.name}.npz",
+        ir=f"ir/{bucket.name}.mlir",
+        debug=f"debug/{bucket.name}.json",
+        instructions=sum(len(r.instructions) for r in emitted.streams[0].routines),
+        inputs=ports(lowered.inputs),
+        outputs=ports(lowered.outputs),
+        row_registers=emitted.row_registers,
+    )
+
+
+def _caches(programs: list[Program], batch: int, capacity: int) -> list[Cache]:
+    found: dict[str, Cache] = {}
+    for program in programs:
+        assert program.emitted is not None
+        for port in program.lowered.caches:
+            at = program.emitted.globals[port.buffer]
+            _, heads, _, width = port.shape
+            found[port.name] = Cache(
+                name=port.name, address=at.address, bytes=at.nbytes, row_bytes=at.row_bytes, batch=batch, heads=heads,
+                capacity=capacity, width=width,
+            )  # fmt: skip
+    return list(found.values())
