@@ -122,7 +122,7 @@ def kv_update(cache: Array, new: Array, slots: Array) -> Array:
     """A copy of `cache` (b k t d) with `new` (b k s d) at `slots` (b s); later rows win."""
     _check_index(slots, cache.shape[2], "slot")
     result = cache.copy()
-    batch = np.arange(cache.shape[0]).reshape(-1, 1)
+    batch = np.array(range(cache.shape[0])).reshape(-1, 1)
     # Advanced indices around a slice put their dimensions first: b s k d.
     result[batch, :, slots] = new.transpose(0, 2, 1, 3)
     return result

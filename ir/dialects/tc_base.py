@@ -37,9 +37,9 @@ class TcOp(TcSyntax):
         try:
             rule = self.rule()
             rule.sizes([*(dims_of(o) for o in self.operands), dims_of(self.results[0])])
+            self.verify_op(rule)
         except (RuleError, ex.ExprError) as error:
             raise VerifyException(str(error)) from None
-        self.verify_op(rule)
 
     def verify_op(self, rule: Rule) -> None:
         """Checks beyond the rule. Raises VerifyException."""

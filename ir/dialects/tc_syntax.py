@@ -85,7 +85,7 @@ class TcSyntax(IRDLOperation):
             elif not kind:
                 printer.print_string(name)
             elif kind == "typed":
-                # The literal carries the result type; attributes stand between both.
+                # The literal carries the result type; attributes follow it.
                 typed = literal(self.properties[name])
                 printer.print_attribute(typed)
             else:
