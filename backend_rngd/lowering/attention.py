@@ -34,8 +34,8 @@ from backend_rngd.isa.descriptors import (
     VectorOp,
 )
 from backend_rngd.lowering.contract import k_multiple
-from backend_rngd.lowering.emitter import Emitter
-from backend_rngd.lowering.move import ring_broadcast
+from backend_rngd.lowering.emitter import Emitter, operand_loops
+from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir.errors import UnsupportedError
 
@@ -295,19 +295,20 @@ class AttentionLowering:
                     return spread
                 tile = em.alloc(count * cache.padded * 2, "keys")
                 values = each * cache.padded
+                packet = ring_packet(values, 16)
                 ring_broadcast(
                     em,
                     spread,
                     [(values, 2)],
                     Dtype.BF16,
-                    16,
+                    packet,
                     0,
                     ring,
                     tile,
                     0,
-                    [(values // 16, 32)],
+                    [(values // packet, packet * 2)],
                     values * 2,
-                    [(16, 2)],
+                    [(packet, 2)],
                     16,
                 )
                 return tile
@@ -452,7 +453,10 @@ class AttentionLowering:
         em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), total, base, slices)
         packet = 8 if v.width % 8 == 0 else 4
         divide = VectorOp(
-            Alu.FP_DIV, Op.DIV, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=((rows, 8), (v.width, 0)))
+            Alu.FP_DIV,
+            Op.DIV,
+            Mode.STREAM_OPERAND,
+            Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (v.width, 0)))),
         )
         em.execute(
             em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet),
@@ -473,7 +477,7 @@ class AttentionLowering:
             em.load_vrf(
                 em.fetch(r.limit_base, [(r.tokens, r.limit_token), (2, 4)], Dtype.F32, 2), r.limit, base, slices
             )
-            limit = Operand(Source.VRF, base=base, loops=((r.tokens, 8), (keys, 0)))
+            limit = Operand(Source.VRF, base=base, loops=operand_loops(((r.tokens, 8), (keys, 0))))
             mode = Mode.OPERAND_STREAM if sign > 0 else Mode.STREAM_OPERAND
             ops = [VectorOp(Alu.FP_FMA, Op.SUB, mode, limit)]
             if offset:
@@ -617,7 +621,7 @@ class AttentionLowering:
                     Alu.FP_FMA,
                     Op.SUB,
                     Mode.STREAM_OPERAND,
-                    Operand(Source.VRF, base=base, loops=((rows, 8), (keys, 0))),
+                    Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (keys, 0)))),
                 ),
                 VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY),
             ),

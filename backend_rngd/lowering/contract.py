@@ -37,7 +37,7 @@ from backend_rngd.isa.descriptors import (
 )
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
-from backend_rngd.lowering.move import ring_broadcast
+from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir import expr as ex
 
@@ -336,7 +336,7 @@ class ContractLowering:
             pitch = em.slices * tile.per_slice * width
             target, base = em.alloc(local * pitch, "rows"), 0
         flit = 32 // width
-        packet = next(p for p in (16, 12, 8, 4) if p <= flit and tile.per_slice % p == 0)
+        packet = ring_packet(tile.per_slice, flit)
         ring_broadcast(
             em,
             channels,
@@ -350,7 +350,7 @@ class ContractLowering:
             [(local, pitch), (tile.per_slice // packet, packet * width)],
             tile.per_slice * width,
             [(packet, width)],
-            packet,
+            min(packet, flit),
         )
         if spilled:
             run = tile.slices * tile.per_slice * width
@@ -484,7 +484,7 @@ class ContractLowering:
         em.execute(
             em.fetch(x.base + k0 * 2, [(local, x.pitch), (k, 2)], Dtype.BF16, packet),
             x.buffer,
-            Commit(0, ((local, row), (ring, local * row), (TRF_CHANNELS, width)), dtype, 8),
+            Commit(0, ((local, ring * row), (ring, row), (TRF_CHANNELS, width)), dtype, 8),
             target,
             switch=Switch(SwitchKind.BROADCAST01, 1, ring, local * (k // packet)),
             contract=Contract(
@@ -500,7 +500,7 @@ class ContractLowering:
         )
 
     def _rows_home(self, channels: SSAValue, tile: Tile, result: Tensor) -> None:
-        """`[row][16]` of every slice to rows on their own slices (and on to HBM for a spilled result)."""
+        """`[local row][slice][16]` of every slice to rows on their own slices (and on to HBM for a spilled result)."""
         em = self.em
         assert result.rows is not None
         width, local = result.dtype.bytes, result.rows.local
@@ -517,7 +517,7 @@ class ContractLowering:
             target,
             Space.DM,
             base,
-            [(tile.slices, DM_SLICE_STRIDE, run), (em.slices, local * run, DM_SLICE_STRIDE), (local, run, pitch)],
+            [(tile.slices, DM_SLICE_STRIDE, run), (em.slices, run, DM_SLICE_STRIDE), (local, em.slices * run, pitch)],
             run,
         )
         if spilled:

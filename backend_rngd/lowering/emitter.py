@@ -138,7 +138,7 @@ class Emitter:
 
     def vrf_space(self, nbytes: int) -> int:
         """Byte offset of `nbytes` of VRF, taken round robin so that the next pass's operands load during this one."""
-        limit = self.machine.vrf_bytes
+        limit = self.machine.vrf_bytes - self.machine.vrf_stash_bytes
         if self._vrf_next + nbytes > limit:
             self._vrf_next = 0
         base = self._vrf_next
@@ -263,6 +263,11 @@ class Emitter:
         """Say that a `tc` value is complete in `buffer`."""
         if self.probes:
             self.add(ProbeOp(buffer, value, layout))
+
+
+def operand_loops(loops: Iterable[tuple[int, int]]) -> Loops:
+    """Canonical loops of a VRF operand."""
+    return tuple((entry[0], entry[1]) for entry in canonical(loops)) or ((2, 0),)
 
 
 def _pairs(loops: Iterable[tuple[int, ...]]) -> Loops:

@@ -97,6 +97,16 @@ def ring_broadcast(
     )
 
 
+def ring_packet(elements: int, flit: int) -> int:
+    """Packet of a ring broadcast of `elements` contiguous elements a slice: whole flits, up to 256 B.
+
+    Long packets keep consecutive writes of the commit on different banks: with one flit a packet, 64 slices whose
+    pieces lie 128 B apart would hit the same bank 64 times in a row, which can starve DMA (hardware.md 2.2).
+    """
+    whole = [p for p in range(flit, 8 * flit + 1, flit) if elements % p == 0]
+    return max(whole) if whole else max(p for p in range(4, flit + 1, 4) if elements % p == 0)
+
+
 def _time(loops: Sequence[tuple[int, int]], packet: int) -> int:
     total = 1
     for n, _ in loops:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
-from backend_rngd.lowering.emitter import Emitter, canonical
+from backend_rngd.lowering.emitter import Emitter, operand_loops
 from backend_rngd.lowering.expression import FLOAT_STAGE, LAST_STAGE, ChainOp, DoesNotFitError, Ref, Scheduler, Step
 from backend_rngd.lowering.move import load_rows, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
@@ -66,6 +66,23 @@ def output_tensor(
     return Tensor(buffer, Space.DM, dtype, tuple(out), rows, 0, pitch)
 
 
+@dataclass(frozen=True)
+class VrfShape:
+    """An operand in VRF: rows x sizes elements, `element` bytes apart."""
+
+    rows: int
+    sizes: tuple[int, ...]
+    element: int
+
+    @property
+    def bytes(self) -> int:
+        """VRF bytes it takes."""
+        total = self.rows * self.element
+        for n in self.sizes:
+            total *= n
+        return total
+
+
 class VectorLowering:
     """Lowers one expression over placed tensors."""
 
@@ -83,10 +100,12 @@ class VectorLowering:
         reduce: str | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
-        """`e` over `inputs` (axis names per dimension), result over `out_names`; `reduce` (add, max, min) takes the rest.
+        """`e` over `inputs` (axis names per dimension), result over `out_names`; `reduce` (add, max, min) the rest.
 
         Returns a compact tensor (rows like the inputs) or `target` filled in.
         """
+        if dtype != Dtype.I32:
+            e, inputs, names = self._hoist(e, inputs, names)
         rows = next((t.rows for t in inputs if t.rows is not None), None)
         row_kind: dict[str, Dim] = {}
         sizes: dict[str, int] = {}
@@ -127,6 +146,40 @@ class VectorLowering:
             raise UnsupportedError("a reduction over tokens", "tokens lie on different slices", "reduce on the host")
         self._chunks(e, inputs, names, axes, target, out_names, dtype, reduce, len(reduced))
         return target
+
+    def _hoist(
+        self, e: ex.Expr, inputs: Sequence[Tensor], names: Sequence[Sequence[str]]
+    ) -> tuple[ex.Expr, list[Tensor], list[Sequence[str]]]:
+        """Compute what depends on fewer axes than the whole (a norm's scale, a gain plus one) once, on its own axes."""
+        tensors, axes = list(inputs), list(names)
+        real = [[n for n, d in zip(ns, t.dims, strict=True) if d.size > 1] for t, ns in zip(inputs, names, strict=True)]
+        everything = {n for r in real for n in r}
+
+        def visit(part: ex.Expr) -> ex.Expr:
+            if not isinstance(part, ex.Call):
+                return part
+            used = ex.inputs(part)
+            reach = {n for i in used for n in real[i]}
+            if used and reach != everything and len({tensors[i].rows for i in used} - {None}) <= 1:
+                numbered = ex.renumber(part, {i: k for k, i in enumerate(used)})
+                parts = [tensors[i] for i in used]
+                seen: list[str] = []
+                for i in used:
+                    seen += [n for n in axes[i] if n not in seen]
+                has_rows = any(t.rows is not None for t in parts)
+                kept = [n for n in seen if has_rows or n in reach]
+                tensors.append(self.map(numbered, parts, [axes[i] for i in used], kept, Dtype.F32))
+                axes.append(kept)
+                real.append([n for n in kept if n in reach])
+                return ex.Input(len(tensors) - 1)
+            return ex.Call(part.fn, tuple(visit(a) for a in part.args))
+
+        changed = visit(e)
+        live = ex.inputs(changed)
+        if changed is e or not live:
+            return e, list(inputs), list(names)
+        order = {i: k for k, i in enumerate(live)}
+        return ex.renumber(changed, order), [tensors[i] for i in live], [axes[i] for i in live]
 
     # Chunks ------------------------------------------------------------
     def _chunks(
@@ -287,27 +340,29 @@ class _Chunk:
         return View(Tensor(buffer, Space.DM, dtype, (), None, 0, pitch), pitch, tuple(strides))
 
     def _through_vrf(self, ref: Ref) -> bool:
+        """Small f32 or bf16 tensors whose elements lie 8 B and more in a run: the sub context fetches 8 B at a time."""
         if ref not in self.values:
             return False
         v = self.values[ref]
-        return v.tensor.dtype != Dtype.I32 and self._vrf_bytes(v) <= VRF_OPERAND_BYTES
+        if v.tensor.dtype == Dtype.I32:
+            return False
+        shape = self._vrf_shape(v)
+        inner = next((s for s in reversed(v.strides) if s), None)
+        plain = inner is None or inner == shape.element or (inner == v.tensor.dtype.bytes and shape.element == 4)
+        return plain and shape.bytes <= VRF_OPERAND_BYTES
 
-    def _vrf_shape(self, v: View) -> tuple[int, list[int]]:
-        """Rows and feature sizes actually present in an operand; the innermost padded to four elements."""
+    def _vrf_shape(self, v: View) -> VrfShape:
+        """The part of an operand that is really there, the innermost axis padded to four elements.
+
+        Results of reductions lie 8 B apart, value and padding; VRF keeps them so.
+        """
         rows = self.rows if v.row_stride else 1
         sizes = [a.size if s else 1 for a, s in zip(self.axes, v.strides, strict=True)]
         inner = max((i for i, n in enumerate(sizes) if n > 1), default=None)
-        if inner is None:
-            sizes[-1] = 2  # the smallest packet of f32; stride 0 makes both the same value
-        else:
+        spaced = inner is None or (v.tensor.dtype == Dtype.F32 and v.strides[inner] == REDUCED_SPACING)
+        if inner is not None:
             sizes[inner] = round_up(sizes[inner], 4)
-        return rows, sizes
-
-    def _vrf_bytes(self, v: View) -> int:
-        rows, sizes = self._vrf_shape(v)
-        for n in sizes:
-            rows *= n
-        return rows * 4
+        return VrfShape(rows, tuple(sizes), REDUCED_SPACING if spaced else 4)
 
     def _same_type(self, a: Ref, b: Ref) -> bool:
         return self.values[a].tensor.dtype == self.values[b].tensor.dtype
@@ -432,27 +487,22 @@ class _Chunk:
 
     def _load_vrf(self, v: View, iteration: list[int]) -> Operand:
         em = self.em
-        rows, sizes = self._vrf_shape(v)
+        shape = self._vrf_shape(v)
         strides: list[int] = []
-        extent = 4
-        for n in reversed(sizes):
+        extent = shape.element
+        for n in reversed(shape.sizes):
             strides.append(extent)
             extent *= n
         strides.reverse()
-        base = em.vrf_space(round_up(rows * extent, 32))
-        inner = sizes[max(i for i, n in enumerate(sizes) if n > 1)]
+        base = em.vrf_space(round_up(shape.bytes, 32))
+        pair = [(2, 4)] if shape.element == REDUCED_SPACING else []
+        inner = next((n for n in reversed(shape.sizes) if n > 1), 1) * (2 if pair else 1)
         packet = 8 if inner % 8 == 0 else (4 if inner % 4 == 0 else 2)
         if v.tensor.dtype == Dtype.BF16 and packet == 2:
             raise UnsupportedError("a bf16 tensor without features", "the smallest packet is 8 B", "keep it in f32")
         cast = Dtype.F32 if v.tensor.dtype == Dtype.BF16 else None
-        em.load_vrf(
-            em.fetch(
-                v.tensor.base, [(rows, v.row_stride), *zip(sizes, v.strides, strict=True)], v.tensor.dtype, packet, cast
-            ),
-            v.tensor.buffer,
-            base,
-        )
+        loops = [(shape.rows, v.row_stride), *zip(shape.sizes, v.strides, strict=True), *pair]
+        em.load_vrf(em.fetch(v.tensor.base, loops, v.tensor.dtype, packet, cast), v.tensor.buffer, base)
         use = [(self.rows, extent if v.row_stride else 0)]
         use += [(n, s if present else 0) for n, s, present in zip(iteration, strides, v.strides, strict=True)]
-        loops = tuple((n, s) for n, s in canonical(use)) or ((1, 4),)
-        return Operand(Source.VRF, base=base, loops=loops)
+        return Operand(Source.VRF, base=base, loops=operand_loops(use))
