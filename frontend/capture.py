@@ -21,6 +21,7 @@ from xdsl.dialects.builtin import ModuleOp
 from frontend.assemble import Attempt, MainBuilder, Mode
 from frontend.aten import Meta
 from frontend.blocks import Graph, externals
+from frontend.emit import NoRuleError
 from frontend.export import export_decoder, export_encoder
 from frontend.layers import LayerIndex, LayerStack, find_stack, keep_layers
 from frontend.resolve import ModelSource
@@ -61,7 +62,7 @@ class Captured:
     info: CaptureInfo
 
 
-class _NotUniform(Exception):
+class _NotUniformError(Exception):
     """The layers cannot be represented by one of each kind; the text says why."""
 
 
@@ -75,6 +76,9 @@ def capture(source: ModelSource, *, num_hidden_layers: int | None = None, weight
     gc.disable()  # graphs and modules are many small objects that stay: collections only cost time here
     try:
         return _capture(source, num_hidden_layers, weights)
+    except NoRuleError as error:
+        fix = "add it to the ATen table (frontend/aten), or use a model without it"
+        raise UserError([Problem(f"{source.model_type} uses {error}", "tc cannot express it", fix)]) from error
     finally:
         if collecting:
             gc.enable()
@@ -99,14 +103,14 @@ def _capture(source: ModelSource, num_hidden_layers: int | None, weights: str) -
     else:
         try:
             attempt = _attempt(source, skeleton, stack, stack.representatives(), mode, seconds)
-        except _NotUniform as reason:
+        except _NotUniformError as reason:
             notes.append(f"every layer was exported: {reason}")
             mode = "all layers"
             skeleton = build_skeleton(source, num_hidden_layers)
     if attempt is None and stack is not None:
         try:
             attempt = _attempt(source, skeleton, stack, list(range(depth)), mode, seconds)
-        except _NotUniform as reason:
+        except _NotUniformError as reason:
             notes.append(f"everything is one function: {reason}")
             mode = "one function"
             skeleton = build_skeleton(source, num_hidden_layers)
@@ -159,7 +163,7 @@ def _attempt(
         exported = export_encoder(skeleton)
     seconds["export"] = seconds.get("export", 0.0) + time.perf_counter() - began
     if mode == "representatives" and LayerIndex.uses:
-        raise _NotUniform(f"the model computes with the layer's index ({', '.join(sorted(set(LayerIndex.uses)))})")
+        raise _NotUniformError(f"the model computes with the layer's index ({', '.join(sorted(set(LayerIndex.uses)))})")
     graph = Graph(exported, stack.path if stack is not None else None, skeleton.buffers)
     _check_interfaces(source, graph, depth)
     if stack is not None:
@@ -205,11 +209,11 @@ def _check_cut(graph: Graph, depth: int, mode: Mode) -> None:
     for layer in range(depth):
         nodes = [n for n in graph.calls if layer_of[n] == layer]
         if not nodes:
-            raise _NotUniform(f"layer {layer} has no nodes of its own")
+            raise _NotUniformError(f"layer {layer} has no nodes of its own")
         outside = externals(graph, nodes)
         late = [n for n in outside if n in order and layer_of[n] is None and order[n] > order[nodes[0]]]
         if late:
-            raise _NotUniform(f"layer {layer} reads {late[0].name}, which is computed while the layer runs")
+            raise _NotUniformError(f"layer {layer} reads {late[0].name}, which is computed while the layer runs")
         inside = set(nodes)
         results = {
             n
@@ -220,11 +224,11 @@ def _check_cut(graph: Graph, depth: int, mode: Mode) -> None:
         if mode == "representatives":
             chained = {n for n in outside if depends.get(n, False)}
             if len(results) != 1:
-                raise _NotUniform(f"layer {layer} has {len(results)} results besides its cache")
+                raise _NotUniformError(f"layer {layer} has {len(results)} results besides its cache")
             if layer and chained != previous:
-                raise _NotUniform(f"layer {layer} reads more than the result of the layer before")
+                raise _NotUniformError(f"layer {layer} reads more than the result of the layer before")
             if not layer and len(_same_type(graph, outside, next(iter(results)))) != 1:
-                raise _NotUniform("which input of the first layer is the hidden state is ambiguous")
+                raise _NotUniformError("which input of the first layer is the hidden state is ambiguous")
         previous = results
 
 

@@ -209,6 +209,8 @@ class Emitter:
 
     def concat(self, values: Sequence[Value], axis: int, shape: Sequence[Dim], elem: str) -> View:
         """Tensors one after the other along one axis."""
+        if any(isinstance(v.shape[axis], str) for v in values):
+            raise NoRuleError("a concatenation along a symbolic axis")
         operands = [self.tensor(v).ssa for v in values]
         return self.insert(tc.ConcatOp(operands, axis, tensor_type(elem, shape)), shape, elem)
 

@@ -60,7 +60,9 @@ class EncoderGraph(nn.Module):
 
 
 def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    assert isinstance(layer, ExplicitCacheLayer) and layer.keys is not None and layer.values is not None
+    assert isinstance(layer, ExplicitCacheLayer)
+    assert layer.keys is not None
+    assert layer.values is not None
     return layer.keys, layer.values
 
 
@@ -120,7 +122,7 @@ def _dims() -> tuple[Any, Any, Any]:
 def _cache_shapes(skeleton: Skeleton, depth: int, ids: Tensor, positions: Tensor) -> list[tuple[int, int, int]]:
     """What each layer stores, found by running the model once on the meta device with an empty cache."""
     cache = ExplicitCache([(None, None)] * depth, positions)
-    with torch.no_grad(), attention_context(positions), _explained():
+    with torch.no_grad(), attention_context(positions), _Explained():
         skeleton.model(
             input_ids=ids, position_ids=positions, attention_mask=None, past_key_values=cache, use_cache=True
         )
@@ -141,7 +143,7 @@ def _cache_shapes(skeleton: Skeleton, depth: int, ids: Tensor, positions: Tensor
     return shapes
 
 
-class _explained:
+class _Explained:
     """Turns what can go wrong inside a traced model into a user error that says where."""
 
     def __enter__(self) -> None:
@@ -176,7 +178,7 @@ def _model_line(error: BaseException) -> str:
 
 
 def _export(wrapper: nn.Module, args: tuple[Any, ...], dynamic: dict[str, Any]) -> ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad(), _explained():
+    with warnings.catch_warnings(), torch.no_grad(), _Explained():
         warnings.simplefilter("ignore")
         return torch.export.export(wrapper, args, dynamic_shapes=dynamic, strict=False)
 

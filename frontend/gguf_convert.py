@@ -7,6 +7,7 @@ once and can be memory-mapped. The cache entry is named by the file's content, a
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -64,6 +65,10 @@ def _key(file: Path) -> str:
 
 def _convert(file: Path, target: Path) -> None:
     """Write config, tokenizer and bf16 safetensors of a GGUF file into an empty directory."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        why = f"transformers needs {' and '.join(missing)} for it"
+        raise UserError([Problem(f"{file} cannot be read", why, "pip install 'rngdc[gguf]'")])
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.moe import ExpertsInterface
@@ -127,10 +127,10 @@ def moe_experts(
         token, choice = torch.where(indices == expert)
         if token.numel() == 0:
             continue
-        hidden = F.linear(x[token], first[expert], None if gate_up_bias is None else gate_up_bias[expert])
+        hidden = functional.linear(x[token], first[expert], None if gate_up_bias is None else gate_up_bias[expert])
         gate, up = hidden.chunk(2, -1) if concatenated else (hidden[..., ::2], hidden[..., 1::2])
         hidden = _gated(activation, gate, up)
-        y = F.linear(hidden, second[expert], None if down_bias is None else down_bias[expert])
+        y = functional.linear(hidden, second[expert], None if down_bias is None else down_bias[expert])
         out.index_add_(0, token, y.float() * weights[token, choice, None].float())
     return out.to(x.dtype)
 
@@ -155,7 +155,7 @@ def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     if activation == "swiglu_clamped":
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
-    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation](gate) * up
+    return {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}[activation](gate) * up
 
 
 @dataclass(frozen=True)

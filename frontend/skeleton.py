@@ -85,6 +85,11 @@ def build_skeleton(source: ModelSource, num_hidden_layers: int | None = None) ->
                 **extra,
             )
     except (ValueError, KeyError, TypeError, ImportError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
+            what = f"{source.model_type} picks its attention from a list of its own, not from AttentionInterface"
+            why = "padded buckets and rows of different length would be silently wrong"
+            fix = "use a model whose attention goes through AttentionInterface"
+            raise UserError([Problem(what, why, fix)]) from error
         problem = Problem(
             f"{source.model_type} cannot be built from {source.directory / 'config.json'}",
             _first_line(error),

@@ -76,6 +76,29 @@ def _rsub(e: Emitter, m: Meta, x: Any, y: Any, alpha: float = 1) -> Value:
     return _sub(e, m, y, x, alpha=alpha)
 
 
+def _booleans(m: Meta) -> None:
+    if m.elem != "i1":
+        raise NoRuleError("a bitwise operation on integers")
+
+
+@rule(aten.bitwise_not.default)
+def _bitwise_not(e: Emitter, m: Meta, x: Value) -> Value:
+    _booleans(m)
+    return elementwise(e, m, "eq(a, 0.0)", x)
+
+
+@rule(aten.bitwise_and.Tensor, aten.__and__.Tensor)
+def _bitwise_and(e: Emitter, m: Meta, x: Value, y: Value) -> Value:
+    _booleans(m)
+    return elementwise(e, m, "mul(a, b)", x, y)
+
+
+@rule(aten.bitwise_or.Tensor, aten.__or__.Tensor)
+def _bitwise_or(e: Emitter, m: Meta, x: Value, y: Value) -> Value:
+    _booleans(m)
+    return elementwise(e, m, "max(a, b)", x, y)
+
+
 @rule(aten.pow.Tensor_Scalar)
 def _pow(e: Emitter, m: Meta, x: Value, exponent: float) -> Value:
     known = {1: "a", 2: "square(a)", 0.5: "sqrt(a)", -0.5: "rsqrt(a)", -1: "recip(a)"}
@@ -125,6 +148,8 @@ def _cast(e: Emitter, m: Meta, x: Value) -> Value:
 
 @rule(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default)
 def _to(e: Emitter, m: Meta, x: Value, *args: Any, **kwargs: Any) -> Value:
+    if isinstance(x, Splat):
+        return Splat(float(int(x.value)) if m.elem == "i32" else round_to(x.value, m.elem), m.shape, m.elem)
     if x.elem in ("bf16", "f32") and m.elem in ("i32", "i1"):
         raise NoRuleError(f"a cast from {x.elem} to {m.elem}, whose truncation no expression has")
     return _cast(e, m, x)

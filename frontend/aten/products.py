@@ -75,7 +75,17 @@ def _matmul(e: Emitter, m: Meta, x: Value, y: Value) -> Value:
         view = _lazy_batch(e, operand, m.shape[offset:-2])
         sides.append(view)
         axes.append([*batch[offset:], *last])
-    return e.contract(sides[0], axes[0], sides[1], axes[1], [*batch, "i", "o"], m.elem)
+    real = {
+        a
+        for view, names in zip(sides, axes, strict=True)
+        for a, d in zip(names, view.dims, strict=True)
+        if d is not None
+    }
+    out = [*batch, "i", "o"]
+    product = e.contract(sides[0], axes[0], sides[1], axes[1], [a for a in out if a in real], m.elem)
+    # A batch axis that both operands only broadcast along stays lazy in the result.
+    position = iter(range(len(out)))
+    return View(product.ssa, tuple(next(position) if a in real else None for a in out), m.shape, m.elem)
 
 
 def _lazy_batch(e: Emitter, view: View, batch: Sequence[int | str]) -> View:

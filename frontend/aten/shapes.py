@@ -75,9 +75,27 @@ def _slice(e: Emitter, m: Meta, x: Value, dim: int = 0, start: Any = None, end: 
     if x.shape == m.shape:
         return x
     whole, size = x.shape[at], m.shape[at]
-    if step != 1 or isinstance(whole, str) or isinstance(size, str) or not isinstance(start or 0, int):
-        raise NoRuleError("a slice with a step, or of a symbolic axis")
-    return e.slice(x, at, _start(start or 0, whole), size)
+    if isinstance(whole, str) or isinstance(size, str) or not isinstance(start or 0, int):
+        raise NoRuleError("a slice of a symbolic axis")
+    begin = _start(start or 0, whole)
+    if step == 1:
+        return e.slice(x, at, begin, size)
+    if whole % step or begin >= step or size != whole // step:
+        raise NoRuleError("a slice with a step that does not divide the axis")
+    # Every step-th element from `begin`: one column of the axis seen as rows of `step`.
+    rows = e.reshape(x, (*x.shape[:at], size, step, *x.shape[at + 1 :]))
+    return e.reshape(e.slice(rows, at + 1, begin, 1), m.shape)
+
+
+@rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(e: Emitter, m: Meta, x: Value, repeats: Any, dim: int | None = None, **kwargs: Any) -> Value:
+    if isinstance(x, Splat):
+        return Splat(x.value, m.shape, x.elem)
+    if dim is None or not isinstance(repeats, int):
+        raise NoRuleError("repeating a flattened tensor, or a symbolic number of times")
+    at = axis(dim, len(x.shape)) + 1
+    shape = (*x.shape[:at], repeats, *x.shape[at:])
+    return e.reshape(View(x.ssa, (*x.dims[:at], None, *x.dims[at:]), shape, x.elem), m.shape)
 
 
 def _start(start: int, whole: int) -> int:

@@ -7,6 +7,7 @@ position shows. The reference runs each row alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.frontend.tiny import CONFIGS, make_config, save_model
 DECODERS = [case for case in CONFIGS if make_config(case).model_type != "bert"]
 
 
-def captured_case(case: str, directory: Path, dtype: str = "f32") -> tuple[Captured, object]:
+def captured_case(case: str, directory: Path, dtype: str = "f32") -> tuple[Captured, Any]:
     model = save_model(case, directory)
     return capture(resolve_model(directory, compute_dtype=dtype)), model
 

@@ -97,7 +97,8 @@ def test_in_place_operators_of_remote_code_take_effect(tmp_path: Path) -> None:
     model = odd_model(tmp_path)
     captured = capture(resolve_model(tmp_path, trust_remote_code=True, compute_dtype="f32"))
     assert captured.info.functionalised
-    assert captured.info.mode == "all layers" and captured.info.exported_layers == 3
+    assert captured.info.mode == "all layers"
+    assert captured.info.exported_layers == 3
     assert captured.info.blocks == 1, "bodies found equal by their hash share one function"
     assert "remote code" in captured.info.notes[0]
     check_logits(captured, model)
@@ -121,7 +122,8 @@ def test_functional_keeps_what_mutations_did() -> None:
     program = torch.export.export(Module(), (x,), strict=False)
     assert len(mutating_nodes(program)) >= 2
     after, changed = functional(program)
-    assert changed and not mutating_nodes(after)
+    assert changed
+    assert not mutating_nodes(after)
     assert torch.equal(after.module()(x), Module()(x))
 
 
@@ -154,7 +156,7 @@ def test_models_that_bypass_the_attention_interface_are_refused(
     # Even if the table let it pass, capture itself notices that attention nodes are missing.
     monkeypatch.delitem(architectures.REFUSED, model_type)
     monkeypatch.setitem(architectures.SUPPORTED, model_type, architectures.Architecture("decoder"))
-    with pytest.raises(UserError, match=r"AttentionInterface|cannot be traced|cannot be built"):
+    with pytest.raises(UserError, match="AttentionInterface"):
         capture(resolve_model(tmp_path, need_weights=False), weights="none")
 
 
@@ -210,7 +212,8 @@ def test_code_that_computes_with_the_layer_index_is_noticed(tmp_path: Path, monk
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     model = save_model("llama", tmp_path)
     captured = capture(resolve_model(tmp_path, compute_dtype="f32"))
-    assert captured.info.mode == "all layers" and captured.info.blocks == 3
+    assert captured.info.mode == "all layers"
+    assert captured.info.blocks == 3
     assert "layer's index" in captured.info.notes[0]
     check_logits(captured, model)
 
@@ -263,8 +266,10 @@ def test_one_attention_and_two_cache_updates_a_layer(tmp_path: Path) -> None:
         assert len(ops(captured, block, "tc.kv_update")) == 2
     windows = [ops(captured, f"block_{i}", "tc.attention")[0].window.value.data for i in (0, 1)]
     assert windows == [4, 0]
-    paths = {op.attributes["path"].data for op in function(captured, "block_0").body.block.ops if op.attributes}
-    assert {"mlp.down_proj", "self_attn.q_proj", "pre_feedforward_layernorm"} <= paths
+    paths = {str(op.attributes.get("path")) for op in function(captured, "block_0").body.block.ops}
+    assert {'"mlp.down_proj"', '"self_attn.q_proj"', '"pre_feedforward_layernorm"'} <= paths
+    lines = {str(op.location) for op in ops(captured, "block_0", "tc.attention")}
+    assert all("modeling_gemma2.py" in line for line in lines)
 
 
 def test_missing_and_misshapen_weights_are_listed_together(tmp_path: Path) -> None:
@@ -303,7 +308,8 @@ def test_random_weights_need_only_shapes(tmp_path: Path) -> None:
 def test_first_layers_only(tmp_path: Path) -> None:
     model = save_model("gemma2", tmp_path)
     captured = capture(resolve_model(tmp_path, compute_dtype="f32"), num_hidden_layers=3)
-    assert captured.info.layers == 3 and captured.info.layer_kinds == [0, 1, 0]
+    assert captured.info.layers == 3
+    assert captured.info.layer_kinds == [0, 1, 0]
     model.model.layers = model.model.layers[:3]
     model.config.num_hidden_layers = 3
     check_logits(captured, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from frontend.capture import Captured, capture
 from frontend.resolve import ModelSource, resolve_model
 from frontend.tokenizer import Tokenizer
+from ir.errors import UserError
 from ir.interpreter import run
 from tests.frontend.real_models import minilm, smollm2
 from tests.frontend.running import Decoder
@@ -27,8 +29,10 @@ def smollm2_captured(smollm2_source: ModelSource) -> Captured:
     return capture(smollm2_source)
 
 
+@pytest.mark.slow
 def test_gguf_is_converted_once(smollm2_source: ModelSource) -> None:
-    assert smollm2_source.gguf_file is not None and smollm2_source.gguf_file.suffix == ".gguf"
+    assert smollm2_source.gguf_file is not None
+    assert smollm2_source.gguf_file.suffix == ".gguf"
     assert smollm2_source.declared_dtype == "bf16"
     weights = smollm2_source.directory / "model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -38,6 +42,7 @@ def test_gguf_is_converted_once(smollm2_source: ModelSource) -> None:
     assert any(f.name == "tokenizer.json" for f in again.tokenizer_files)
 
 
+@pytest.mark.slow
 def test_smollm2_logits_and_tokens(smollm2_source: ModelSource, smollm2_captured: Captured) -> None:
     tokenizer = Tokenizer(smollm2_source.directory)
     prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
@@ -86,8 +91,19 @@ def test_minilm_embeddings() -> None:
         assert cosine >= 0.9995
 
 
-def test_tokenizer_round_trip(smollm2_source: ModelSource) -> None:
+@pytest.mark.slow
+def test_tokenizer_from_gguf(smollm2_source: ModelSource) -> None:
     tokenizer = Tokenizer(smollm2_source.directory)
     assert tokenizer.decode(tokenizer.encode("Hello, world!")) == "Hello, world!"
     assert tokenizer.has_chat_template
     assert tokenizer.eos_ids
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(minilm())
+    assert tokenizer.decode(tokenizer.encode("hello, world!")) == "hello, world!"
+    assert tokenizer.encode("a")[0] != tokenizer.encode("a", add_special_tokens=False)[0]
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizer.chat([{"role": "user", "content": "hello"}])
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        Tokenizer(tmp_path)

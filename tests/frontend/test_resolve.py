@@ -54,11 +54,14 @@ def test_local_directory(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     source = resolve_model(tmp_path)
     assert (source.model_type, source.declared_dtype, source.compute_dtype) == ("llama", "bf16", "bf16")
-    assert source.architecture_class == "LlamaForCausalLM" and source.architecture.kind == "decoder"
+    assert source.architecture_class == "LlamaForCausalLM"
+    assert source.architecture.kind == "decoder"
     assert [f.name for f in source.weight_files] == ["model.safetensors"]
     assert [f.name for f in source.tokenizer_files] == ["tokenizer.json"]
     tensor = source.tensors["model.layers.0.mlp.up_proj.weight"]
-    assert tensor.shape == (80, 48) and tensor.nbytes == 80 * 48 * 2 and tensor.dtype == "bf16"
+    assert tensor.shape == (80, 48)
+    assert tensor.nbytes == 80 * 48 * 2
+    assert tensor.dtype == "bf16"
 
 
 def test_relative_paths_start_with_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +78,8 @@ def test_other_dtypes_need_the_flag(dtype: torch.dtype, tmp_path: Path) -> None:
     (text,) = problems(tmp_path)
     assert "--auto-bfloat16-cast" in text
     source = resolve_model(tmp_path, auto_bfloat16_cast=True)
-    assert source.compute_dtype == "bf16" and source.declared_dtype == ("f16" if dtype == torch.float16 else "f32")
+    assert source.compute_dtype == "bf16"
+    assert source.declared_dtype == ("f16" if dtype == torch.float16 else "f32")
     assert "compute dtype" in problems(tmp_path, compute_dtype="f64")[0]
 
 
@@ -89,7 +93,8 @@ def test_declared_dtype_without_weights(tmp_path: Path) -> None:
 
 def test_missing_config_and_weights_are_reported_together(tmp_path: Path) -> None:
     texts = problems(tmp_path)
-    assert any("no config.json" in t for t in texts) and any("no *.safetensors" in t for t in texts)
+    assert any("no config.json" in t for t in texts)
+    assert any("no *.safetensors" in t for t in texts)
 
 
 def test_unknown_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
@@ -194,16 +199,21 @@ def test_hub_id_from_the_cache_without_network(tmp_path: Path) -> None:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(SHA)
     out = resolve_in_process("acme/tiny", tmp_path, HF_HUB_OFFLINE="1")
-    assert out.startswith("OK qwen3") and SHA in out
+    assert out.startswith("OK qwen3")
+    assert SHA in out
     out = resolve_in_process("acme/other", tmp_path, HF_HUB_OFFLINE="1")
-    assert out.startswith("ERROR model acme/other") and "cache" in out
+    assert out.startswith("ERROR model acme/other")
+    assert "cache" in out
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """A loopback hub that serves acme/tiny; yields its address and the list of served files."""
-    directory = tmp_path / "served"
+    repositories = {"acme/tiny": tmp_path / "served", "acme/packed": tmp_path / "packed"}
+    directory = repositories["acme/tiny"]
     save_model("mistral", directory, torch.bfloat16)
+    repositories["acme/packed"].mkdir()
+    (repositories["acme/packed"] / "model.Q4_1.gguf").write_bytes(b"not really")
     (directory / "README.md").write_text("not needed")
     (directory / "pytorch_model.bin").write_bytes(b"not needed")
     served: list[str] = []
@@ -217,15 +227,17 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
         def answer(self, body: bool) -> None:
             path = self.path.split("?")[0]
-            files = sorted(f.name for f in directory.iterdir())
-            if path.startswith("/api/models/acme/tiny"):
-                info = {"id": "acme/tiny", "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
+            name = next((n for n in repositories if f"/{n}/" in path), "")
+            directory = repositories.get(name, tmp_path / "nothing")
+            files = sorted(f.name for f in directory.iterdir()) if name else []
+            if name and path.startswith("/api/models/"):
+                info = {"id": name, "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
                 if "/tree/" in path:
                     entries = [{"type": "file", "path": f, "size": (directory / f).stat().st_size} for f in files]
                     self.reply(json.dumps([e | {"oid": "0" * 40} for e in entries]).encode(), body)
                 else:
                     self.reply(json.dumps(info).encode(), body)
-            elif path.startswith("/acme/tiny/resolve/") and path.rsplit("/", 1)[1] in files:
+            elif path.startswith(f"/{name}/resolve/") and path.rsplit("/", 1)[1] in files:
                 name = path.rsplit("/", 1)[1]
                 if body:
                     served.append(name)
@@ -259,14 +271,27 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 def test_hub_id_from_a_server(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     address, served = hub
     out = resolve_in_process("acme/tiny", tmp_path / "home", weights="none", HF_ENDPOINT=address)
-    assert out.startswith("OK mistral 0 ") and "model.safetensors" not in served
+    assert out.startswith("OK mistral 0 ")
+    assert "model.safetensors" not in served
     out = resolve_in_process("acme/tiny", tmp_path / "home", revision=SHA, HF_ENDPOINT=address)
-    assert out.startswith("OK mistral") and "model.safetensors" in served
+    assert out.startswith("OK mistral")
+    assert "model.safetensors" in served
     assert not {"README.md", "pytorch_model.bin"} & set(served)
     # Now it is in the cache and the server is not needed.
     assert resolve_in_process("acme/tiny", tmp_path / "home", HF_HUB_OFFLINE="1").startswith("OK mistral")
     out = resolve_in_process("acme/missing", tmp_path / "home", HF_ENDPOINT=address)
-    assert out.startswith("ERROR model acme/missing was not found") and "HF_TOKEN" in out
+    assert out.startswith("ERROR model acme/missing was not found")
+    assert "HF_TOKEN" in out
+
+
+def test_gguf_on_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    """A file of a repository, or a repository with nothing else; here it turns out to be no GGUF file."""
+    address, served = hub
+    for name in ("acme/packed", "acme/packed/model.Q4_1.gguf"):
+        out = resolve_in_process(name, tmp_path / "home", HF_ENDPOINT=address)
+        assert out.startswith("ERROR")
+        assert "model.Q4_1.gguf is not a GGUF file" in out
+    assert "model.Q4_1.gguf" in served
 
 
 def test_names_that_are_neither_id_nor_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
