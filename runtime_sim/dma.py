@@ -157,6 +157,14 @@ class DmaPlan:
                 self._cache[(source, target)] = views
         views[1][...] = views[0]
 
+    def written(self, unit: Unit) -> Array:
+        """Bytes at the destination with the current registers."""
+        source, target = self.source.address(unit), self.target.address(unit)
+        if self.op.index is None:
+            return self._views(source, target)[1]
+        windows = np.lib.stride_tricks.sliding_window_view(self.target.memory, self.op.packet)
+        return windows[self._indexed_addresses(unit, source, target)[1]]
+
     def _views(self, source: int, target: int) -> tuple[Array, Array]:
         packet = self.op.packet
         entries = list(zip(self.sizes, self.source.strides, self.target.strides, strict=True))
@@ -184,23 +192,8 @@ class DmaPlan:
         )
 
     def _run_indexed(self, unit: Unit, source: int, target: int) -> None:
-        index = self.op.index
-        assert index is not None
         packet = self.op.packet
-        loops = list(zip(self.sizes, index.strides, strict=True))
-        at = offsets(index.base + unit.registers[index.register], loops)
-        unit.card.check_range(int(at.min()), int(at.max() - at.min()) + 4)
-        written = unit.card.hbm_written
-        if unit.checks and not (written[at // GRANULE].all() and written[(at + 3) // GRANULE].all()):
-            raise _uninitialised(f"HBM index table at {index.base + unit.registers[index.register]}")
-        raw = unit.card.hbm[at[..., None] + np.arange(4)]
-        values = np.ascontiguousarray(raw).view("<u4")[..., 0].astype(np.int64)
-        read = offsets(source, list(zip(self.sizes, self.source.strides, strict=True)))
-        write = offsets(target, list(zip(self.sizes, self.target.strides, strict=True)))
-        if index.scatter:
-            write = write + self._resolved(self.target, values, unit)
-        else:
-            read = read + self._resolved(self.source, values, unit)
+        read, write = self._indexed_addresses(unit, source, target)
         self._check_indexed(unit, self.source, read, True)
         self._check_indexed(unit, self.target, write, False)
         from_window = np.lib.stride_tricks.sliding_window_view(self.source.memory, packet)
@@ -208,6 +201,24 @@ class DmaPlan:
             self.target.memory, (self.target.memory.size - packet + 1, packet), (1, 1)
         )
         to_window[write] = from_window[read]
+
+    def _indexed_addresses(self, unit: Unit, source: int, target: int) -> tuple[Array, Array]:
+        """Source and destination of every packet, with the offsets read from the index table."""
+        index = self.op.index
+        assert index is not None
+        first = index.base + unit.registers[index.register]
+        at = offsets(first, list(zip(self.sizes, index.strides, strict=True)))
+        unit.card.check_range(int(at.min()), int(at.max() - at.min()) + 4)
+        written = unit.card.hbm_written
+        if unit.checks and not (written[at // GRANULE].all() and written[(at + 3) // GRANULE].all()):
+            raise _uninitialised(f"HBM index table at {first}")
+        raw = unit.card.hbm[at[..., None] + np.arange(4)]
+        values = np.ascontiguousarray(raw).view("<u4")[..., 0].astype(np.int64)
+        read = offsets(source, list(zip(self.sizes, self.source.strides, strict=True)))
+        write = offsets(target, list(zip(self.sizes, self.target.strides, strict=True)))
+        if index.scatter:
+            return read, write + self._resolved(self.target, values, unit)
+        return read + self._resolved(self.source, values, unit), write
 
     def _resolved(self, side: _Side, values: Array, unit: Unit) -> Array:
         if not side.in_dm:

@@ -33,6 +33,10 @@ class Plan(Protocol):
     def run(self, unit: Unit) -> None:
         """Execute it."""
 
+    def written(self, unit: Unit) -> Array:
+        """View of what the last `run` wrote (a copy for indexed transfers)."""
+        raise NotImplementedError
+
 
 class _Static:
     """Reads and writes at fixed addresses: checked at the first run only, because written bytes stay written."""
@@ -97,6 +101,10 @@ class ExecPlan(_Static):
             groups = self.chain.run(groups)
         values = groups[0] if len(groups) == 1 else _interleaved(groups, self.packet)
         self.commit.store(values)
+
+    def written(self, unit: Unit) -> Array:
+        """The committed elements."""
+        return self.commit.view
 
 
 class _Committer:
@@ -211,6 +219,10 @@ class LoadTrfPlan(_Static):
         self.target[...] = self.source if self.regroup is None else self.source.reshape(self.regroup)
         self.trf.version += 1
 
+    def written(self, unit: Unit) -> Array:
+        """The loaded elements."""
+        return self.target
+
 
 class LoadVrfPlan(_Static):
     """StoVRF: the stream, widened to 32 bit if asked, as contiguous bytes."""
@@ -236,6 +248,10 @@ class LoadVrfPlan(_Static):
         self.target[...] = self.nest.load(self.cast).reshape(self.target.shape)
         unit.vrf.version += 1
 
+    def written(self, unit: Unit) -> Array:
+        """The loaded elements."""
+        return self.target
+
 
 class MemsetPlan(_Static):
     """ITOS: a 32-bit pattern."""
@@ -252,6 +268,10 @@ class MemsetPlan(_Static):
     def run(self, unit: Unit) -> None:
         """Fill."""
         self.view[...] = self.value
+
+    def written(self, unit: Unit) -> Array:
+        """The filled words."""
+        return self.view
 
 
 def plan_of(op: Exec | LoadTrf | LoadVrf | Memset | Dma, unit: Unit) -> Plan:
