@@ -303,6 +303,15 @@ class AllocOp(IRDLOperation):
         return cls(kind.space.data, kind.nbytes.data, name, align, address)
 
 
+def _operand(parser: Parser) -> SSAValue:
+    """A buffer that was defined before (routines are straight-line, so its type is known)."""
+    operand = parser.parse_unresolved_operand("buffer expected")
+    values = parser.ssa_values.get(operand.operand_name)
+    if values is None or operand.index >= len(values):
+        parser.raise_error(f"%{operand.operand_name} is not defined before its use", operand.span)
+    return values[operand.index]
+
+
 # Instructions --------------------------------------------------------------------------------------------------------
 class InstructionOp(IRDLOperation):
     """What the instruction operations share: a descriptor, a context, dependencies and a source location.
@@ -382,16 +391,16 @@ class InstructionOp(IRDLOperation):
         last = "destination" if "destination" in cls.ROLES else "target"
         parser.parse_punctuation("(")
         if cls.ROLES[0] == last:
-            operands[last].append(parser.parse_operand())
+            operands[last].append(_operand(parser))
         else:
-            operands["source"].append(parser.parse_operand())
+            operands["source"].append(_operand(parser))
             while parser.parse_optional_punctuation(","):
                 role = parser.parse_identifier("operand role")
                 if role not in cls.ROLES:
                     parser.raise_error(f"{cls.name} has no operand {role!r}: {', '.join(cls.ROLES)}")
-                operands[role].append(parser.parse_operand())
+                operands[role].append(_operand(parser))
             parser.parse_punctuation("->")
-            operands[last].append(parser.parse_operand())
+            operands[last].append(_operand(parser))
         parser.parse_punctuation(")")
         text = parser.parse_optional_str_literal()
         location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
@@ -632,7 +641,7 @@ class CallOp(IRDLOperation):
     def parse(cls, parser: Parser) -> CallOp:
         """Inverse of `print`."""
         name = parser.parse_symbol_name()
-        args = parser.parse_comma_separated_list(parser.Delimiter.PAREN, parser.parse_operand)
+        args = parser.parse_comma_separated_list(parser.Delimiter.PAREN, lambda: _operand(parser))
         location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
         return cls(name.data, args, location)
 

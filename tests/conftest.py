@@ -84,17 +84,13 @@ def run_tool(tool: str, args: list[str], text: str) -> tuple[int, str, str]:
 
 
 def run_opt(args: list[str], text: str) -> int:
-    """`rngdc opt` with the dialects of the product."""
+    """`rngdc opt` with the dialects and passes of the product."""
+    from backend_rngd.registry import get_rngd_dialects, get_rngd_passes
     from passes.opt import opt_main
-
-    def rngd() -> Any:
-        from backend_rngd.dialect import RNGD
-
-        return RNGD
 
     stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(text.encode()))
     try:
-        return opt_main(args, dialects={"rngd": rngd})
+        return opt_main(args, get_rngd_dialects(), get_rngd_passes())
     except SystemExit as stop:  # argparse
         return int(stop.code or 0)
     finally:
