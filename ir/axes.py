@@ -248,21 +248,16 @@ def reshape_rule(source: Sequence[Dim], target: Sequence[Dim]) -> Rule:
         if rest_r[j] == Size(1) and rest_l[i] != Size(1):
             j += 1
             continue
-        name = next(names)
-        if rest_l[i] == rest_r[j]:
-            left[i].append(name)
-            right[j].append(name)
-            i, j = i + 1, j + 1
-        elif (quotient := rest_l[i].divided_by(rest_r[j])) is not None:
-            left[i].append(name)
-            right[j].append(name)
-            rest_l[i], j = quotient, j + 1
-        elif (quotient := rest_r[j].divided_by(rest_l[i])) is not None:
-            left[i].append(name)
-            right[j].append(name)
-            rest_r[j], i = quotient, i + 1
-        else:
+        left_over, right_over = rest_l[i].divided_by(rest_r[j]), rest_r[j].divided_by(rest_l[i])
+        if left_over is None and right_over is None:
             i, j = _skip(i, j, rest_l, rest_r, left, right, names, unsharded)
+            continue
+        name = next(names)
+        left[i].append(name)
+        right[j].append(name)
+        # The larger dimension keeps what is left for further axes; equal ones are both used up.
+        rest_l[i], rest_r[j] = left_over or Size(1), right_over or Size(1)
+        i, j = i + (rest_l[i] == Size(1)), j + (rest_r[j] == Size(1))
     return Rule((tuple(_group(g) for g in left),), tuple(_group(g) for g in right), frozenset(unsharded))
 
 
