@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.isa.descriptors import BROADCAST, FLIT_BYTES, REDUCE, Contract, Dtype, LaneMode
+from runtime_sim.errors import SimulationError
 from runtime_sim.memory import RowMemory
 from runtime_sim.nest import Nest, Source, illegal
 from runtime_sim.numeric import SCRATCH, STORAGE, widen
@@ -71,7 +72,8 @@ class Contraction:
         trf_loops = [(n, s) for n, s, _ in contract.loops]
         low, high = extent(contract.trf_base, trf_loops, read * width)
         if low < 0 or high > lane_bytes:
-            raise illegal(f"TRF bytes [{low}, {high}) of {lane_bytes} in a lane of {contract.lanes}")
+            what = f"contraction reads TRF bytes [{low}, {high}) of {lane_bytes} in a lane of {contract.lanes}"
+            raise SimulationError(SimulationError.BOUNDS, what)
         self.trf_footprints = tuple(
             Footprint.of(contract.trf_base + lane * lane_bytes, trf_loops, read * width)
             for lane in range(contract.lanes)
@@ -276,4 +278,5 @@ def _padded(source: Source) -> tuple[Nest, Callable[[], None] | None]:
         target[...] = view.reshape(target.shape)
 
     loops = ((source.packets * flits, source.dtype.bytes),)
-    return Nest(scratch.reshape(-1).view(np.uint8), source.dtype, 0, nest.lead, scratch.strides[:3], loops), fill
+    a, b, c = scratch.strides[:3]
+    return Nest(scratch.reshape(-1).view(np.uint8), source.dtype, 0, nest.lead, (a, b, c), loops), fill

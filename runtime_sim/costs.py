@@ -11,8 +11,11 @@ from backend_rngd.machine.formulas import dma_time, dma_work, macs, unit_cycles
 
 @dataclass(frozen=True)
 class Cost:
-    """fixed: cycles at full speed in any case. work: further cycles of a transfer that shares HBM; demand: the HBM bytes
-    a cycle it takes at full speed. overhead: the part of `fixed` that moves no data (issue, fill, start-up)."""
+    """What one instruction takes when it has the machine for itself.
+
+    fixed: cycles in any case. work: further cycles of a transfer, stretched when HBM is shared; demand: the HBM bytes a
+    cycle it takes at full speed. overhead: the part of `fixed` that moves no data (issue, fill, start-up).
+    """
 
     fixed: float
     work: float

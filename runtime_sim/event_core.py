@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +20,27 @@ from numpy.typing import NDArray
 JIT_FROM = 30_000  # instructions; below, loading the compiler costs more than it saves
 
 
+Integers = list[int]
+Floats = list[float]
+
+
 def run(
-    units,
-    queue_start,
-    queue,
-    need,
-    fixed,
-    work,
-    demand,
-    vector,
-    capacity,
-    start,
-    ready,
-    finish,
-    cause,
-    rate,
-    flows,
-):
+    units: int,
+    queue_start: Integers,
+    queue: Integers,
+    need: Integers,
+    fixed: Floats,
+    work: Floats,
+    demand: Floats,
+    vector: list[bool],
+    capacity: float,
+    start: Floats,
+    ready: Floats,
+    finish: Floats,
+    cause: Integers,
+    rate: Floats,
+    flows: Integers,
+) -> int:
     """Fill start, ready, finish (cycles) and cause (instruction whose completion made this one ready, -1 none).
 
     rate, flows: scratch of one entry a queue. Returns the number of completed instructions; fewer than given means
@@ -82,9 +86,9 @@ def run(
                     cause[i] = last
             for turn in range(3):
                 c = turn
-                if turn < 2 and waiting[base] >= 0 and waiting[base + 1] >= 0:
-                    if ready[waiting[base + 1]] < ready[waiting[base]]:
-                        c = 1 - turn
+                both = turn < 2 and waiting[base] >= 0 and waiting[base + 1] >= 0
+                if both and ready[waiting[base + 1]] < ready[waiting[base]]:
+                    c = 1 - turn
                 q = base + c
                 i = waiting[q]
                 if i < 0:
@@ -181,7 +185,8 @@ def compiled() -> Callable[..., int] | None:
         import numba  # half a second, so only when it pays
     except ImportError:
         return None
-    return numba.njit(cache=True)(run)
+    jitted: Callable[..., int] = cast(Any, numba).njit(cache=True)(run)
+    return jitted
 
 
 def execute(
@@ -207,7 +212,8 @@ def execute(
         return int(completed), outputs[0], outputs[1], outputs[2], outputs[3]
     lists = [a.tolist() for a in arrays]
     results = [a.tolist() for a in outputs]
-    completed = run(units, *lists, float(capacity), *results, *(a.tolist() for a in scratch))
+    plain = cast(Callable[..., int], run)
+    completed = plain(units, *lists, float(capacity), *results, *(a.tolist() for a in scratch))
     return (
         completed,
         np.array(results[0], np.float64),

@@ -1,8 +1,8 @@
 """Read a tensor back from DM or HBM by the layout a probe carries.
 
-A layout is {"dtype", "shape", "base", "space", "digits": [[dimension, size, slice stride, byte stride], ...]}; the digits
-of a dimension go from outer to inner, and the address of an element is the sum over all digits. Digits may enumerate
-more elements than the dimension has (the last slice is not full): the rest is dropped.
+A layout is {"dtype", "shape", "base", "space", "digits": [[dimension, size, slice stride, byte stride], ...]}; the
+digits of a dimension go from outer to inner, and the address of an element is the sum over all digits. Digits may
+enumerate more elements than the dimension has (the last slice is not full): the rest is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def extract(
     """The tensor as float32 or int32 numpy in its logical shape.
 
     address: where the probed buffer lies (DM: byte offset in every slice; HBM: added to `register`). registers: the
-    registers at the time of the probe, the unit's own by default. Raises SimulationError if an element is out of bounds.
+    registers at the time of the probe, the unit's own by default. Raises SimulationError for elements out of bounds.
     """
     described = json.loads(layout) if isinstance(layout, str) else layout
     dtype = Dtype[str(described["dtype"]).upper()]

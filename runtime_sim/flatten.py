@@ -35,8 +35,8 @@ class CallSite:
 class Flat:
     """Executed instructions in program order, unit after unit.
 
-    unit, context, routine, index (of the instruction in its routine), call (index in `calls`); need [n, 3]: instructions
-    of main, sub and dma of the same unit, from the start of the program, that must be complete.
+    unit, context, routine, index (of the instruction in its routine), call (index in `calls`); need [n, 3]:
+    instructions of main, sub and dma of the same unit, from the start of the program, that must be complete.
     """
 
     streams: tuple[Stream, ...]

@@ -194,8 +194,8 @@ def flit_width(dtype: Dtype) -> int:
 def by_flits(values: NDArray[Any], packet: int, flit: int, valid: int) -> NDArray[Any]:
     """Keep the first `valid` elements of every flit of [..., packets * packet] elements.
 
-    A packet is cut into flits of `flit` elements; the last one is padded with zeros, which `valid` may include (a commit
-    writes at least 8 bytes).
+    A packet is cut into flits of `flit` elements; the last one is padded with zeros, which `valid` may include (a
+    commit writes at least 8 bytes).
     """
     if valid > flit:
         raise illegal(f"commit keeps {valid} elements of a flit of {flit}", "lower `valid`")

@@ -46,10 +46,7 @@ def eager_orders() -> list[Order]:
 
 def random_orders(count: int, seed: int = 0) -> list[Order]:
     """Reproducible random choices."""
-    return [
-        Order(f"random {seed + k}", lambda ready, source=random.Random(seed + k): source.choice(list(ready)))
-        for k in range(count)
-    ]
+    return [Order(f"random {seed + k}", random.Random(seed + k).choice) for k in range(count)]
 
 
 def sequence(flat: Flat, pick: Picker) -> Iterator[int]:
@@ -111,7 +108,7 @@ def _registers(unit: Unit, stream: Stream, flat: Flat) -> list[list[int]]:
 
 
 def _checksum(program: Program, unit: Unit, routine: int, index: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(program.plan(unit, routine, index).written(unit)).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(program.plan(unit, routine, index).written(unit)).tobytes())
 
 
 def check_orders(

@@ -37,7 +37,8 @@ def simulate(
     """Time the streams of the units of one card, all starting at cycle 0.
 
     mode: documented or silicon, the machine's own by default. jit: force or forbid the compiled event loop (by size if
-    None). contention: whether units share HBM; without it the result is a lower bound. Raises SimulationError (deadlock) naming the first instruction that can never start.
+    None). contention: whether units share HBM; without it the result is a lower bound. Raises SimulationError
+    (deadlock) naming the first instruction that can never start.
     """
     machine = machine if mode is None else machine.in_mode(mode)
     units = (streams,) if isinstance(streams, Stream) else tuple(streams)

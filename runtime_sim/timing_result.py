@@ -58,8 +58,8 @@ class Operation:
 class TimingResult:
     """Times are cycles of the tensor clock; arrays have one entry an executed instruction, in program order.
 
-    start, ready (dependencies met and context free), finish; cause: instruction whose completion made it ready (-1: none).
-    `number` says which of `costs` an instruction has.
+    start, ready (dependencies met and context free), finish; cause: instruction whose completion made it ready (-1:
+    none). `number` says which of `costs` an instruction has.
     """
 
     machine: Machine
@@ -144,7 +144,7 @@ class TimingResult:
             table: dict[str, dict[str, float]] = {}
             for c, name in enumerate(CONTEXTS):
                 mine = (self.flat.unit == unit) & (self.flat.context == c)
-                row = dict.fromkeys(STALLS, 0.0)
+                row: dict[str, float] = {stall: 0.0 for stall in STALLS}
                 if causes is not None and mine.any():
                     gaps = self.gaps[mine]
                     row["issue"] = float(overhead[mine].sum())
@@ -224,7 +224,7 @@ class TimingResult:
 
         def total(values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
             use = values if where is None else np.where(where, values, 0)
-            return np.bincount(group, weights=use.astype(np.float64), minlength=size)
+            return np.bincount(group, weights=use.astype(np.float64), minlength=size).astype(np.float64)
 
         duration = self.finish - self.start
         by_context = [total(duration, self.flat.context == c) for c in range(3)]
@@ -233,11 +233,17 @@ class TimingResult:
         counts = np.bincount(group, minlength=size)
         rows = [
             Operation(
-                str(names[g]), int(counts[g]), float(by_context[0][g]), float(by_context[1][g]), float(by_context[2][g]),
-                float(stalled[g]), int(macs[g]), int(moved[g]),
+                str(names[g]),
+                int(counts[g]),
+                float(by_context[0][g]),
+                float(by_context[1][g]),
+                float(by_context[2][g]),
+                float(stalled[g]),
+                int(macs[g]),
+                int(moved[g]),
             )
             for g in range(size)
-        ]  # fmt: skip
+        ]
         return sorted(rows, key=lambda r: -(r.main + r.sub + r.dma))
 
     def utilisation(self, unit: int = 0) -> dict[str, float]:
@@ -257,6 +263,7 @@ class TimingResult:
         on_path = dict.fromkeys(CONTEXTS, 0.0)
         for i in path:
             on_path[CONTEXTS[int(self.flat.context[i])]] += float(self.finish[i] - self.start[i])
+        bottlenecks = [cost.bottleneck for cost in self.costs]
         out: dict[str, Any] = {
             "format": "rngdc-timing",
             "version": {"major": 1, "minor": 0},
@@ -286,7 +293,7 @@ class TimingResult:
                 "start": self.start.tolist(),
                 "finish": self.finish.tolist(),
                 "cause": self.cause.tolist(),
-                "bottleneck": [self.costs[c].bottleneck for c in self.number.tolist()],
+                "bottleneck": [bottlenecks[int(c)] for c in self.number],
             }
         return out
 

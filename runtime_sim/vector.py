@@ -1,7 +1,7 @@
 """The vector engine: a chain of array operations on 32-bit elements (hardware.md 2.9).
 
-A chain is decoded once into a list of steps on a `State`; operands in VRF are strided views, so a stride-0 loop (a value
-used for many elements) is never expanded.
+A chain is decoded once into a list of steps on a `State`; operands in VRF are strided views, so a stride-0 loop (a
+value used for many elements) is never expanded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class State:
     """The running pass: one group of elements [A, B, C, n], or two before the zip; the stash; its owners."""
 
     groups: list[Array]
-    stash: list[Array] = field(default_factory=list)
+    stash: list[Array] = field(default_factory=list[Array])
 
     def owned(self, current: Array) -> bool:
         """Whether a result may overwrite `current` (it is not stashed)."""

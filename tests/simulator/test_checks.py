@@ -68,8 +68,8 @@ def test_reading_what_nobody_wrote():
     vector = VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.VRF, 0.0, 64, ((64, 4),)))
     refused(SimulationError.UNINITIALISED, r"VRF slice 0 byte 64", LOAD, replace(COPY, vector=(vector,)))
     contract = Contract(8, 1, 128, ((8, 0, 0),), 16, 4, LaneMode.INTERLEAVED)
-    product = Exec(4, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16), COMMIT, None, contract)
-    refused(SimulationError.UNINITIALISED, r"TRF slice 0 byte 128", LOAD, product)
+    matmul = Exec(4, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16), COMMIT, None, contract)
+    refused(SimulationError.UNINITIALISED, r"TRF slice 0 byte 128", LOAD, matmul)
     store = Dma(Endpoint(Space.DM, 2 * DM_SLICE_STRIDE + 512), Endpoint(Space.HBM, 0), ((1, 8, 8),), 8)
     refused(SimulationError.UNINITIALISED, r"DM slice 2 byte 512", store)
     empty = unit(written=False)
@@ -115,40 +115,59 @@ def test_out_of_bounds():
     refused(SimulationError.BOUNDS, r"VRF load", LOAD, LoadVrf(4, FETCH, 8192 - 248))
     refused(SimulationError.BOUNDS, r"memset", Memset(4, end - 4, 8))
     contract = Contract(8, 1, 8192, ((8, 0, 0),), 16, 4, LaneMode.INTERLEAVED)
-    product = Exec(4, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16), COMMIT, None, contract)
-    refused(SimulationError.BOUNDS if False else SimulationError.ILLEGAL, r"TRF bytes \[8192", LOAD, product)
+    matmul = Exec(4, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16), COMMIT, None, contract)
+    refused(SimulationError.BOUNDS, r"TRF bytes \[8192", LOAD, matmul)
     table = unit()
     table.card.write(1024, np.array([0, 65532], np.uint32))
     gather = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.DM, 0), ((2, 0, 8),), 8, Index(0, 1024, (4,), False))
     refused(SimulationError.BOUNDS, r"HBM bytes", gather, memory=table)
 
 
-@pytest.mark.parametrize(
-    ("message", "op"),
-    [
-        ("does not divide into packets", replace(COPY, fetch=replace(FETCH, packet=7))),
-        ("not a multiple of 8", replace(COPY, fetch=Fetch(0, ((64, 4),), Dtype.F32, 1))),
-        ("does not cast", replace(COPY, fetch=Fetch(0, ((64, 4),), Dtype.F32, 8, Dtype.BF16))),
-        ("commit loops enumerate 60", replace(COPY, commit=Commit(4096, ((60, 4),), Dtype.F32, 8))),
-        ("keeps 20 bytes", replace(COPY, commit=Commit(4096, ((40, 4),), Dtype.F32, 5))),
-        ("does not convert F32 to I16", replace(COPY, commit=Commit(4096, ((64, 2),), Dtype.I16, 8))),
-        ("ring of 3", replace(COPY, switch=Switch(SwitchKind.BROADCAST01, 3, 1))),
-        ("time0 = 3", replace(COPY, switch=Switch(SwitchKind.BROADCAST01, 2, 1, 3))),
-        ("used twice", replace(COPY, vector=(VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY),) * 2)),
-        ("after a use of stage", replace(COPY, vector=(VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY), VectorOp(Alu.FXP_TO_FP, Op.CONVERT, Mode.UNARY)))),
-        ("does not do EXP", replace(COPY, vector=(VectorOp(Alu.FP_MUL0, Op.EXP, Mode.UNARY),))),
-        ("zip in FP_MUL0", replace(COPY, vector=(VectorOp(Alu.FP_MUL0, Op.MUL, Mode.ZIP01),))),
-        ("never written", replace(COPY, vector=(VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.STASH)),))),
-        ("enumerates 63 elements", replace(COPY, vector=(VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.VRF, 0.0, 0, ((63, 4),))),))),
-        ("vector engine on a BF16", Exec(4, Fetch(0, ((64, 2),), Dtype.BF16, 16), COMMIT, None, None, (VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY),))),
-        ("contraction of a F32", replace(COPY, contract=Contract(8, 1, 0, ((8, 0, 0),), 8, 3, LaneMode.INTERLEAVED))),
-        ("enumerate 7 packets", Exec(4, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16), COMMIT, None, Contract(8, 1, 0, ((7, 0, 0),), 16, 4, LaneMode.INTERLEAVED))),
-        ("packets of 8 bytes", LoadTrf(4, Fetch(0, ((64, 2),), Dtype.BF16, 4), 8, 0)),
-        ("into 8 lanes", LoadTrf(4, Fetch(0, ((64, 2),), Dtype.BF16, 16), 8, 0)),
-        ("memset of 6 bytes", Memset(4, 0, 6)),
-        ("DMA packet of 8192", replace(LOAD, packet=8192)),
-    ],
-)  # fmt: skip
+def chained(*vector: VectorOp, fetch: Fetch = FETCH) -> Exec:
+    return Exec(4, fetch, COMMIT, None, None, vector)
+
+
+def product(digits: int, fetch: Fetch) -> Exec:
+    contract = Contract(8, 1, 0, ((digits, 0, 0),), 16, 4, LaneMode.INTERLEAVED)
+    return Exec(4, fetch, COMMIT, None, contract)
+
+
+def times(operand: Operand) -> VectorOp:
+    return VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, operand)
+
+
+EXP = VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY)
+CONVERT = VectorOp(Alu.FXP_TO_FP, Op.CONVERT, Mode.UNARY)
+BF16 = Fetch(0, ((64, 2),), Dtype.BF16, 16)
+SHORT = Fetch(0, ((64, 2),), Dtype.BF16, 4)
+ILLEGAL = [
+    ("does not divide into packets", replace(COPY, fetch=replace(FETCH, packet=7))),
+    ("not a multiple of 8", replace(COPY, fetch=Fetch(0, ((64, 4),), Dtype.F32, 1))),
+    ("does not cast", replace(COPY, fetch=Fetch(0, ((64, 4),), Dtype.F32, 8, Dtype.BF16))),
+    ("commit loops enumerate 60", replace(COPY, commit=Commit(4096, ((60, 4),), Dtype.F32, 8))),
+    ("keeps 20 bytes", replace(COPY, commit=Commit(4096, ((40, 4),), Dtype.F32, 5))),
+    ("does not convert F32 to I16", replace(COPY, commit=Commit(4096, ((64, 2),), Dtype.I16, 8))),
+    ("ring of 3", replace(COPY, switch=Switch(SwitchKind.BROADCAST01, 3, 1))),
+    ("time0 = 3", replace(COPY, switch=Switch(SwitchKind.BROADCAST01, 2, 1, 3))),
+    ("used twice", chained(EXP, EXP)),
+    ("after a use of stage", chained(EXP, CONVERT)),
+    ("does not do EXP", chained(VectorOp(Alu.FP_MUL0, Op.EXP, Mode.UNARY))),
+    ("zip in FP_MUL0", chained(VectorOp(Alu.FP_MUL0, Op.MUL, Mode.ZIP01))),
+    ("on group 1 of a stream", chained(VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY, group=2))),
+    ("never written", chained(times(Operand(Source.STASH)))),
+    ("enumerates 63 elements", chained(times(Operand(Source.VRF, 0.0, 0, ((63, 4),))))),
+    ("vector engine on a BF16", chained(EXP, fetch=BF16)),
+    ("reduce of 64 elements", chained(VectorOp(Alu.REDUCE, Op.ADD, count=3, inner=1))),
+    ("contraction of a F32", product(8, FETCH)),
+    ("enumerate 7 packets", product(7, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16))),
+    ("packets of 8 bytes", LoadTrf(4, SHORT, 8, 0)),
+    ("into 8 lanes", LoadTrf(4, BF16, 8, 0)),
+    ("memset of 6 bytes", Memset(4, 0, 6)),
+    ("DMA packet of 8192", replace(LOAD, packet=8192)),
+]
+
+
+@pytest.mark.parametrize(("message", "op"), ILLEGAL)
 def test_illegal_instructions(message, op):
     refused(SimulationError.ILLEGAL, message, LOAD, op)
 
