@@ -23,7 +23,9 @@ class BucketSpec:
 
     @property
     def name(self) -> str:
-        """Such as `prefill_b1_s512_kv512`, `decode_b4_kv1024` or `encode_b1_s128`."""
+        """Such as `prefill_b1_s512_kv512`, `decode_b4_kv1024` or `encode_b1_s128`; `function` for a single function."""
+        if self.phase == "function":
+            return "function"
         length = f"_s{self.input_length}" if self.phase != "decode" else ""
         keys = f"_kv{self.attention_size}" if self.phase in ("prefill", "decode") else ""
         return f"{self.phase}_b{self.batch}{length}{keys}"

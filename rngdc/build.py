@@ -69,9 +69,7 @@ class BuildReport:
     seconds: dict[str, float]
     notes: list[str]
     peak_bytes: dict[str, int]
-    peak_memory_bytes: int = field(
-        default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak_memory_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def to_json(self) -> dict[str, Any]:
         """The report of `rngdc build --json`."""
@@ -195,7 +193,9 @@ def compile_modules(
         errors = [v for v in check_stream(program.emitted.streams[0], machine, regions) if v.severity == "error"]
         if errors:
             listed = "\n".join(f"  {v}" for v in errors[:20])
-            raise AssertionError(f"{program.bucket.name}: the compiler made {len(errors)} illegal instructions:\n{listed}")
+            raise AssertionError(
+                f"{program.bucket.name}: the compiler made {len(errors)} illegal instructions:\n{listed}"
+            )
     return programs
 
 
@@ -278,7 +278,9 @@ def _resolve(
     # The model cannot be used, but its buckets may be wrong as well: say so at once.
     config = _config_anyway(options.model)
     kind = "encoder" if config.get("model_type") == "bert" else "decoder"
-    positions = next((config[k] for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)), None)
+    positions = next(
+        (config[k] for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)), None
+    )
     choose(options.buckets, kind, positions, problems, notes, timing_only)
     return None, []
 
@@ -307,7 +309,12 @@ def _weights(
             files[ref.file] = None
         sources.append(
             WeightSource(
-                name=ref.name, dtype=ref.dtype, shape=ref.shape, file=ref.file, offset=ref.offset or 0, inline=inline,
+                name=ref.name,
+                dtype=ref.dtype,
+                shape=ref.shape,
+                file=ref.file,
+                offset=ref.offset or 0,
+                inline=inline,
                 seed=ref.seed,
             )  # fmt: skip
         )

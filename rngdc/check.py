@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Inputs = dict[str, Array]
 
+CACHE_TOKENS = 48
+"""Tokens that fill the caches before a decode program is checked."""
+
 
 @dataclass
 class StreamComparison:
@@ -102,6 +105,9 @@ def check(
     for bucket in buckets:
         module = parse_module(artifact.text(bucket.ir), bucket.ir)
         inputs = sample_inputs(artifact, bucket, module, seed)
+        if bucket.phase == "decode" and source is not None:
+            progress(f"{bucket.name}: caches for decoding")
+            _fill_caches(artifact, source, inputs, seed)
         passes = None
         if source is not None:
             progress(f"{bucket.name}: tc before and after the passes")
@@ -113,7 +119,7 @@ def check(
 
 
 def sample_inputs(artifact: Artifact, bucket: Bucket, module: ModuleOp, seed: int = 0) -> Inputs:
-    """Arguments of a bucket's `@main`: random tokens, rows of different length, filled caches for decoding.
+    """Arguments of a bucket's `@main`: random tokens, rows of different length, empty caches.
 
     The names say what an argument means; any other integers count up, any other numbers are normal.
     """
@@ -139,14 +145,33 @@ def sample_inputs(artifact: Artifact, bucket: Bucket, module: ModuleOp, seed: in
         elif name == "lengths":
             inputs[name] = lengths
         elif name.startswith("cache."):
-            filled = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
-            inputs[name] = filled if bucket.phase == "decode" else np.zeros(shape, ml_dtypes.bfloat16)
+            inputs[name] = np.zeros(shape, ml_dtypes.bfloat16)
         elif dtype.kind == "i":
             inputs[name] = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % max(1, keys or shape[-1])
         else:
             known = f"arg.{name}" in {w.name for w in artifact.manifest.weights}
             inputs[name] = artifact.weight(f"arg.{name}") if known else rng.standard_normal(shape).astype(dtype)
     return inputs
+
+
+def _fill_caches(artifact: Artifact, source: ModuleOp, inputs: Inputs, seed: int) -> None:
+    """Caches as a prefill of random tokens leaves them: random numbers would make attention ill-conditioned."""
+    starts = inputs["position_ids"][:, 0]
+    batch, length = len(starts), min(CACHE_TOKENS, int(starts.max()))
+    if not length:
+        return
+    rng = np.random.default_rng(seed + 1)
+    vocab = artifact.manifest.model.vocab_size or 2
+    prompt = {
+        "input_ids": rng.integers(0, vocab, (batch, length), np.int32),
+        "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+        **{name: value for name, value in inputs.items() if name.startswith("cache.")},
+    }
+    results = run(source, prompt, artifact.weight)
+    for name, value in results.items():
+        if name.startswith("cache."):
+            inputs[name] = np.array(value)
+    inputs["position_ids"] = np.minimum(inputs["position_ids"], length)
 
 
 def compare_streams(device: Device, bucket: Bucket, module: ModuleOp, inputs: Inputs) -> StreamComparison:
@@ -220,3 +245,25 @@ def symbolic_sizes(module: ModuleOp) -> list[str]:
     function = find_function(module, "main")
     found = {d for value in function.body.block.args for d in dims_of(value) if isinstance(d, str)}
     return sorted(found)
+
+
+def check_lines(report: CheckReport) -> list[str]:
+    """The report for people."""
+    lines: list[str] = []
+    for bucket in report.buckets:
+        lines.append(f"{bucket.bucket}: {'all levels agree' if bucket.agrees else 'LEVELS DISAGREE'}")
+        if (passes := bucket.passes) is not None:
+            lines.append(f"  tc before and after the passes: {passes.compared} operations compared")
+            lines += _details(passes.results, passes.first)
+        lines.append(f"  tc and streams: {bucket.streams.compared} operations compared")
+        lines += _details(bucket.streams.results, bucket.streams.first)
+    return lines
+
+
+def _details(results: dict[str, Metrics], first: Disagreement | None) -> list[str]:
+    shown = {n: m for n, m in results.items() if not n.startswith("cache.") or not m.close}
+    lines = [f"    {name}: {m}" for name, m in shown.items()]
+    if first is not None:
+        lines.append("    the first operation that disagrees:")
+        lines += [f"      {line}" for line in str(first).splitlines()]
+    return lines

@@ -186,8 +186,14 @@ class _SharedMap:
             name = f"{weight}#{number}" if number else weight
             out.append(
                 Placement(
-                    name=name, address=self.address[key], bytes=nbytes, weight=weight, permute=permute,
-                    reshape=reshape, pad=pad, dtype=dtype,
+                    name=name,
+                    address=self.address[key],
+                    bytes=nbytes,
+                    weight=weight,
+                    permute=permute,
+                    reshape=reshape,
+                    pad=pad,
+                    dtype=dtype,
                 )  # fmt: skip
             )
         return out
@@ -219,8 +225,12 @@ def _record(program: Program) -> Bucket:
             at = emitted.globals[p.buffer]
             out.append(
                 Port(
-                    name=p.name, address=at.address + p.offset, bytes=at.nbytes - p.offset, dtype=p.dtype,
-                    shape=p.shape, strides=p.strides,
+                    name=p.name,
+                    address=at.address + p.offset,
+                    bytes=at.nbytes - p.offset,
+                    dtype=p.dtype,
+                    shape=p.shape,
+                    strides=p.strides,
                 )  # fmt: skip
             )
         return tuple(out)

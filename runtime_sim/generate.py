@@ -147,7 +147,9 @@ def _plan(
         bad = [t for t in row.prompt_ids if t < 0 or (vocab is not None and t >= vocab)]
         if bad:
             what = f"{name} holds token ids {bad[:5]}"
-            problems.append(ArtifactProblem(what, f"the vocabulary has ids 0 to {(vocab or 0) - 1}", "use its tokenizer"))
+            problems.append(
+                ArtifactProblem(what, f"the vocabulary has ids 0 to {(vocab or 0) - 1}", "use its tokenizer")
+            )
     if problems:
         raise ArtifactError(problems)
     groups: list[tuple[int, int, Bucket]] = []
@@ -171,7 +173,9 @@ def _plan(
 def embed(device: Device, prompt: Sequence[int]) -> Embedding:
     """The vector of a text: pooled last hidden state, normalised if the model asks for it. Raises ArtifactError."""
     pooling = device.artifact.manifest.model.pooling
-    buckets = sorted((b for b in device.artifact.buckets if b.phase == "encode"), key=lambda b: (b.input_length, b.batch))
+    buckets = sorted(
+        (b for b in device.artifact.buckets if b.phase == "encode"), key=lambda b: (b.input_length, b.batch)
+    )
     n = len(prompt)
     if not n:
         raise ArtifactError([ArtifactProblem("the prompt is empty", "there is nothing to embed", "write something")])

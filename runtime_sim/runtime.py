@@ -123,7 +123,9 @@ def write_port(card: Card, port: Port, values: Array) -> None:
     if tuple(values.shape) != port.shape:
         raise ValueError(f"input {port.name} has shape {list(values.shape)}, the program takes {list(port.shape)}")
     raw = np.zeros(port.bytes, np.uint8)
-    _elements(raw, port)[...] = np.ascontiguousarray(values.astype(dtype)).view(np.uint8).reshape(*port.shape, dtype.itemsize)
+    _elements(raw, port)[...] = (
+        np.ascontiguousarray(values.astype(dtype)).view(np.uint8).reshape(*port.shape, dtype.itemsize)
+    )
     card.write(port.address, raw)
 
 

@@ -1,0 +1,37 @@
+"""Tables of `rngdc inspect`."""
+
+from __future__ import annotations
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from backend_rngd.artifact import Artifact, Port
+
+
+def inspect_tables(artifact: Artifact) -> list[RenderableType]:
+    """What an artifact holds, for people."""
+    m = artifact.manifest
+    head = Table(show_header=False, box=None)
+    head.add_column(style="bold")
+    head.add_column()
+    rows = {
+        "model": f"{m.model.id} ({m.model.architecture}, {m.model.num_layers} layers)",
+        "format": f"{m.version.major}.{m.version.minor}, {m.compiler.name} {m.compiler.version}",
+        "machine": f"{m.machine.name} {m.machine.digest[:12]}",
+        "parallel": f"{m.parallel.tensor} processing element(s) of {m.parallel.slices} slices",
+        "weights": f"{m.weights_mode}: {len(m.weights)} tensors, {m.hbm.weights / 1e6:,.1f} MB in HBM",
+        "caches": f"{m.hbm.caches / 1e6:,.1f} MB",
+        "HBM": f"{m.hbm.total / 1e6:,.1f} MB",
+    }
+    for name, text in rows.items():
+        head.add_row(name, text)
+    table = Table()
+    for name in ("bucket", "instructions", "inputs", "outputs"):
+        table.add_column(name, justify="right" if name == "instructions" else "left")
+    for b in m.buckets:
+        table.add_row(b.name, f"{b.instructions:,}", _ports(b.inputs), _ports(b.outputs))
+    return [head, table]
+
+
+def _ports(ports: tuple[Port, ...]) -> str:
+    return "\n".join(f"{p.name} {p.dtype}{list(p.shape)}" for p in ports)
