@@ -163,6 +163,9 @@ class AttentionLowering:
         head, group, tokens = k.padded, p.group, rows.length
         q_head = q.dims[1].stride if q.dims[1].kind == "feature" else head * 2
         out = self._output(q, v, p)
+        used = rows.batch * rows.length
+        if used < rows.local:  # rows that no token uses take part in what follows
+            em.memset(out.buffer, out.base + used * out.pitch, (rows.local - used) * out.pitch)
         pairs = [(b, h) for b in range(rows.batch) for h in range(p.kv_heads)]
         per_step = em.slices // p.kv_heads * p.kv_heads if rows.batch > 1 else em.slices
         if p.kv_heads > em.slices:

@@ -156,10 +156,11 @@ class VectorLowering:
         everything = {n for r in real for n in r}
 
         def visit(part: ex.Expr) -> ex.Expr:
-            if not isinstance(part, ex.Call):
-                return part
             used = ex.inputs(part)
             reach = {n for i in used for n in real[i]}
+            # Integers are converted on their own axes too: VRF holds f32.
+            if not isinstance(part, ex.Call) and not (used and tensors[used[0]].dtype == Dtype.I32):
+                return part
             if used and reach != everything and len({tensors[i].rows for i in used} - {None}) <= 1:
                 numbered = ex.renumber(part, {i: k for k, i in enumerate(used)})
                 parts = [tensors[i] for i in used]
@@ -172,6 +173,8 @@ class VectorLowering:
                 axes.append(kept)
                 real.append([n for n in kept if n in reach])
                 return ex.Input(len(tensors) - 1)
+            if not isinstance(part, ex.Call):
+                return part
             return ex.Call(part.fn, tuple(visit(a) for a in part.args))
 
         changed = visit(e)

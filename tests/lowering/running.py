@@ -1,0 +1,110 @@
+"""Lower a `tc` module, emit it, and run the stream on the functional simulator with every check on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from xdsl.dialects.builtin import ModuleOp
+
+from backend_rngd.artifact import Placement as StoredPlacement
+from backend_rngd.artifact import placed
+from backend_rngd.dialect import GlobalOp
+from backend_rngd.emit import Emitted, emit
+from backend_rngd.isa.legality import check_stream
+from backend_rngd.lowering import Lowered, LoweringOptions, Port, lower
+from backend_rngd.machine import load_machine
+from backend_rngd.place import place
+from backend_rngd.schedule import schedule
+from ir.text import parse_module
+from runtime_sim.functional import Card, Unit
+
+Array = NDArray[Any]
+MACHINE = load_machine()
+NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
+
+
+def bf16(values: Array) -> Array:
+    """Values rounded to bf16, as f32."""
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def tensor_text(shape: tuple[int, ...], element: str) -> str:
+    """`tensor<2x3xbf16>`."""
+    return f"tensor<{'x'.join(map(str, shape))}x{element}>"
+
+
+class Run:
+    """A lowered module on a simulated unit."""
+
+    def __init__(self, module: ModuleOp | str, **options: Any) -> None:
+        self.module = parse_module(module) if isinstance(module, str) else module
+        self.module.verify()
+        self.lowered: Lowered = lower(self.module, MACHINE, LoweringOptions(**options))
+        self.lowered.module.verify()
+        place(self.lowered.module, MACHINE)
+        schedule(self.lowered.module)
+        self.emitted: Emitted = emit(self.lowered.module, MACHINE)
+        self.stream = self.emitted.streams[0]
+        problems = check_stream(self.stream, MACHINE, None)
+        assert not problems, "\n".join(map(str, problems[:10]))
+        self.card = Card(MACHINE)
+        self.unit = Unit(self.card, 64)
+
+    def load(self, inputs: Mapping[str, Array], weights: Callable[[str], Array]) -> None:
+        """Write weights, constants, inputs and caches (missing caches are zero)."""
+        for p in self.lowered.placements.values():
+            address = self.emitted.globals[p.name].address
+            stored = StoredPlacement(
+                name=p.name, address=address, bytes=p.bytes, weight=p.weight, permute=p.permute, reshape=p.reshape,
+                pad=p.pad, dtype=p.dtype,
+            )  # fmt: skip
+            self.card.write(address, placed(np.asarray(weights(p.weight)).astype(NUMPY[p.dtype]), stored))
+        for name, values in self.lowered.constants.items():
+            self.card.write(self.emitted.globals[name].address, np.ascontiguousarray(values).view(np.uint8).ravel())
+        for port in self.lowered.inputs:
+            self._clear(port)
+            self._write(port, inputs[port.name])
+        for port in self.lowered.caches:
+            self._clear(port)
+            if port.name in inputs:
+                self._write(port, inputs[port.name])
+
+    def __call__(self, inputs: Mapping[str, Array], weights: Callable[[str], Array] | None = None) -> dict[str, Array]:
+        """Outputs as f32. Without `weights`, rank-1 and rank-2 arguments of a single-op module come from `inputs`."""
+        self.load(inputs, weights or (lambda name: inputs[name.removeprefix("arg.")]))
+        self.unit.run(self.stream)
+        return {p.name: self.read(p) for p in self.lowered.outputs}
+
+    def read(self, port: Port) -> Array:
+        """A program output or cache as f32."""
+        dtype = NUMPY[port.dtype]
+        span = sum((n - 1) * s for n, s in zip(port.shape, port.strides, strict=True)) + dtype.itemsize
+        raw = np.array(self.card.read(self.emitted.globals[port.buffer].address + port.offset, span))
+        view = np.lib.stride_tricks.as_strided(raw, (*port.shape, dtype.itemsize), (*port.strides, 1))
+        return np.ascontiguousarray(view).view(dtype)[..., 0].astype(np.float32)
+
+    def _clear(self, port: Port) -> None:
+        place_ = self.emitted.globals[port.buffer]
+        self.card.write(place_.address, np.zeros(place_.nbytes, np.uint8))
+
+    def _write(self, port: Port, values: Array) -> None:
+        place_ = self.emitted.globals[port.buffer]
+        image = np.zeros(place_.nbytes, np.uint8)
+        data = np.ascontiguousarray(np.asarray(values).astype(NUMPY[port.dtype]))
+        view = np.lib.stride_tricks.as_strided(image, (*port.shape, data.itemsize), (*port.strides, 1))
+        view[...] = data.view(np.uint8).reshape(*data.shape, data.itemsize)
+        self.card.write(place_.address, image)
+
+    def globals_of(self, kind: str) -> list[str]:
+        """Names of the module's globals of a kind."""
+        ops = self.lowered.module.body.block.ops
+        return [op.sym_name.data for op in ops if isinstance(op, GlobalOp) and op.kind.data == kind]
+
+
+def relative(got: Array, want: Array) -> float:
+    """Root mean square error relative to the root mean square of `want`."""
+    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-12))

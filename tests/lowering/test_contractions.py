@@ -1,0 +1,128 @@
+"""Contractions through the streams: both mappings, every tiling edge, split K, epilogues, program outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backend_rngd.isa.descriptors import Exec
+from backend_rngd.lowering.contract import column_tiles, split_k, trf_tiles
+from ir import expr as ex
+from tests.lowering.running import Run, bf16, relative, tensor_text
+
+
+def contraction(b: int, s: int, k: int, n: int, element: str = "bf16", after: str = "") -> str:
+    x, w, y = tensor_text((b, s, k), "bf16"), tensor_text((n, k), "bf16"), tensor_text((b, s, n), element)
+    tail = f'  %z = tc.map "{after}" over "b s o -> b s o" (%y) : {y}\n' if after else ""
+    result = "%z" if after else "%y"
+    return f"""func.func @main(%x: {x}, %w: {w}) -> {y} attributes {{arg_names = ["x", "w"], result_names = ["y"]}} {{
+  %y = tc.contract "b s i, o i -> b s o" (%x, %w) : {y}
+{tail}  func.return {result} : {y}
+}}"""
+
+
+def run(b: int, s: int, k: int, n: int, element: str = "bf16", after: str = "") -> tuple[Run, float]:
+    rng = np.random.default_rng(b * 1000 + s + k + n)
+    x, w = bf16(rng.standard_normal((b, s, k))), bf16(rng.standard_normal((n, k)) * 0.1)
+    run = Run(contraction(b, s, k, n, element, after))
+    got = run({"x": x, "w": w})["y"]
+    want = x @ w.T
+    if after:
+        want = ex.evaluate(ex.parse(after), [want])
+    return run, relative(got, want)
+
+
+@pytest.mark.parametrize(
+    ("b", "s", "k", "n"),
+    [
+        (1, 1, 576, 1536),  # one token, one tile
+        (1, 4, 576, 576),  # output channels that fill 48 of 64 slices
+        (3, 1, 1536, 192),  # three tokens in four lanes
+        (4, 1, 9216, 128),  # K beyond one TRF: two chunks, f32 partial sums
+        (8, 1, 128, 9000),  # several weight tiles, eight lanes
+        (1, 128, 576, 576),  # tokens on slices, partial last tile
+        (1, 100, 1536, 576),  # tokens that do not fill the slices, K in two chunks
+        (2, 64, 576, 1600),  # two batch rows, more than 1,024 channels
+        (3, 33, 2080, 320),  # nothing divides
+        (16, 1, 576, 192),  # large decode batch
+        (1, 20, 40, 100),  # K below a packet's multiple: zero padding
+        (2, 1, 24, 52),
+    ],
+)
+def test_contraction(b: int, s: int, k: int, n: int) -> None:
+    assert run(b, s, k, n)[1] < 3e-3  # one rounding to bf16
+
+
+@pytest.mark.parametrize(
+    ("b", "s", "k", "n"), [(1, 2, 576, 320), (1, 70, 576, 320), (4, 1, 9216, 64), (1, 70, 2080, 64)]
+)
+def test_f32_result_is_not_rounded(b: int, s: int, k: int, n: int) -> None:
+    assert run(b, s, k, n, "f32")[1] < 1e-6
+
+
+@pytest.mark.parametrize("after", ["relu(a)", "silu(a)", "mul(tanh(div(a, 3.0)), 3.0)"])
+@pytest.mark.parametrize(
+    ("b", "s", "k", "n"), [(1, 2, 576, 320), (1, 70, 576, 320), (4, 1, 9216, 64), (1, 70, 2080, 64)]
+)
+def test_epilogue(b: int, s: int, k: int, n: int, after: str) -> None:
+    assert run(b, s, k, n, "bf16", after)[1] < 3e-3
+
+
+def test_epilogue_rides_in_the_contraction_pass() -> None:
+    lowered, _ = run(1, 70, 576, 320, "bf16", "relu(a)")
+    passes = [i.what for i in lowered.stream.routines[0].instructions if isinstance(i.what, Exec)]
+    assert all(p.contract is None or p.vector for p in passes)
+    assert not any(p.vector and p.contract is None for p in passes)
+
+
+def test_both_stationarities_are_used() -> None:
+    few, _ = run(1, 2, 576, 320)
+    many, _ = run(1, 70, 576, 320)
+    lanes = [
+        {
+            i.what.contract.lanes
+            for i in r.stream.routines[0].instructions
+            if isinstance(i.what, Exec) and i.what.contract
+        }
+        for r in (few, many)
+    ]
+    assert lanes == [{4}, {8}]  # tokens on lanes, output channels on lanes
+
+
+def test_large_value_goes_through_hbm() -> None:
+    rng = np.random.default_rng(0)
+    x, w = bf16(rng.standard_normal((1, 128, 512))), bf16(rng.standard_normal((640, 512)) * 0.1)
+    lowered = Run(contraction(1, 128, 512, 640, "bf16", "silu(a)"), spill_bytes=1024)
+    want = x @ w.T
+    assert relative(lowered({"x": x, "w": w})["y"], want / (1 + np.exp(-want))) < 3e-3
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(1, 1), (1, 3), (2, 2), (7, 1), (1, 9), (2, 17), (5, 13), (33, 1), (70, 1)]),
+    st.integers(1, 40).map(lambda v: v * 4),
+    st.integers(1, 60).map(lambda v: v * 4),
+)
+def test_any_shape(tokens: tuple[int, int], k: int, n: int) -> None:
+    assert run(*tokens, k, n)[1] < 4e-3
+
+
+@given(st.integers(1, 200).map(lambda v: v * 64), st.integers(1, 64).map(lambda v: v * 4))
+def test_tiles_cover_every_channel_once(rows: int, per_slice: int) -> None:
+    for tiles in (column_tiles(rows, per_slice, 64), trf_tiles(rows, 64)):
+        position = 0
+        for tile in tiles:
+            assert tile.start == position
+            assert 1 <= tile.slices <= 64
+            assert tile.per_slice % 4 == 0
+            position += tile.slices * tile.per_slice
+        assert position == rows
+
+
+@given(st.integers(1, 1000).map(lambda v: v * 32), st.sampled_from([1024, 4096]))
+def test_chunks_cover_k(k: int, limit: int) -> None:
+    chunks = split_k(k, limit, 32)
+    assert sum(n for _, n in chunks) == k
+    assert all(0 < n <= limit and n % 32 == 0 for _, n in chunks)
