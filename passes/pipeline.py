@@ -14,6 +14,7 @@ from passes.fuse_elementwise import FuseElementwise
 from passes.last_token import LastToken
 from passes.simplify import Simplify
 from passes.specialise import Specialise
+from passes.wide_logits import WideLogits
 
 
 def simplify_stage(auto_bfloat16_cast: bool = False) -> list[ModulePass]:
@@ -26,6 +27,7 @@ def simplify_stage(auto_bfloat16_cast: bool = False) -> list[ModulePass]:
         LastToken(),
         FuseElementwise(),
         Simplify(),
+        WideLogits(),
     ]
 
 

@@ -39,12 +39,19 @@ def _specialise() -> type[ModulePass]:
     return Specialise
 
 
+def _wide_logits() -> type[ModulePass]:
+    from passes.wide_logits import WideLogits
+
+    return WideLogits
+
+
 def get_passes() -> dict[str, PassFactory]:
     """The passes of this layer. To add one: a file, a factory above, a line here, a `.mlir` test."""
     return {
         "simplify": _simplify,
         "fuse-elementwise": _fuse_elementwise,
         "last-token": _last_token,
+        "wide-logits": _wide_logits,
         "cast-bf16": _cast_bf16,
         "specialise": _specialise,
     }
