@@ -8,7 +8,7 @@ After:
     func.return %y {result_names = ["logits"]}
 
 In bf16 the two best of 49,152 tokens often tie (steps are 1/8 at 25) and the wrong one is taken; the sum is f32 anyway.
-Applies to a result named `logits` of `@main` that is computed by contractions, maps and reshapes which nothing else reads.
+Applies to a result named `logits` of `@main` that contractions, maps and reshapes compute which nothing else reads.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ def test_malformed_rules_say_what_is_wrong(text: str, message: str) -> None:
 
 
 def test_sizes_that_disagree_name_axis_and_both_sizes() -> None:
-    with pytest.raises(RuleError, match="axis 'i' of rule .* has sizes 4 and 5"):
+    with pytest.raises(RuleError, match=r"axis 'i' of rule .* has sizes 4 and 5"):
         Rule.parse("b i, o i -> b o").sizes([[1, 4], [2, 5]])
-    with pytest.raises(RuleError, match="'b' .* has sizes B and 2"):
+    with pytest.raises(RuleError, match=r"'b' .* has sizes B and 2"):
         Rule.parse("b, b -> b").sizes([["B"], [2]])
     with pytest.raises(RuleError, match="operand 1 1 dimensions, but it has 2"):
         Rule.parse("b, b -> b").sizes([[2], [2, 2]])

@@ -76,5 +76,7 @@ class TestEveryOperation:
 
     def test_documents_its_functions(self, op: type[tc.TcOp]) -> None:
         methods = [n for n, v in vars(op).items() if callable(v) and not n.startswith("_") and n in op.__dict__]
-        missing = [n for n in methods if n not in vars(tc.TcOp) and n != "get_irdl_definition" and not getattr(op, n).__doc__]
+        missing = [
+            n for n in methods if n not in vars(tc.TcOp) and n != "get_irdl_definition" and not getattr(op, n).__doc__
+        ]
         assert not missing

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ func.func @main(%ids: tensor<?x?xi32, #tc.axes<"B,S">>) -> tensor<?x4xf32, #tc.a
 }
 """  # noqa: E501
 rng = np.random.default_rng(3)
-WEIGHTS = {
+WEIGHTS: dict[str, Any] = {
     "embed": rng.standard_normal((8, 4)).astype(np.float32),
     "layers.0": rng.standard_normal((4, 4)).astype(BF16),
     "layers.1": rng.standard_normal((4, 4)).astype(np.float32),  # stored in f32, cast to the type in the IR

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -134,7 +136,7 @@ def test_kv_update() -> None:
     assert not np.array_equal(got, cache)
 
 
-def attention_loops(q, k, v, positions, lengths, bias, sinks, *, scale, causal, window, softcap):  # noqa: ANN001, ANN201
+def attention_loops(q, k, v, positions, lengths, bias, sinks, *, scale, causal, window, softcap): ANN201
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
     out = np.zeros((batch, queries, heads, v.shape[3]))
@@ -177,14 +179,14 @@ def attention_loops(q, k, v, positions, lengths, bias, sinks, *, scale, causal, 
     block=st.sampled_from([1, 20, 1 << 24]),
 )
 @settings(max_examples=60, deadline=None)
-def test_attention(heads, causal, window, softcap, with_lengths, bias_shape, with_sinks, block) -> None:  # noqa: ANN001
+def test_attention(heads, causal, window, softcap, with_lengths, bias_shape, with_sinks, block) -> None:
     h, kv = heads
     q, k, v = random(2, h, 3, 4), random(2, kv, 7, 4), random(2, kv, 7, 5)
     positions = np.array([[2, 3, 4], [0, 5, 6]], np.int32)
     lengths = np.array([0, 5], np.int32) if with_lengths else None
     bias = None if bias_shape is None else random(*(h if n == "h" else n for n in bias_shape))
     sinks = random(h) if with_sinks else None
-    options = {"scale": 0.5, "causal": causal, "window": window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": 0.5, "causal": causal, "window": window, "softcap": softcap}
     want = attention_loops(q, k, v, positions, lengths, bias, sinks, **options)
     before, kernels.SCORE_BLOCK = kernels.SCORE_BLOCK, block
     try:

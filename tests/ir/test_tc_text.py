@@ -30,7 +30,8 @@ def test_specialised_types_keep_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("elem", "values"), [("bf16", [1.5, -0.0078125]), ("f32", [0.1, 3e38]), ("i32", [-7, 2**31 - 1]), ("i1", [True, False])]
+    ("elem", "values"),
+    [("bf16", [1.5, -0.0078125]), ("f32", [0.1, 3e38]), ("i32", [-7, 2**31 - 1]), ("i1", [True, False])],
 )
 def test_constants_hold_their_values(elem: str, values: list[float]) -> None:
     op = tc.ConstantOp(np.array(values), tensor_type(elem, [2]))
@@ -43,7 +44,7 @@ def test_errors_name_file_and_line(tmp_path: Path) -> None:
     path.write_text("func.func @main() {\n  %x = tc.weight 5\n}")
     with pytest.raises(UserError, match=r"(?s)bad.mlir is no valid module.*bad.mlir:2"):
         read_module(path)
-    with pytest.raises(UserError, match="missing.mlir cannot be read"):
+    with pytest.raises(UserError, match=r"missing.mlir cannot be read"):
         read_module(tmp_path / "missing.mlir")
 
 

@@ -82,7 +82,7 @@ def test_unreadable_weights_say_what_to_do(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--weights link"):
         table.load("x")
     table.add(WeightRef("x", (4,), "f32", file=str(tmp_path / "gone"), offset=0, nbytes=16))
-    with pytest.raises(UserError, match="restore .*gone"):
+    with pytest.raises(UserError, match=r"restore .*gone"):
         table.load("x")
     table.add(WeightRef("x", (9, 9), "bf16", file=str(file), tensor="a"))
     with pytest.raises(UserError, match="30 bytes are stored"):
