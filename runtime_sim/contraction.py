@@ -22,8 +22,11 @@ from runtime_sim.memory import RowMemory
 from runtime_sim.nest import Nest, Source, illegal
 from runtime_sim.numeric import SCRATCH, STORAGE, widen
 from runtime_sim.views import Footprint, Loops, extent, nd, sizes_of, split, strides_of
+from runtime_sim.workers import cpus, parallel, run_all
 
 Array = NDArray[Any]
+PARALLEL_ELEMENTS = 1 << 19  # stream elements from which blocks go to threads
+PARALLEL_FLOPS = 1e8
 BLOCK_ELEMENTS = 1 << 17  # stream elements widened at a time, so that they are still in cache for the product
 
 
@@ -204,7 +207,12 @@ class Contraction:
         product = _Product(x_view, w_view, self.dtype, self.integer, size["b"], size["m"], size["n"], size["k"])
 
         def run() -> Array:
-            return product.run().reshape(shape).transpose(back).reshape(*leading, -1)
+            logical = product.run().reshape(shape).transpose(back)
+            if logical.flags.c_contiguous:
+                return logical.reshape(*leading, -1)
+            ordered = SCRATCH.take("ordered", logical.shape, logical.dtype)
+            ordered[...] = logical
+            return ordered.reshape(*leading, -1)
 
         return run
 
@@ -219,9 +227,10 @@ class _Product:
         self.batch, self.rows, self.columns, self.depth = batch, rows, columns, depth
         self.kind = np.dtype(np.float64 if integer else np.float32)  # i8 sums stay exact in f64
         # Blocks are cut from the outermost axis of x, which is a batch axis if there is one and a row axis otherwise.
-        first = x.shape[0] if x.ndim and (batch > 1 or rows > 1) else 1
-        self.step = max(1, min(first, BLOCK_ELEMENTS * first // max(x.size, 1)))
-        self.first = first
+        self.first = x.shape[0] if x.ndim and (batch > 1 or rows > 1) else 1
+        self.big = x.size >= PARALLEL_ELEMENTS or 2 * batch * rows * columns * depth >= PARALLEL_FLOPS
+        blocks = max(-(-x.size // BLOCK_ELEMENTS), 2 * cpus() if self.big else 1)
+        self.step = max(1, self.first // blocks)
 
     def run(self) -> Array:
         """f32 [b, m, n], or i32 that wraps."""
@@ -229,24 +238,29 @@ class _Product:
         repeated = self.columns > 1 and self.batch == 1 and self.columns <= 8 and bool((w[0, 1:] == w[0, :1]).all())
         if repeated:
             w = w[:, :1]
-        out = np.empty((self.batch, self.rows, w.shape[1]), self.kind)
-        if self.step >= self.first:
-            x = self._widened("x", self.x).reshape(self.batch, self.rows, self.depth)
-            self._multiply(x, w, out)
+        out = SCRATCH.take("product", (self.batch, self.rows, w.shape[1]), self.kind)
+        parts = range(0, self.first, self.step)
+        if self.big and len(parts) > 1 and parallel():
+            run_all(lambda start: self._block(start, w, out), parts)
         else:
-            share = self.batch // self.first if self.batch > 1 else self.rows // self.first
-            for start in range(0, self.first, self.step):
-                part = self.x[start : start + self.step]
-                lines = slice(start * share, (start + len(part)) * share)
-                if self.batch > 1:
-                    x = self._widened("x", part).reshape(-1, self.rows, self.depth)
-                    self._multiply(x, w[lines], out[lines])
-                else:
-                    x = self._widened("x", part).reshape(1, -1, self.depth)
-                    self._multiply(x, w, out[:, lines])
+            for start in parts:
+                self._block(start, w, out)
         if repeated:
             out = np.repeat(out, self.columns, axis=2)
         return out.astype(np.int64).astype(np.int32) if self.integer else out
+
+    def _block(self, start: int, w: Array, out: Array) -> None:
+        """Widen and multiply part of the outermost axis of x."""
+        part = self.x[start : start + self.step] if self.first > 1 else self.x
+        x = self._widened("x", part)
+        if self.batch > 1:
+            share = self.batch // self.first
+            lines = slice(start * share, (start + self.step) * share)
+            self._multiply(x.reshape(-1, self.rows, self.depth), w[lines], out[lines])
+        else:
+            share = self.rows // self.first
+            lines = slice(start * share, (start + self.step) * share)
+            self._multiply(x.reshape(1, -1, self.depth), w, out[:, lines])
 
     @staticmethod
     def _multiply(x: Array, w: Array, out: Array) -> None:

@@ -21,6 +21,7 @@ from backend_rngd.machine import Machine
 from runtime_sim.errors import SimulationError, Site
 from runtime_sim.memory import Card, RowMemory
 from runtime_sim.plans import Plan, plan_of
+from runtime_sim.workers import single_threaded_blas
 
 __all__ = ["Card", "Executed", "Program", "SimulationError", "Unit"]
 
@@ -116,7 +117,7 @@ class Unit:
             if not 0 < register < REGISTERS:
                 raise SimulationError(SimulationError.ILLEGAL, f"register {register} cannot be set")
             self.registers[register] = int(value)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), single_threaded_blas():
             self._routine(program, routine, (), after_instruction)
 
     def _routine(

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from backend_rngd.isa.descriptors import FLIT_BYTES, Dtype, Fetch, Switch, SwitchKind
 from runtime_sim.errors import SimulationError
 from runtime_sim.memory import RowMemory
-from runtime_sim.numeric import STORAGE, widen, widened
+from runtime_sim.numeric import SCRATCH, STORAGE, widen, widened
 from runtime_sim.views import Loops, count, merged, nd, sizes_of, split, strides_of
 
 Lead = tuple[int, int, int]
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,18 @@ class Nest:
             (*self.lead_strides, *strides_of(loops)),
         )
 
-    def load(self, cast: Dtype | None) -> NDArray[Any]:
-        """Copy [A, B, C, elements], widened to 32 bit if `cast`."""
-        view = self.view()
-        out = np.empty(view.shape, STORAGE[cast or self.dtype])
+    def load(self, cast: Dtype | None, slot: str = "fetch 0", rows: slice = ALL) -> NDArray[Any]:
+        """Copy [A, B, C, elements], widened to 32 bit if `cast`, into a scratch buffer that the caller may change.
+
+        rows: part of the first slice axis.
+        """
+        view = self.view()[rows]
+        out = SCRATCH.take(slot, view.shape, STORAGE[cast or self.dtype])
         if cast is None or cast is self.dtype:
             out[...] = view
         else:
             widen(view, self.dtype, out)
-        return out.reshape(*self.lead, -1)
+        return out.reshape(*view.shape[:3], -1)
 
     def linear(self) -> tuple[Nest, Callable[[], None]]:
         """The same elements in a scratch array, and the function that copies them there.

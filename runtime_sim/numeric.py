@@ -7,6 +7,7 @@ subnormal results to a zero of the same sign and make every NaN the canonical on
 from __future__ import annotations
 
 import math
+import threading
 from functools import cache
 from typing import Any
 
@@ -31,10 +32,10 @@ FLOATS = frozenset({Dtype.BF16, Dtype.F32, Dtype.F8E4M3, Dtype.F8E5M2})
 BLOCK = 1 << 16  # elements converted at a time: the intermediate results of a conversion stay in the L2 cache
 
 
-class Scratch:
+class Scratch(threading.local):
     """Buffers reused from instruction to instruction: fresh memory costs more in page faults than a conversion does.
 
-    A buffer is valid until the same slot is asked for again.
+    A buffer is valid until the same thread asks for the same slot again.
     """
 
     def __init__(self) -> None:
@@ -91,7 +92,10 @@ def widen(source: Array, dtype: Dtype, out: Array) -> None:
 
 
 def narrow(source: Array, target: Dtype) -> Array:
-    """Cast engine: f32 to bf16 or f8, i32 to i16 or i8 (wraps); returns the stored form, C-contiguous."""
+    """Cast engine: f32 to bf16 or f8, i32 to i16 or i8 (wraps); returns the stored form, C-contiguous.
+
+    The result may lie in a scratch buffer that the next cast reuses.
+    """
     if target is Dtype.BF16:
         return _to_bf16(np.ascontiguousarray(source, np.float32))
     if target is Dtype.F8E4M3:
@@ -104,7 +108,7 @@ def narrow(source: Array, target: Dtype) -> Array:
 
 
 def _to_bf16(source: Array) -> Array:
-    out = np.empty(source.shape, np.uint16)
+    out = SCRATCH.take("cast", source.shape, np.dtype(np.uint16))
     flat_in, flat_out = source.reshape(-1), out.reshape(-1)
     for start in range(0, flat_in.size, BLOCK):
         values = flat_in[start : start + BLOCK]

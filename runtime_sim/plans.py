@@ -13,15 +13,17 @@ from runtime_sim.contraction import Contraction
 from runtime_sim.dma import DmaPlan
 from runtime_sim.errors import SimulationError
 from runtime_sim.memory import RowMemory
-from runtime_sim.nest import Source, by_flits, flit_width, illegal, source_of
-from runtime_sim.numeric import STORAGE, narrow
+from runtime_sim.nest import ALL, Source, by_flits, flit_width, illegal, source_of
+from runtime_sim.numeric import BLOCK, STORAGE, narrow
 from runtime_sim.vector import Chain
 from runtime_sim.views import Footprint, count, extent, merged, nd, sizes_of, split, strides_of
+from runtime_sim.workers import parallel, run_all
 
 if TYPE_CHECKING:
     from runtime_sim.functional import Unit
 
 Array = NDArray[Any]
+PARALLEL_ELEMENTS = 1 << 19  # below, handing blocks to threads costs more than it saves
 
 
 class Plan(Protocol):
@@ -87,20 +89,36 @@ class ExecPlan(_Static):
         self.packet, self.packets = packet, packets * (2 if pair else 1)
         self.commit = _Committer(op.commit, source, dtype, self.packet, self.packets, unit.dm)
         self.writes.append((unit.dm, self.commit.footprint, rows))
+        _, b, c = source.slices if op.contract is not None else source.nests[0].lead
+        self.work = b * c * max(self.packets * self.packet, source.nests[0].elements if op.contract is None else 0)
 
     def run(self, unit: Unit) -> None:
         """Fetch, contract, vector chain, commit."""
-        source = self.source
-        if self.contraction is not None:
-            groups = [self.contraction.run()]
+        if self.source.fill is not None and self.contraction is None:
+            self.source.fill()
+        values = self.contraction.run() if self.contraction is not None else None
+        count = self.source.nests[0].lead[0] if values is None else values.shape[0]
+        if count == 1 or self.work * count <= BLOCK:
+            self._part(values, ALL)
+            return
+        step = max(1, BLOCK // self.work)
+        parts = [slice(first, first + step) for first in range(0, count, step)]
+        if self.work * count >= PARALLEL_ELEMENTS and parallel():
+            run_all(lambda rows: self._part(values, rows), parts)
         else:
-            if source.fill is not None:
-                source.fill()
-            groups = [nest.load(source.cast) for nest in source.nests]
+            for rows in parts:
+                self._part(values, rows)
+
+    def _part(self, values: Array | None, rows: slice) -> None:
+        """Vector chain and commit of part of the first slice axis, from the contraction's result or from DM."""
+        if values is not None:
+            groups = [values[rows]]
+        else:
+            cast = self.source.cast
+            groups = [nest.load(cast, f"fetch {i}", rows) for i, nest in enumerate(self.source.nests)]
         if self.chain is not None:
-            groups = self.chain.run(groups)
-        values = groups[0] if len(groups) == 1 else _interleaved(groups, self.packet)
-        self.commit.store(values)
+            groups = self.chain.run(groups, rows)
+        self.commit.store(groups[0] if len(groups) == 1 else _interleaved(groups, self.packet), rows)
 
     def written(self, unit: Unit) -> Array:
         """The committed elements."""
@@ -142,14 +160,14 @@ class _Committer:
         )
         self.shape = sizes_of(loops)
 
-    def store(self, values: Array) -> None:
-        """Write a 32-bit (or, uncast, any) stream to DM."""
+    def store(self, values: Array, rows: slice) -> None:
+        """Write a 32-bit (or, uncast, any) stream to DM, for part of the first slice axis."""
         kept = by_flits(values, self.packet, self.flit, self.valid)
         if self.cast:
             kept = narrow(kept.view(STORAGE[self.dtype]), self.target)
         else:
             kept = np.ascontiguousarray(kept).view(STORAGE[self.target])
-        self.view[...] = kept.reshape(*kept.shape[:3], *self.shape)
+        self.view[rows] = kept.reshape(*kept.shape[:3], *self.shape)
 
 
 def _interleaved(groups: Sequence[Array], packet: int) -> Array:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from backend_rngd.isa.descriptors import OPS_OF_ALU, Alu, Dtype, Mode, Op, Operand, VectorOp
 from backend_rngd.isa.descriptors import Source as From
 from runtime_sim.memory import RowMemory
-from runtime_sim.nest import Lead, illegal
+from runtime_sim.nest import ALL, Lead, illegal
 from runtime_sim.numeric import BLOCK
 from runtime_sim.views import Footprint, count, extent, nd, sizes_of, split, strides_of
 
@@ -28,9 +28,10 @@ Binary = Callable[..., Array]
 
 @dataclass
 class State:
-    """The running pass: one group of elements [A, B, C, n], or two before the zip; the stash; its owners."""
+    """The running pass: one group of elements [A, B, C, n], or two before the zip; the stash; the part of axis A."""
 
     groups: list[Array]
+    rows: slice
     stash: list[Array] = field(default_factory=list[Array])
 
     def owned(self, current: Array) -> bool:
@@ -144,9 +145,12 @@ class Chain:
             stage = op.alu.stage
             self._add(op)
 
-    def run(self, groups: list[Array]) -> list[Array]:
-        """Run the chain on owned arrays [A, B, C, elements] (one, or two in pair mode); 32-bit results."""
-        state = State(groups)
+    def run(self, groups: list[Array], rows: slice = ALL) -> list[Array]:
+        """Run the chain on owned arrays [A, B, C, elements] (one, or two in pair mode); 32-bit results.
+
+        rows: the part of slice axis A that the arrays hold.
+        """
+        state = State(groups, rows)
         if self.stash_input:
             state.stash = list(groups)
         for step in self.steps:
@@ -317,7 +321,7 @@ class Chain:
                 (*self.slices, *sizes_of(loops)),
                 (*rows, *strides_of(loops)),
             )
-            return lambda state, i: view
+            return lambda state, i: view[state.rows]
         parts = split(loops, (self.elements // self.packet, 2, self.packet))
         if parts is None or len(parts[1]) != 1:
             raise illegal(f"VRF loops {loops} do not split into packets of {self.packet} of two groups")
@@ -333,7 +337,7 @@ class Chain:
             )
             for i in (0, 1)
         ]
-        return lambda state, i: views[i]
+        return lambda state, i: views[i][state.rows]
 
     def _add_zip(self, op: VectorOp, kind: type[np.generic]) -> None:
         if not self.pair:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import drawing as draw_
 import numpy as np
 import pytest
@@ -148,6 +151,29 @@ def test_contractions_with_equal_slices(same, data, seed):
     unit.run(stream)
     literal.run(stream)
     draw_.agree(unit, literal)
+
+
+@contextmanager
+def tiny_blocks():
+    """Every instruction is cut in blocks, and blocks go to threads."""
+    with (
+        patch.multiple("runtime_sim.plans", BLOCK=8, PARALLEL_ELEMENTS=1),
+        patch.multiple("runtime_sim.contraction", BLOCK_ELEMENTS=64, PARALLEL_ELEMENTS=1),
+        patch("runtime_sim.numeric.BLOCK", 16),
+        patch("runtime_sim.workers.cpus", lambda: 2),
+    ):
+        yield
+
+
+@EXAMPLES
+@given(st.data(), SEED)
+def test_blocks_and_threads(data, seed):
+    """The same results when instructions are executed in blocks on several threads."""
+    with tiny_blocks():
+        op, fill = data.draw(draw_.contractions(4))
+        run_both(op, 4, seed, fill)
+        run_both(chain_case(data, draw_.EXACT_FLOAT, Dtype.F32, False), 4, seed, Dtype.F32, tolerance=1e-6)
+        run_both(chain_case(data, draw_.INTEGER, Dtype.I32, True), 4, seed, Dtype.I32, small=False)
 
 
 def test_merging_follows_trf_contents():
