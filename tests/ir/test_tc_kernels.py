@@ -136,7 +136,7 @@ def test_kv_update() -> None:
     assert not np.array_equal(got, cache)
 
 
-def attention_loops(q, k, v, positions, lengths, bias, sinks, *, scale, causal, window, softcap): ANN201
+def attention_loops(q, k, v, positions, lengths, bias, sinks, *, scale, causal, window, softcap):
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
     out = np.zeros((batch, queries, heads, v.shape[3]))
