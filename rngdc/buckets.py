@@ -67,8 +67,9 @@ def choose(
 ) -> list[BucketSpec]:
     """The programs to build for a model of `kind` (decoder or encoder).
 
-    Without any request: one prefill and, for a decoder, one decode bucket of the model's positions, at most 2,048. A decoder
-    needs both phases unless the artifact is for timing only. Appends every problem; duplicates only make a note.
+    Without any request: one prefill and, for a decoder, one decode bucket of the model's positions, at most 2,048.
+    A decoder needs both phases unless the artifact is for timing only. Appends every problem; duplicates only make a
+    note.
     """
     longest = min(DEFAULT_LENGTH, max_positions or DEFAULT_LENGTH)
     prefill, decode = list(request.prefill), list(request.decode)

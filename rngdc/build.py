@@ -1,4 +1,4 @@
-"""`rngdc build`: resolve -> capture -> simplify -> specialise each bucket -> lower, place, schedule, emit -> artifact."""
+"""`rngdc build`: resolve, capture, simplify; for each bucket specialise, lower, place, schedule, emit; artifact."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from rngdc.program import Programs
 
 Progress = Callable[[str], None]
+BUCKET_FIELDS = {"name", "phase", "batch", "input_length", "attention_size", "instructions"}
 WEIGHT_MODES = r"link|copy|none|random(:\d+)?"
 
 
 @dataclass
 class BuildOptions:
-    """What `rngdc build` was asked for. `buckets` are (batch, length) pairs; `weights` link, copy, random[:SEED], none."""
+    """What `rngdc build` was asked for. `weights`: link, copy, random[:SEED] or none."""
 
     model: str
     output: Path
@@ -351,7 +352,7 @@ def report_artifact(artifact: Artifact) -> dict[str, Any]:
         "weights": {"mode": m.weights_mode, "tensors": len(m.weights), "images": len(m.placements)},
         "hbm_bytes": m.hbm.model_dump(),
         "buckets": [
-            {**b.model_dump(mode="json", include={"name", "phase", "batch", "input_length", "attention_size", "instructions"}),
+            {**b.model_dump(mode="json", include=BUCKET_FIELDS),
              "inputs": {p.name: [p.dtype, *p.shape] for p in b.inputs},
              "outputs": {p.name: [p.dtype, *p.shape] for p in b.outputs}}
             for b in m.buckets

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -79,18 +79,18 @@ def build(
     prefill_buckets: Annotated[
         list[str] | None,
         typer.Option(
-            "--prefill-buckets", "-pb", metavar="B,S", help="Batch and input length of a prefill program. Repeatable."
+            "--prefill-buckets", "-pb", metavar="B,S", help="Batch, input length of a prefill program. Repeatable."
         ),
     ] = None,
     decode_buckets: Annotated[
         list[str] | None,
         typer.Option(
-            "--decode-buckets", "-db", metavar="B,S", help="Batch and attention size of a decode program. Repeatable."
+            "--decode-buckets", "-db", metavar="B,S", help="Batch, attention size of a decode program. Repeatable."
         ),
     ] = None,
     tensor_parallel_size: Annotated[
         int,
-        typer.Option("--tensor-parallel-size", "-tp", metavar="N", help="Processing elements a layer is spread over."),
+        typer.Option("--tensor-parallel-size", "-tp", metavar="N", help="Processing elements of a layer."),
     ] = 1,
     weights: Annotated[
         str,
@@ -121,8 +121,8 @@ def build(
 ) -> None:
     """Compile a model: one capture, one program a bucket, an artifact in OUT.
 
-    Without buckets there is one prefill and one decode bucket of the model's positions (at most 2,048). All problems are
-    reported at once, and a build that fails leaves nothing behind.
+    Without buckets there is one prefill and one decode bucket of the model's positions (at most 2,048).
+    All problems are reported at once, and a build that fails leaves nothing behind.
     """
     from ir.errors import UserError
     from rngdc.buckets import BucketRequest, parse_pairs
@@ -228,7 +228,11 @@ def run(
         else:
             answering = progress.add_task("answering", total=max_tokens)
             stop = () if ignore_eos else model.eos_ids
-            (row,) = generate(device, [ids], max_tokens, stop, lambda *_: progress.advance(answering))
+
+            def advance(row: int, token: int, logits: object) -> None:
+                progress.advance(answering)
+
+            (row,) = generate(device, [ids], max_tokens, stop, advance)
             progress.update(answering, total=len(row.token_ids))
             kept = row.token_ids[:-1] if row.finish == "eos" else row.token_ids
             shown = text_model.decode(kept) if text_model is not None else " ".join(map(str, row.token_ids))
@@ -405,7 +409,7 @@ def opt(ctx: typer.Context) -> None:
     raise typer.Exit(opt_main(ctx.args))
 
 
-# Shared by the commands ------------------------------------------------------------------------------------------------
+# Shared by the commands ----------------------------------------------------------------------------------------------
 def _refuse(what: str, why: str, fix: str) -> None:
     from ir.errors import Problem, UserError
 
@@ -425,7 +429,7 @@ def _open(path: Path) -> Artifact:
 
 
 @contextmanager
-def _target(path: Path) -> Iterator[Artifact]:
+def _target(path: Path) -> Generator[Artifact]:
     """An artifact, or one made of a single function in a temporary directory."""
     if path.suffix != ".mlir":
         with nullcontext():

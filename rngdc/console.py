@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-out = Console(soft_wrap=True, highlight=False)
+WIDE = 160
+"""Columns of tables that go to a file or a pipe."""
+
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -42,7 +45,7 @@ def print_notes(notes: Sequence[str]) -> None:
 
 
 @contextmanager
-def steps() -> Iterator[Progress]:
+def steps() -> Generator[Progress]:
     """A spinner with the name of the current step; `progress.update(0, description=...)` changes it."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as progress:
@@ -51,7 +54,7 @@ def steps() -> Iterator[Progress]:
 
 
 @contextmanager
-def bar() -> Iterator[Progress]:
+def bar() -> Generator[Progress]:
     """A progress bar for tasks of known length."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as progress:

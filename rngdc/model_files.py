@@ -42,12 +42,11 @@ def copy_model_files(source: Path, target: Path, has_tokenizer: bool, trust_remo
             shutil.copyfile(source / name, target / name)
     if not has_tokenizer:
         return ["the model has no tokenizer: prompts must be given as token ids (--prompt-ids)"]
-    from transformers import AutoTokenizer
+    import transformers
 
+    load: Any = cast(Any, transformers).AutoTokenizer.from_pretrained
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer: Any = load(source, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "put tokenizer.json and tokenizer_config.json beside config.json"

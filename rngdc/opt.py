@@ -1,4 +1,4 @@
-"""`rngdc opt` with the dialect and the passes of the backend: `rngd-lower`, `rngd-place`, `rngd-schedule`."""
+"""`rngdc opt` with everything the backend adds, and lowering as a pass."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Dialect
 from xdsl.passes import ModulePass
 
-from backend_rngd.dialect import RNGD
-from backend_rngd.lowering import LoweringOptions, lower
 from backend_rngd.machine import load_machine
-from backend_rngd.place import place
-from backend_rngd.schedule import schedule
+from backend_rngd.registry import get_rngd_dialects, get_rngd_passes
 from passes.opt import opt_main as run_opt
-from passes.registry import PassFactory
 
 
 @dataclass(frozen=True)
-class Lower(ModulePass):
+class RngdLower(ModulePass):
     """A specialised `tc` module becomes an `rngd` module; `capacity` and `batch` are the geometry of the KV cache."""
 
     name = "rngd-lower"
@@ -30,6 +25,8 @@ class Lower(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Replace the functions by routines."""
+        from backend_rngd.lowering import LoweringOptions, lower
+
         machine = load_machine(self.machine)
         options = LoweringOptions(machine.slices_per_pe, self.capacity, self.batch)
         lowered = lower(op, machine, options).module
@@ -40,40 +37,6 @@ class Lower(ModulePass):
             op.body.block.add_op(new)
 
 
-@dataclass(frozen=True)
-class Place(ModulePass):
-    """Give every buffer an address."""
-
-    name = "rngd-place"
-    machine: str = "rngd"
-
-    def apply(self, ctx: Context, op: ModuleOp) -> None:
-        """Set the addresses."""
-        place(op, load_machine(self.machine))
-
-
-@dataclass(frozen=True)
-class Schedule(ModulePass):
-    """Set the dependencies of every instruction."""
-
-    name = "rngd-schedule"
-
-    def apply(self, ctx: Context, op: ModuleOp) -> None:
-        """Set `after`."""
-        schedule(op)
-
-
-PASSES: dict[str, PassFactory] = {
-    "rngd-lower": lambda: Lower,
-    "rngd-place": lambda: Place,
-    "rngd-schedule": lambda: Schedule,
-}
-
-
-def _dialect() -> Dialect:
-    return RNGD
-
-
 def opt_main(argv: Sequence[str]) -> int:
     """Run the tool; returns the exit status."""
-    return run_opt(argv, {"rngd": _dialect}, PASSES)
+    return run_opt(argv, get_rngd_dialects(), {"rngd-lower": lambda: RngdLower, **get_rngd_passes()})

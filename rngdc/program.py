@@ -1,4 +1,4 @@
-"""From specialised `tc` modules to streams on one HBM map: the weights and caches of all buckets lie at the same addresses."""
+"""From specialised `tc` modules to streams on one HBM map: all buckets share weights and caches."""
 
 from __future__ import annotations
 
@@ -155,8 +155,9 @@ class _SharedMap:
     def collect(self, lowered: Lowered) -> None:
         """Note what a bucket needs."""
         for _, key, nbytes in self._globals(lowered):
-            kinds: tuple[dict[Any, int], ...] = (self.weights, self.literals, self.caches)
-            table = kinds[0] if isinstance(key, tuple) else kinds[1] if isinstance(key, bytes) else kinds[2]
+            table: dict[Any, int] = self.caches
+            if isinstance(key, (tuple, bytes)):
+                table = self.weights if isinstance(key, tuple) else self.literals
             table[key] = max(table.get(key, 0), nbytes)
 
     def assign(self) -> HbmMap:

@@ -58,6 +58,7 @@ def simulate_table(report: dict[str, Any]) -> Table:
         engines = [f"{b['engines'][name]:.0%}" for name in ("main", "sub", "dma", "vector")]
         table.add_row(
             b["name"], f"{b['instructions']:,}", f"{b['cycles']:,.0f}", f"{b['time_us']:,.1f} us",
-            f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB", *engines,
+            f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB",
+            *engines,
         )  # fmt: skip
     return table

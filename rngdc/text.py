@@ -1,4 +1,4 @@
-"""Text to token ids and back from an artifact's tokenizer.json, without transformers (which takes seconds to import)."""
+"""Text to token ids and back from an artifact's tokenizer.json, without transformers (seconds to import)."""
 
 from __future__ import annotations
 
@@ -63,8 +63,14 @@ def _environment() -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    def tojson(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    environment: Any = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = strftime_now
     return environment

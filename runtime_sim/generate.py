@@ -1,4 +1,4 @@
-"""Greedy generation and embeddings on a simulated card: chooses buckets, pads, keeps positions, counts simulated time."""
+"""Greedy generation and embeddings on a simulated card: chooses buckets, pads, keeps positions, counts its time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def generate(
         for i, row in enumerate(group):
             row.first = waited
             _take(row, first + i, logits[i], stop_ids, listener)
-    active = [row for row in rows if row.finish != "eos" and len(row.token_ids) < max_tokens]
+    active: list[Generation] = [row for row in rows if row.finish != "eos" and len(row.token_ids) < max_tokens]
     while active:
         longest = max(len(row.prompt_ids) + len(row.token_ids) for row in active)
         bucket = next(b for b in decoders if b.attention_size >= longest)

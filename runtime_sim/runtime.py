@@ -33,7 +33,7 @@ class Device:
     """A simulated card with an artifact on it."""
 
     def __init__(self, artifact: Artifact, mode: Mode = "documented", checks: bool = False) -> None:
-        """`mode` is that of the timing; `checks` finds uninitialised reads. Raises ArtifactError for another machine."""
+        """`checks` finds uninitialised reads. Raises ArtifactError if the machine description has changed."""
         self.artifact = artifact
         manifest = artifact.manifest
         self.machine = machine_of(artifact, mode)
