@@ -105,8 +105,8 @@ class DmaPlan:
 
     def _check_read(self, unit: Unit, side: _Side, address: int) -> None:
         if side.in_dm:
-            for row, footprint in self._rows(side):
-                missing = unit.dm.first_unwritten(footprint, slice(row, row + 1))
+            for rows, footprint in self._rows(side):
+                missing = unit.dm.first_unwritten(footprint, rows)
                 if missing is not None:
                     raise _uninitialised(f"DM slice {missing[0]} byte {missing[1]}")
             return
@@ -125,8 +125,8 @@ class DmaPlan:
 
     def _mark_write(self, unit: Unit, side: _Side, address: int) -> None:
         if side.in_dm:
-            for row, footprint in self._rows(side):
-                unit.dm.mark(footprint, slice(row, row + 1))
+            for rows, footprint in self._rows(side):
+                unit.dm.mark(footprint, rows)
             return
         footprint = self._footprint(side, address)
         low, high = _span(footprint)
@@ -134,14 +134,26 @@ class DmaPlan:
         for view in footprint.bits(unit.card.hbm_written[None, :]):
             view[...] = True
 
-    def _rows(self, side: _Side) -> list[tuple[int, Footprint]]:
-        """Footprint inside every slice touched."""
+    def _rows(self, side: _Side) -> list[tuple[slice, Footprint]]:
+        """Slices touched, grouped by the footprint they share."""
         inside = [(n, rest) for n, (slices, rest) in zip(self.sizes, side.steps, strict=True) if not slices]
         starts = [side.start]
         for n, (slices, rest) in zip(self.sizes, side.steps, strict=True):
             if slices:
                 starts = [(s + i * slices, o + i * rest) for s, o in starts for i in range(n)]
-        return [(s, Footprint.of(o, inside, self.op.packet)) for s, o in dict.fromkeys(starts)]
+        by_offset: dict[int, set[int]] = {}
+        for s, o in starts:
+            by_offset.setdefault(o, set()).add(s)
+        out: list[tuple[slice, Footprint]] = []
+        for o, members in by_offset.items():
+            footprint = Footprint.of(o, inside, self.op.packet)
+            rows = sorted(members)
+            step = rows[1] - rows[0] if len(rows) > 1 else 1
+            if rows == list(range(rows[0], rows[-1] + 1, step)):
+                out.append((slice(rows[0], rows[-1] + 1, step), footprint))
+            else:
+                out += [(slice(row, row + 1), footprint) for row in rows]
+        return out
 
     # Execution -------------------------------------------------------------------------------------------------------
     def run(self, unit: Unit) -> None:

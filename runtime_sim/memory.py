@@ -111,7 +111,7 @@ class RowMemory:
             view[...] = True
         missing = touched & ~self.written[rows]
         row, granule = (int(x[0]) for x in np.nonzero(missing))
-        return row + (rows.start or 0), granule * GRANULE
+        return (rows.start or 0) + row * (rows.step or 1), granule * GRANULE
 
     def mark(self, footprint: Footprint, rows: slice) -> None:
         """Remember that the bytes of `footprint` hold data in `rows`."""

@@ -20,6 +20,7 @@ from backend_rngd.isa.footprint import Access, footprint
 from runtime_sim.errors import SimulationError
 from runtime_sim.flatten import Flat, flatten
 from runtime_sim.functional import Program, Unit, moved
+from runtime_sim.workers import single_threaded_blas
 
 Picker = Callable[[Sequence[int]], int]
 
@@ -81,7 +82,7 @@ def run_in_order(
     saved = unit.registers
     checks, unit.checks = unit.checks, False
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), single_threaded_blas():
             for i in order:
                 unit.registers = inside[int(flat.call[i])]
                 routine, index = int(flat.routine[i]), int(flat.index[i])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -59,7 +59,7 @@ def _blas_controls() -> tuple[Callable[[int], Any], Callable[[], int]] | None:
 
 
 @contextmanager
-def single_threaded_blas() -> Iterator[None]:
+def single_threaded_blas() -> Generator[None]:
     """Hold BLAS to one thread inside the block, if numpy's BLAS can be controlled."""
     controls = _blas_controls()
     if controls is None:
