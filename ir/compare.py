@@ -206,46 +206,56 @@ class Comparison:
         }
 
 
-def correspondence(
-    before: Sequence[Observation], after: Sequence[Observation]
-) -> list[tuple[Observation, Observation | None]]:
-    """For each operation of the second run its counterpart in the first, or None."""
+Pairs = list[tuple[Observation, list[Observation]]]
+"""Operations of one run, each with what it may correspond to in the other, most likely first."""
+
+
+def correspondence(before: Sequence[Observation], after: Sequence[Observation]) -> Pairs:
+    """For each operation of the second run its possible counterparts in the first."""
     groups: dict[object, list[Observation]] = {}
     others: dict[object, list[Observation]] = {}
     for target, observations in ((groups, before), (others, after)):
         for seen in observations:
             target.setdefault(seen.group, []).append(seen)
-    pairs: list[tuple[Observation, Observation | None]] = []
+    pairs: Pairs = []
     position: dict[object, int] = {}
     for seen in after:
         mine, theirs = others[seen.group], groups.get(seen.group, [])
         index = position.get(seen.group, 0)
         position[seen.group] = index + 1
-        partner: Observation | None = None
+        likely: list[Observation] = []
         if len(mine) == len(theirs):
-            partner = theirs[index]
+            likely = [theirs[index]]
         elif theirs and index == len(mine) - 1:
-            partner = theirs[-1]
-        if partner is not None and [a.shape for a in partner.arrays] != [a.shape for a in seen.arrays]:
-            partner = None
-        pairs.append((seen, partner))
+            likely = [theirs[-1]]
+        # A pass may also have changed the order, so any equal of that group excuses an operation.
+        likely += [t for t in theirs if likely and t is not likely[0]]
+        shapes = [a.shape for a in seen.arrays]
+        pairs.append((seen, [t for t in likely if [a.shape for a in t.arrays] == shapes]))
     return pairs
 
 
 def first_disagreement(
-    pairs: Iterable[tuple[Observation, Observation | None]], tolerance: Callable[[Observation], Tolerance | None]
+    pairs: Iterable[tuple[Observation, Sequence[Observation]]], tolerance: Callable[[Observation], Tolerance | None]
 ) -> Disagreement | None:
-    """The first operation, in order of execution, with a result that is not close to its counterpart's."""
-    for seen, partner in pairs:
+    """The first operation, in order of execution, whose results are close to those of no counterpart.
+
+    The metrics are those of the likeliest one.
+    """
+    for seen, partners in pairs:
         # A call's results are those of operations inside, which come first.
-        if partner is None or isinstance(seen.op, CallOp):
+        if not partners or isinstance(seen.op, CallOp):
             continue
-        for actual, expected in zip(seen.arrays, partner.arrays, strict=True):
-            found = metrics(actual, expected, tolerance(seen))
-            if not found.close:
-                text = str(seen.op).split(" = ", 1)[-1]
-                return Disagreement(text, seen.calls, seen.path, show_location(seen.op.location), found)
+        worst = [_farthest(seen, partner, tolerance(seen)) for partner in partners]
+        if not any(m.close for m in worst):
+            text = str(seen.op).split(" = ", 1)[-1]
+            return Disagreement(text, seen.calls, seen.path, show_location(seen.op.location), worst[0])
     return None
+
+
+def _farthest(seen: Observation, partner: Observation, tolerance: Tolerance | None) -> Metrics:
+    found = [metrics(a, e, tolerance) for a, e in zip(seen.arrays, partner.arrays, strict=True)]
+    return min(found, key=lambda m: (m.close, -m.rms_rel))
 
 
 def show_location(location: LocationAttr) -> str:
@@ -293,7 +303,7 @@ def compare_modules(
         else:
             results[name] = metrics(actual[name], expected[name], limit(None, actual[name]))
     pairs = correspondence(reference, observed)
-    matched = sum(partner is not None for _, partner in pairs)
+    matched = sum(bool(partners) for _, partners in pairs)
     return Comparison(results, first_disagreement(pairs, limit), matched, len(pairs) - matched, skipped)
 
 

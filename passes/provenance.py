@@ -25,12 +25,14 @@ MAX_FUSED = 8
 
 
 def inherit(new: Operation, *old: Operation) -> None:
-    """Give a new operation the locations of the operations it replaces, and the path of the first one that has one."""
+    """Give a new operation the locations of the operations it stands for, and the path of the first, whose value it has.
+
+    An operation outside of every submodule has no path; it must not get one from what is fused into it.
+    """
     if isinstance(new.location, UnknownLoc):
         new.location = fused_location([o.location for o in old])
-    for op in old:
-        if PATH not in new.attributes and PATH in op.attributes:
-            new.attributes[PATH] = op.attributes[PATH]
+    if PATH not in new.attributes and PATH in old[0].attributes:
+        new.attributes[PATH] = old[0].attributes[PATH]
 
 
 def fused_location(locations: Sequence[LocationAttr]) -> LocationAttr:

@@ -13,6 +13,7 @@ from xdsl.dialects.builtin import FileLineColLoc, FusedLoc, IntAttr, ModuleOp, S
 from xdsl.passes import ModulePass
 from xdsl.utils.exceptions import PassFailedException, VerifyException
 
+from ir.compare import _parts
 from ir.dialects import tc
 from ir.errors import UserError
 from ir.text import parse_module, print_module, read_module
@@ -151,7 +152,7 @@ def test_provenance_survives_the_whole_pipeline() -> None:
 
 def lines_of(location: Any) -> list[int]:
     if isinstance(location, FusedLoc):
-        return [line for part in location.locations.data for line in lines_of(part)]
+        return [line for part in _parts(location) for line in lines_of(part)]
     return [location.line.data] if isinstance(location, FileLineColLoc) else []
 
 
