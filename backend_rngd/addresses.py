@@ -34,6 +34,7 @@ from backend_rngd.isa.descriptors import (
     Source,
     VectorOp,
 )
+from backend_rngd.isa.shape import widest_packet
 from backend_rngd.place import global_name
 
 FIRST_ROW_REGISTER = 1
@@ -105,6 +106,8 @@ class AddressBook:
         if isinstance(op, LoadVrfOp):
             vector = cast(LoadVrf, desc)
             fetch = _fetch(vector.fetch, self.of(op.source).offset, None)
+            if fetch.packet != (widest := widest_packet(fetch)):
+                fetch = replace(fetch, packet=widest)
             return LoadVrf(vector.slices, fetch, vector.base + self.of(op.target).offset)
         memset = cast(Memset, desc)
         return replace(memset, base=memset.base + self.of(cast(MemsetOp, op).target).offset)
@@ -120,9 +123,7 @@ class AddressBook:
         vector = desc.vector
         if op.vrf:
             bases = iter([self.of(v).offset for v in op.vrf])
-            vector = tuple(
-                _with_base(v, next(bases)) if v.operand.source == Source.VRF else v for v in vector
-            )
+            vector = tuple(_with_base(v, next(bases)) if v.operand.source == Source.VRF else v for v in vector)
         return Exec(desc.slices, fetch, commit, desc.switch, contract, vector, desc.stash_input)
 
     def _dma(self, op: DmaOp, desc: Dma) -> Dma:

@@ -44,6 +44,7 @@ from xdsl.traits import IsolatedFromAbove, NoTerminator, SymbolOpInterface, Symb
 from xdsl.utils.exceptions import VerifyException
 
 from backend_rngd.isa.descriptors import After, Descriptor, Dma, Exec, LoadTrf, LoadVrf, Memset, Source, Space
+from backend_rngd.isa.footprint import footprint
 from backend_rngd.isa.text import (
     TextError,
     format_after,
@@ -358,6 +359,17 @@ class InstructionOp(IRDLOperation):
         problems = check(self.descriptor, load_machine(), context=cast(StringAttr, self.properties["context"]).data)
         if problems:
             raise VerifyException("; ".join(str(p) for p in problems))
+        for (role, value), access in zip(self.touched(), footprint(self.descriptor), strict=False):
+            if access.space == "trf":
+                continue  # bases are relative to a lane, buffers are not
+            if access.low < 0 or access.high > bytes_of(value):
+                raise VerifyException(
+                    f"operand {role} has {bytes_of(value)} B, the instruction touches [{access.low}, {access.high})"
+                )
+
+    def touched(self) -> list[tuple[str, SSAValue]]:
+        """Operands in the order of the accesses of `isa.footprint`."""
+        return self.roles()
 
     def expected_spaces(self) -> dict[str, str]:
         """Memory of each operand role."""
@@ -405,7 +417,9 @@ class InstructionOp(IRDLOperation):
         text = parser.parse_optional_str_literal()
         location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
         op = cls.build(
-            operands=[operands[role] for role in cls.ROLES] if len(cls.ROLES) > 2 else [operands[r][0] for r in cls.ROLES],
+            operands=[operands[role] for role in cls.ROLES]
+            if len(cls.ROLES) > 2
+            else [operands[r][0] for r in cls.ROLES],
             properties=_properties(desc, context, location),
         )
         if text is not None:
@@ -448,14 +462,13 @@ class ExecOp(InstructionOp):
         context: str = "main",
         location: str = "",
     ):
-        super().__init__(
-            operands=[source, second, trf, vrf, target], properties=_properties(desc, context, location)
-        )
+        super().__init__(operands=[source, second, trf, vrf, target], properties=_properties(desc, context, location))
 
     def verify_(self) -> None:
         """Register-file operands are there exactly when the descriptor uses them."""
-        super().verify_()
-        desc = cast(Exec, self.descriptor)
+        if not isinstance(self.descriptor, Exec):
+            raise VerifyException(f"{self.name} holds a descriptor of class {type(self.descriptor).__name__}")
+        desc = self.descriptor
         if (self.second is None) != (desc.fetch.second is None):
             raise VerifyException("operand second belongs to a fetch with a second tensor")
         if (self.trf is None) != (desc.contract is None):
@@ -463,6 +476,7 @@ class ExecOp(InstructionOp):
         used = sum(op.operand.source == Source.VRF for op in desc.vector)
         if used != len(self.vrf):
             raise VerifyException(f"{used} vector operations read VRF, {len(self.vrf)} buffers given")
+        super().verify_()
 
 
 @irdl_op_definition
@@ -543,11 +557,15 @@ class DmaOp(InstructionOp):
         names = {Space.HBM: "hbm", Space.DM: "dm"}
         return {"source": names[desc.source.space], "destination": names[desc.destination.space], "index": "hbm"}
 
+    def touched(self) -> list[tuple[str, SSAValue]]:
+        """Source, destination, index."""
+        return sorted(self.roles(), key=lambda r: ("source", "destination", "index").index(r[0]))
+
     def verify_(self) -> None:
         """The index buffer is there exactly when the descriptor gathers or scatters."""
-        super().verify_()
-        if (self.index is None) != (cast(Dma, self.descriptor).index is None):
+        if isinstance(self.descriptor, Dma) and (self.index is None) != (self.descriptor.index is None):
             raise VerifyException("operand index belongs to a gather or scatter")
+        super().verify_()
 
 
 # Control -------------------------------------------------------------------------------------------------------------

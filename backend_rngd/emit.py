@@ -9,8 +9,9 @@ from typing import Any
 from xdsl.dialects.builtin import ModuleOp
 
 from backend_rngd.addresses import FIRST_ARGUMENT_REGISTER, AddressBook
-from backend_rngd.dialect import CallOp, InstructionOp, ProbeOp, RoutineOp, space_of
+from backend_rngd.dialect import AllocOp, CallOp, InstructionOp, ProbeOp, RoutineOp, space_of
 from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Routine, Stream
+from backend_rngd.isa.legality import BufferSpan
 from backend_rngd.machine import Machine
 from backend_rngd.schedule import CONTEXTS
 from ir.errors import UnsupportedError
@@ -55,6 +56,7 @@ class Emitted:
     probes: tuple[Probe, ...]
     locations: tuple[str, ...]
     row_registers: dict[int, int] = field(default_factory=dict[int, int])  # bytes of a batch row -> register
+    buffers: tuple[BufferSpan, ...] = ()  # DM buffers, for `check_stream`
 
 
 class _Locations:
@@ -94,7 +96,27 @@ def emit(module: ModuleOp, machine: Machine, units: int = 1, slices: int | None 
         row = op.row_bytes.value.data if op.row_bytes is not None else 0
         kind = op.buffer_type
         places[name] = GlobalPlace(kind.space.data, at.offset, kind.nbytes.data, op.kind.data, row, at.register)
-    return Emitted((stream,), places, tuple(probes), names, dict(book.row_registers))
+    spans = [BufferSpan(-1, 0, 0, p.address, p.nbytes, name) for name, p in places.items() if p.space == "dm"]
+    for op in found:
+        spans += _buffers(op, numbers[op.sym_name.data], book)
+    return Emitted((stream,), places, tuple(probes), names, dict(book.row_registers), tuple(spans))
+
+
+def _buffers(op: RoutineOp, number: int, book: AddressBook) -> list[BufferSpan]:
+    """DM buffers of a routine with the first and last instruction that uses them."""
+    uses: dict[AllocOp, tuple[int, int]] = {}
+    position = 0
+    for item in op.block.ops:
+        if isinstance(item, (InstructionOp, CallOp)):
+            for operand in item.operands:
+                owner = operand.owner
+                if isinstance(owner, AllocOp) and owner.result.type.space.data == "dm":
+                    uses[owner] = (uses.get(owner, (position, position))[0], position)
+            position += 1
+    return [
+        BufferSpan(number, first, last, book.of(a.result).offset, a.result.type.nbytes.data, a.buffer_name.data)
+        for a, (first, last) in uses.items()
+    ]
 
 
 def _routine(

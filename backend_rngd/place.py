@@ -93,9 +93,7 @@ def best_fit(requests: Sequence[Request], base: int, capacity: int) -> list[int]
         r = requests[i]
         active.retire(r.start)
         fitting = [
-            (high - low, a)
-            for low, high in active.gaps(base, capacity)
-            if (a := _up(low, r.align)) + r.size <= high
+            (high - low, a) for low, high in active.gaps(base, capacity) if (a := _up(low, r.align)) + r.size <= high
         ]
         if not fitting:
             return None

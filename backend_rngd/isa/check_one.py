@@ -26,7 +26,7 @@ def check(
     elif isinstance(desc, LoadTrf):
         check_load_trf(report, desc, where)
     elif isinstance(desc, LoadVrf):
-        check_load_vrf(report, desc, where)
+        check_load_vrf(report, desc, where, absolute)
     elif isinstance(desc, Memset):
         check_memset(report, desc, where)
     else:

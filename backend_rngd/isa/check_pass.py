@@ -312,9 +312,7 @@ def _check_commit(report: Report, commit: Commit, shape: Shape) -> None:
         report.add("commit-count", f"commit of {found} elements, the stream keeps {kept}")
     if not commit.loops or commit.loops[-1][1] != width or commit.loops[-1][0] % valid:
         report.add("commit-run", f"flits of {valid} elements in loops {commit.loops}")
-    if commit.base % machine.commit_stride_bytes or any(
-        s % machine.commit_stride_bytes for _, s in commit.loops[:-1]
-    ):
+    if commit.base % machine.commit_stride_bytes or any(s % machine.commit_stride_bytes for _, s in commit.loops[:-1]):
         report.add("commit-alignment", f"commit at {commit.base} with loops {commit.loops}")
     if writes_twice(commit.loops, width):
         report.add("write-twice", f"commit loops {commit.loops}")
@@ -327,7 +325,9 @@ def _overlap(a: tuple[tuple[int, int], ...], b: tuple[tuple[int, int], ...]) -> 
     return any(x[0] < y[1] and y[0] < x[1] for x in a for y in b)
 
 
-def _single(base: int, sizes: tuple[tuple[int, int], ...], strides: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
+def _single(
+    base: int, sizes: tuple[tuple[int, int], ...], strides: tuple[int, ...]
+) -> tuple[int, list[tuple[int, int]]]:
     """Canonical address sequence of one tensor."""
     out: list[tuple[int, int]] = []
     for (n, _), s in zip(sizes, strides, strict=True):
@@ -362,7 +362,7 @@ def check_exec(report: Report, desc: Exec, context: Context | None, absolute: bo
         report.add("context", f"a pass in context {context.name}")
     if not check_fetch(report, desc.fetch, desc.slices, context):
         return
-    shape: Shape | None = fetched(desc.fetch)
+    shape = fetched(desc.fetch)
     if desc.switch is not None:
         _check_switch(report, desc.switch, shape, desc.slices)
         if report.violations:
@@ -374,9 +374,10 @@ def check_exec(report: Report, desc: Exec, context: Context | None, absolute: bo
         if not _check_contract(report, desc.contract, shape, desc.fetch):
             return
         shape = contracted(shape, desc.contract)
-    if desc.vector or desc.stash_input:
-        shape = _check_vector(report, desc, shape)
-    if shape is not None:
-        _check_commit(report, desc.commit, shape)
+    if desc.switch is None and desc.contract is None and shape.flits_per_packet > 1:
+        report.add("flit-packet", f"packets of {shape.packet} x {shape.dtype.bytes} B")
+    final = _check_vector(report, desc, shape) if desc.vector or desc.stash_input else shape
+    if final is not None:
+        _check_commit(report, desc.commit, final)
     if absolute and report.clean:
         _check_overlap(report, desc)

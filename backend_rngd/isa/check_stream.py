@@ -10,6 +10,8 @@ import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from backend_rngd.isa.check_one import check
 from backend_rngd.isa.descriptors import (
     After,
@@ -17,6 +19,7 @@ from backend_rngd.isa.descriptors import (
     Commit,
     Context,
     Dma,
+    Dtype,
     Exec,
     Fetch,
     Instruction,
@@ -33,8 +36,23 @@ from backend_rngd.isa.rules import Violation
 from backend_rngd.isa.shape import access_bytes
 from backend_rngd.machine import Machine
 
-HOST_REGISTERS = range(0, 8)  # register 0 is zero, 1 to 7 are set by the host at launch (batch rows of caches)
+HOST_REGISTERS = range(1, 8)  # set by the host at launch (batch rows of caches); register 0 is zero
 NO_WAIT = After()
+
+
+@dataclass(frozen=True)
+class BufferSpan:
+    """A DM buffer: `nbytes` of every slice at `address`, alive for instructions first..last of routine `routine`.
+
+    routine -1: alive everywhere.
+    """
+
+    routine: int
+    first: int
+    last: int
+    address: int
+    nbytes: int
+    name: str = ""
 
 
 def errors(violations: Iterable[Violation]) -> list[Violation]:
@@ -63,32 +81,42 @@ class _Place:
 
 
 def check_stream(
-    stream: Stream, machine: Machine, hbm_regions: Sequence[tuple[int, int]] | None = None
+    stream: Stream,
+    machine: Machine,
+    hbm_regions: Sequence[tuple[int, int]] | None = None,
+    host_registers: Iterable[int] = HOST_REGISTERS,
+    buffers: Sequence[BufferSpan] | None = None,
 ) -> list[Violation]:
     """Every broken rule of a stream, warnings included (see `errors`).
 
+    Waits, registers and the memory map are looked at once every instruction alone is legal.
     hbm_regions: (address, bytes) of the buffers of the memory map; None leaves HBM bounds to the card's size.
+    host_registers: registers that the host sets before the entry (row registers of caches).
+    buffers: where DM buffers lie and when they live; with them every DM access must stay inside one that is alive.
     """
     out: list[Violation] = []
     place = _Place(out, stream)
     _check_header(stream, machine, place)
     if out:
         return out
-    stashes = any(_stashes(i) for r in stream.routines for i in r.instructions)
     order = _check_calls(stream, place)
-    footprints = [[footprint(i.what) for i in r.instructions] for r in stream.routines]
-    for routine, touched in zip(stream.routines, footprints, strict=True):
+    for routine in stream.routines:
         for index, instruction in enumerate(routine.instructions):
             where = place.at(routine, index)
             found = check(instruction.what, machine, instruction.context, absolute=True)
-            out += [
-                replace(v, routine=where.routine, index=index, location=where.location) for v in found
-            ]
-            if not found:
-                _check_unit(where, instruction, stream.slices, machine, touched[index], stashes)
+            out += [replace(v, routine=where.routine, index=index, location=where.location) for v in found]
+    if order is None or errors(out):
+        return out  # footprints of illegal instructions mean nothing
+    footprints = [[footprint(i.what) for i in r.instructions] for r in stream.routines]
+    stashes = any(_stashes(i) for r in stream.routines for i in r.instructions)
+    for number, (routine, touched) in enumerate(zip(stream.routines, footprints, strict=True)):
+        if buffers is not None:
+            _check_buffers(number, routine, touched, place, buffers)
+        for index, instruction in enumerate(routine.instructions):
+            _check_unit(place.at(routine, index), instruction, stream.slices, machine, touched[index], stashes)
         _check_waits(stream, routine, touched, place)
-    if order is not None:
-        _check_registers(stream, footprints, place, machine, hbm_regions)
+        _check_types(routine, touched, place)
+    _check_registers(stream, footprints, place, machine, hbm_regions, frozenset(host_registers))
     return out
 
 
@@ -250,6 +278,62 @@ def _check_waits(stream: Stream, routine: Routine, touched: Sequence[Sequence[Ac
         hazards.issue(context, touched[index], given if not uncovered else wanted)
 
 
+# Buffers -------------------------------------------------------------------------------------------------------------
+def _check_buffers(
+    number: int, routine: Routine, touched: Sequence[Sequence[Access]], place: _Place, buffers: Sequence[BufferSpan]
+) -> None:
+    mine = [b for b in buffers if b.routine in (-1, number)]
+    mine.sort(key=lambda b: b.first if b.routine >= 0 else -1)
+    alive: list[BufferSpan] = []
+    upcoming = 0
+    for index in range(len(routine.instructions)):
+        while upcoming < len(mine) and (mine[upcoming].routine < 0 or mine[upcoming].first <= index):
+            alive.append(mine[upcoming])
+            upcoming += 1
+        alive = [b for b in alive if b.routine < 0 or b.last >= index]
+        for access in touched[index]:
+            if access.space != "dm":
+                continue
+            if not any(b.address <= access.low and access.high <= b.address + b.nbytes for b in alive):
+                verb = "writes" if access.write else "reads"
+                message = f"{verb} DM bytes [{access.low}, {access.high}), which lie in no live buffer"
+                place.at(routine, index).add("dm-bounds", message)
+
+
+# Types ---------------------------------------------------------------------------------------------------------------
+def _check_types(routine: Routine, touched: Sequence[Sequence[Access]], place: _Place) -> None:
+    """Bytes are read as the type they were written as, where both sides know it (transfers and memset do not)."""
+    spaces = ("dm", "trf", "vrf")
+    points: dict[str, set[int]] = {space: set() for space in spaces}
+    for footprint_ in touched:
+        for access in footprint_:
+            if access.space in points:
+                for low, high in access.intervals:
+                    points[access.space].update((low, high))
+    grid = {space: {x: i for i, x in enumerate(sorted(values))} for space, values in points.items()}
+    held = {space: np.zeros(max(len(g), 1), np.int8) for space, g in grid.items()}
+    for index, instruction in enumerate(routine.instructions):
+        if isinstance(instruction.what, Call):
+            for known in held.values():
+                known[:] = 0
+            continue
+        for access in sorted(touched[index], key=lambda a: a.write):
+            if access.space not in grid:
+                continue
+            known, at = held[access.space], grid[access.space]
+            for low, high in access.intervals:
+                part = known[at[low] : at[high]]
+                if access.write:
+                    part[:] = access.dtype or 0
+                elif access.dtype and bool(((part != 0) & (part != access.dtype)).any()):
+                    other = Dtype(int(part[(part != 0) & (part != access.dtype)][0]))
+                    message = (
+                        f"reads {access.space} bytes [{low}, {high}) as {access.dtype.name}, written as {other.name}"
+                    )
+                    place.at(routine, index).add("type", message)
+                    break
+
+
 # Registers and HBM ---------------------------------------------------------------------------------------------------
 class _Regions:
     def __init__(self, regions: Sequence[tuple[int, int]]) -> None:
@@ -267,6 +351,7 @@ def _check_registers(
     place: _Place,
     machine: Machine,
     regions: Sequence[tuple[int, int]] | None,
+    host: frozenset[int],
 ) -> None:
     """Follow every call from the entry with the values of its registers."""
     known = _Regions(regions if regions is not None else [(0, machine.hbm_bytes)])
@@ -291,7 +376,7 @@ def _check_registers(
                 report(number, found[0][2], "register", f"register {register} is read but never set")
                 continue
             value = registers[register]
-            one_buffer = register not in HOST_REGISTERS
+            one_buffer = register not in host and register != 0
             if one_buffer and known.holds(min(f[0] for f in found) + value, max(f[1] for f in found) + value):
                 continue
             for low, high, index in found:
@@ -310,6 +395,4 @@ def _check_registers(
                     inside[target] = registers[source] + immediate
             enter(what.routine, inside)
 
-    enter(0, {r: 0 for r in HOST_REGISTERS})
-
-
+    enter(0, {0: 0, **{r: 0 for r in host}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from backend_rngd.isa.check_pass import check_fetch
+from backend_rngd.isa.check_pass import MULTIPLIED, check_fetch
 from backend_rngd.isa.descriptors import (
     DM_SLICE_STRIDE,
     FLIT_BYTES,
@@ -19,6 +19,7 @@ from backend_rngd.isa.descriptors import (
 )
 from backend_rngd.isa.footprint import intervals, slice_range, split_stride
 from backend_rngd.isa.rules import Report, check_loops, extent, writes_twice
+from backend_rngd.isa.shape import widest_packet
 
 ARGUMENT_ALIGNMENT = 8
 
@@ -32,8 +33,9 @@ def check_load_trf(report: Report, desc: LoadTrf, context: Context | None) -> No
     fetch = desc.fetch
     width = fetch.dtype.bytes
     elements = math.prod(n for n, _ in fetch.loops)
-    if fetch.cast is not None or fetch.second is not None or fetch.packet * width != FLIT_BYTES:
-        report.add("trf-load", f"packets of {fetch.packet * width} B, cast or second tensor")
+    plain = fetch.cast is None and fetch.second is None and fetch.dtype in MULTIPLIED
+    if not plain or fetch.packet * width != FLIT_BYTES:
+        report.add("trf-load", f"packets of {fetch.packet * width} B of {fetch.dtype.name}, cast or second tensor")
     if desc.lanes not in (1, 2, 4, 8):
         report.add("lanes", f"{desc.lanes} lanes")
         return
@@ -45,8 +47,11 @@ def check_load_trf(report: Report, desc: LoadTrf, context: Context | None) -> No
         report.add("bounds", f"TRF load of bytes [{desc.base}, {end}) of {lane} in a lane")
 
 
-def check_load_vrf(report: Report, desc: LoadVrf, context: Context | None) -> None:
-    """StoVRF: sub context only (a main pass that writes VRF hangs, KK), 32-bit elements."""
+def check_load_vrf(report: Report, desc: LoadVrf, context: Context | None, absolute: bool) -> None:
+    """StoVRF: sub context only (a main pass that writes VRF hangs, KK), 32-bit elements.
+
+    absolute: the packet, which changes nothing else, is as wide as a flit allows (emission sees to it).
+    """
     if context is not None and context != Context.SUB:
         report.add("context", f"a VRF load in context {context.name}")
     if not check_fetch(report, desc.fetch, desc.slices, context):
@@ -58,6 +63,8 @@ def check_load_vrf(report: Report, desc: LoadVrf, context: Context | None) -> No
         return
     if desc.base % 8:
         report.add("vrf-load", f"VRF load at {desc.base}")
+    if fetch.packet * width > FLIT_BYTES or (absolute and fetch.packet != widest_packet(fetch)):
+        report.add("flit-packet", f"packets of {fetch.packet} x {width} B, {widest_packet(fetch)} fit")
     end = desc.base + math.prod(n for n, _ in fetch.loops) * width
     if desc.base < 0 or end > report.machine.vrf_bytes:
         report.add("bounds", f"VRF load of bytes [{desc.base}, {end})")

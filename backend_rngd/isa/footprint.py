@@ -7,11 +7,12 @@ that uses L lanes owns bytes [l * 65536 / L, (l + 1) * 65536 / L).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from backend_rngd.isa.descriptors import (
     DM_SLICE_STRIDE,
+    Alu,
     Call,
     Contract,
     Descriptor,
@@ -28,6 +29,8 @@ from backend_rngd.isa.descriptors import (
 )
 
 TRF_BYTES = 65536
+FLOAT_ALUS = frozenset({Alu.FP_FMA, Alu.FP_FPU, Alu.FP_EXP, Alu.FP_MUL0, Alu.FP_MUL1, Alu.FP_DIV})
+INTEGER_ALUS = frozenset({Alu.FXP_ADD, Alu.FXP_LSHIFT, Alu.FXP_MUL, Alu.FXP_RSHIFT})
 MAX_PIECES = 32  # intervals kept of one access; beyond it the smallest gaps are counted as touched
 
 Interval = tuple[int, int]
@@ -37,13 +40,15 @@ Interval = tuple[int, int]
 class Access:
     """Bytes read or written by one instruction: disjoint half-open intervals in a memory.
 
-    space: "hbm", "dm", "trf" or "vrf". register: HBM only, the address register that is added.
+    space: "hbm", "dm", "trf" or "vrf". register: HBM only, the address register that is added. dtype: type of the elements,
+    if the instruction knows it and the intervals hold nothing else.
     """
 
     space: str
     intervals: tuple[Interval, ...]
     write: bool
     register: int = 0
+    dtype: Dtype | None = None
 
     @property
     def low(self) -> int:
@@ -91,6 +96,23 @@ def intervals(base: int, loops: Iterable[tuple[int, int]], unit: int, limit: int
     return tuple(out)
 
 
+def is_exact(loops: Iterable[tuple[int, int]], unit: int, limit: int = MAX_PIECES) -> bool:
+    """Whether `intervals` filled no gaps."""
+    extent, pieces = unit, 1
+    for size, stride in sorted(((n, abs(s)) for n, s in loops if n > 1 and s), key=lambda loop: loop[1]):
+        if stride <= extent and pieces == 1:
+            extent += (size - 1) * stride
+        else:
+            pieces *= size
+    return pieces <= limit
+
+
+def _typed(base: int, loops: Sequence[tuple[int, int]], dtype: Dtype, space: str, write: bool) -> Access:
+    """Elements of one type at the steps of a sequencer."""
+    known = dtype if is_exact(loops, dtype.bytes) else None
+    return Access(space, intervals(base, loops, dtype.bytes), write, 0, known)
+
+
 def split_stride(stride: int) -> tuple[int, int]:
     """A DMA stride in DM as (slices, bytes inside a slice); the byte part may be negative."""
     slices = (stride + DM_SLICE_STRIDE // 2) // DM_SLICE_STRIDE
@@ -115,15 +137,15 @@ def _endpoint(endpoint: Endpoint, loops: Iterable[tuple[int, int]], packet: int,
 
 def fetch_accesses(fetch: Fetch) -> list[Access]:
     """DM bytes read by a fetch (both tensors in pair mode)."""
-    out = [Access("dm", intervals(fetch.base, fetch.loops, fetch.dtype.bytes), False)]
+    out = [_typed(fetch.base, fetch.loops, fetch.dtype, "dm", False)]
     if fetch.second is not None:
         base, strides = fetch.second
         loops = [(n, s) for (n, _), s in zip(fetch.loops, strides, strict=True)]
-        out.append(Access("dm", intervals(base, loops, fetch.dtype.bytes), False))
+        out.append(_typed(base, loops, fetch.dtype, "dm", False))
     return out
 
 
-def _lanes(inside: Iterable[Interval], lanes: int, write: bool) -> Access:
+def _lanes(inside: Iterable[Interval], lanes: int, write: bool, dtype: Dtype | None) -> Access:
     lane_bytes = TRF_BYTES // lanes
     pieces = sorted((lane * lane_bytes + a, lane * lane_bytes + b) for lane in range(lanes) for a, b in inside)
     out: list[Interval] = []
@@ -132,13 +154,15 @@ def _lanes(inside: Iterable[Interval], lanes: int, write: bool) -> Access:
             out[-1] = (out[-1][0], max(b, out[-1][1]))
         else:
             out.append((a, b))
-    return Access("trf", tuple(out), write)
+    return Access("trf", tuple(out), write, 0, dtype)
 
 
 def contract_access(contract: Contract, dtype: Dtype) -> Access:
     """TRF bytes read by a contraction whose stream has elements of `dtype`."""
     loops = [(size, stride) for size, stride, _ in contract.loops]
-    return _lanes(intervals(contract.trf_base, loops, contract.trf_read * dtype.bytes), contract.lanes, False)
+    unit = contract.trf_read * dtype.bytes
+    known = dtype if is_exact(loops, unit) else None
+    return _lanes(intervals(contract.trf_base, loops, unit), contract.lanes, False, known)
 
 
 def stream_elements(fetch: Fetch) -> int:
@@ -158,9 +182,11 @@ def footprint(desc: Descriptor) -> tuple[Access, ...]:
             out.append(contract_access(desc.contract, desc.fetch.dtype))
         for op in desc.vector:
             if op.operand.source == Source.VRF:
-                out.append(Access("vrf", intervals(op.operand.base, op.operand.loops, 4), False))
+                dtype = Dtype.I32 if op.alu in INTEGER_ALUS else Dtype.F32 if op.alu in FLOAT_ALUS else None
+                access = _typed(op.operand.base, op.operand.loops, dtype or Dtype.F32, "vrf", False)
+                out.append(access if dtype is not None else replace(access, dtype=None))
         commit = desc.commit
-        out.append(Access("dm", intervals(commit.base, commit.loops, commit.dtype.bytes), True))
+        out.append(_typed(commit.base, commit.loops, commit.dtype, "dm", True))
         return tuple(out)
     if isinstance(desc, Dma):
         source = [(n, a) for n, a, _ in desc.loops]
@@ -175,12 +201,12 @@ def footprint(desc: Descriptor) -> tuple[Access, ...]:
         return tuple(out)
     if isinstance(desc, LoadTrf):
         lane_bytes = stream_elements(desc.fetch) * desc.fetch.dtype.bytes // desc.lanes
-        target = _lanes([(desc.base, desc.base + lane_bytes)], desc.lanes, True)
+        target = _lanes([(desc.base, desc.base + lane_bytes)], desc.lanes, True, desc.fetch.dtype)
         return (*fetch_accesses(desc.fetch), target)
     if isinstance(desc, LoadVrf):
-        width = (desc.fetch.cast or desc.fetch.dtype).bytes
-        nbytes = stream_elements(desc.fetch) * width
-        return (*fetch_accesses(desc.fetch), Access("vrf", ((desc.base, desc.base + nbytes),), True))
+        dtype = desc.fetch.cast or desc.fetch.dtype
+        nbytes = stream_elements(desc.fetch) * dtype.bytes
+        return (*fetch_accesses(desc.fetch), Access("vrf", ((desc.base, desc.base + nbytes),), True, 0, dtype))
     if isinstance(desc, Memset):
         return (Access("dm", ((desc.base, desc.base + desc.bytes),), True),)
     assert isinstance(desc, Call)

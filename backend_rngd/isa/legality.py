@@ -7,7 +7,7 @@ lowering uses one operand an ALU) and the tag stage, which the descriptors do no
 from __future__ import annotations
 
 from backend_rngd.isa.check_one import check
-from backend_rngd.isa.check_stream import check_stream, errors
+from backend_rngd.isa.check_stream import BufferSpan, check_stream, errors
 from backend_rngd.isa.rules import RULES, Violation
 
-__all__ = ["RULES", "Violation", "check", "check_stream", "errors"]
+__all__ = ["RULES", "BufferSpan", "Violation", "check", "check_stream", "errors"]

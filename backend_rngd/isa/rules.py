@@ -23,6 +23,7 @@ RULES: dict[str, str] = {
     # Fetch
     "slices": "a pass drives 1 to 256 slices of its unit (B:switch-engine)",
     "packet": "a fetch packet is a multiple of 8 B and divides the elements (B:fetch-engine)",
+    "flit-packet": "without a switch or contraction behind it a packet is at most a flit; of a VRF load the widest (canonical)",
     "fetch-cast": "the adapter widens bf16 and f8 to f32, i8 and i16 to i32 (B:fetch-adapter)",
     "sub-access": "the sub context fetches in accesses of exactly 8 B (B:fetch-engine)",
     "second": "an interleaved tensor has a stride for every loop (B:fetch-engine)",
@@ -62,7 +63,7 @@ RULES: dict[str, str] = {
     "overlap": "an instruction overwrites what it reads only element by element in place",
     # Register files, memset
     "context": "the context may run this instruction (B:computing-tensors/index, KK)",
-    "trf-load": "a TRF load has one flit a packet, whole lanes, no cast (B:register-files; canonical)",
+    "trf-load": "a TRF load brings operands of a contraction, a flit a packet, whole lanes (B:register-files; canonical)",
     "vrf-load": "VRF holds 32-bit elements (B:register-files)",
     "memset": "memset writes multiples of 8 B with a 32-bit pattern (B:commit-adapter)",
     "stash-space": "a program that stashes leaves the last 1,024 B of VRF free (FORUM:451)",
@@ -76,8 +77,10 @@ RULES: dict[str, str] = {
     "call": "calls name a routine that has instructions, never recursively, and set registers once",
     "register": "registers that are read have been set",
     "hbm-bounds": "HBM accesses stay inside one buffer of the memory map",
+    "dm-bounds": "DM accesses stay inside one live buffer of the memory plan",
     "future": "no wait for an instruction that comes later, nor for the own context",
     "race": "every conflict between contexts is covered by waits",
+    "type": "bytes are read as the type they were written as",
     "useless-wait": "every wait protects something that no other wait implies",
     "bank-starvation": "64 hits of one bank in a row can starve DMA until the NoC times out (B:memory-performance)",
 }

@@ -153,7 +153,17 @@ def access_bytes(fetch: Fetch, limit: int) -> int:
     """Bytes of one access: gcd(contiguous run, packet) among powers of two up to `limit` whose result after the cast
     fits one flit (hardware.md 2.3, 2.5)."""
     width = fetch.dtype.bytes
-    widening = (fetch.cast.bytes // width) if fetch.cast is not None else 1
+    widening = max(1, fetch.cast.bytes // width) if fetch.cast is not None else 1
     size = math.gcd(contiguous_run(fetch), fetch.packet * width)
     size &= -size
     return max(1, min(size, limit, FLIT_BYTES // widening))
+
+
+def widest_packet(fetch: Fetch) -> int:
+    """Elements of the longest packet of at most a flit that divides the fetch (where the packet means nothing else)."""
+    width = fetch.dtype.bytes
+    elements = math.prod(n for n, _ in fetch.loops)
+    packet = FLIT_BYTES // max(width, fetch.cast.bytes if fetch.cast is not None else width)
+    while packet > 1 and (elements % packet or packet * width % 8):
+        packet //= 2
+    return packet

@@ -142,9 +142,7 @@ def _blob(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-_ORDER = np.dtype(
-    [(n, "<i4") for n in ("context", "main", "sub", "dma", "call", "enter", "kind", "row", "location")]
-)
+_ORDER = np.dtype([(n, "<i4") for n in ("context", "main", "sub", "dma", "call", "enter", "kind", "row", "location")])
 
 
 def encode(stream: Stream) -> Tables:
@@ -259,10 +257,10 @@ def decode(tables: Tables) -> Stream:
         raise TableError(f"damaged tables: {e!r}") from None
     starts = header["starts"]
     routines = tuple(
-        Routine(name, tuple(instructions[a:b])) for name, a, b in zip(header["routines"], starts, starts[1:], strict=False)
+        Routine(name, tuple(instructions[a:b]))
+        for name, a, b in zip(header["routines"], starts, starts[1:], strict=False)
     )
     return Stream(header["unit"], header["slices"], routines, tuple(header["locations"]))
-
 
 
 def save_npz(stream: Stream, path: str | Path) -> None:

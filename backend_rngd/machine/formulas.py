@@ -314,5 +314,3 @@ def slices_touched(desc: Dma) -> int:
             counts = [loop[0] for loop in desc.loops if abs(loop[column]) >= DM_SLICE_STRIDE // 2]
             return math.prod(counts)
     return 0
-
-

@@ -47,17 +47,13 @@ SLICES = 64
 
 def copy_pass(source: int = 0, target: int = 4096, elements: int = 64) -> Exec:
     """f32 elements from one place of DM to another."""
-    return Exec(
-        SLICES, Fetch(source, ((elements, 4),), Dtype.F32, 8), Commit(target, ((elements, 4),), Dtype.F32, 8)
-    )
+    return Exec(SLICES, Fetch(source, ((elements, 4),), Dtype.F32, 8), Commit(target, ((elements, 4),), Dtype.F32, 8))
 
 
 def chain(*ops: VectorOp, elements: int = 64, stash_input: bool = False, second: bool = False) -> Exec:
     """A vector pass over f32 elements, in pair mode if `second`."""
     fetch = Fetch(0, ((elements, 4),), Dtype.F32, 8, None, (16384, (4,)) if second else None)
-    return Exec(
-        SLICES, fetch, Commit(8192, ((elements, 4),), Dtype.F32, 8), vector=ops, stash_input=stash_input
-    )
+    return Exec(SLICES, fetch, Commit(8192, ((elements, 4),), Dtype.F32, 8), vector=ops, stash_input=stash_input)
 
 
 def constant(alu: Alu, op: Op, value: float = 2.0, mode: Mode = Mode.STREAM_OPERAND, **more: Any) -> VectorOp:

@@ -99,7 +99,11 @@ def test_calls_pass_addresses_in_registers() -> None:
 def test_caches_are_addressed_through_row_registers() -> None:
     out = emit_of(block_module())
     assert out.row_registers == {16384: 1}
-    assert (out.globals["k1"].row_register, out.globals["k1"].row_bytes, out.globals["k1"].address) == (1, 16384, 196608)
+    assert (out.globals["k1"].row_register, out.globals["k1"].row_bytes, out.globals["k1"].address) == (
+        1,
+        16384,
+        196608,
+    )
     assert out.globals["w0"].row_register == 0
 
 

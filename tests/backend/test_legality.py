@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace as put
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from isa_builders import (
     SLICES,
     chain,
     constant,
     copy_pass,
+    descriptors,
     instruction,
     load,
     matmul,
@@ -21,6 +24,7 @@ from isa_builders import (
     trf,
     vrf,
 )
+from mutants import another, leaves, replaced
 
 from backend_rngd.isa.descriptors import (
     BROADCAST,
@@ -50,7 +54,7 @@ from backend_rngd.isa.descriptors import (
     SwitchKind,
     VectorOp,
 )
-from backend_rngd.isa.legality import RULES, check, check_stream, errors
+from backend_rngd.isa.legality import RULES, BufferSpan, check, check_stream, errors
 from backend_rngd.machine import load_machine
 
 MACHINE = load_machine()
@@ -99,7 +103,9 @@ LEGAL: dict[str, Descriptor] = {
     "vrf operand": chain(VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, VRF)),
     "pair": chain(constant(Alu.FP_MUL1, Op.MUL, group=2), put(ZIP, alu=Alu.FP_FPU, op=Op.DIV), second=True),
     "pair with one operand for both": chain(
-        VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, put(VRF, loops=((8, 32), (2, 1024), (8, 4)))), ZIP, second=True
+        VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, put(VRF, loops=((8, 32), (2, 1024), (8, 4)))),
+        ZIP,
+        second=True,
     ),
     "stash": chain(VectorOp(Alu.FP_FPU, Op.SIGMOID, Mode.UNARY), put(STASHING, alu=Alu.FP_MUL1), stash_input=True),
     "reduce": reduce_pass(),
@@ -115,10 +121,10 @@ LEGAL: dict[str, Descriptor] = {
     "load": load(),
     "store": store(),
     "gather": gather(),
-    "scatter": Dma(
-        Endpoint(Space.DM, 0), Endpoint(Space.HBM, 0, 8), ((4, 128, 0),), 128, Index(0, 4096, (8,), True)
+    "scatter": Dma(Endpoint(Space.DM, 0), Endpoint(Space.HBM, 0, 8), ((4, 128, 0),), 128, Index(0, 4096, (8,), True)),
+    "dm to dm": Dma(
+        Endpoint(Space.DM, 0), Endpoint(Space.DM, 4096), ((SLICES, DM_SLICE_STRIDE, 64), (8, 64, 8192)), 64
     ),
-    "dm to dm": Dma(Endpoint(Space.DM, 0), Endpoint(Space.DM, 4096), ((SLICES, DM_SLICE_STRIDE, 64), (8, 64, 8192)), 64),
     "call": Call(1, ((8, 0, 64), (9, 1, 0))),
 }
 
@@ -162,6 +168,9 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("packet", None, fetch_of(copy_pass(), packet=7)),
     ("packet", None, fetch_of(copy_pass(), packet=1)),
     ("packet", None, fetch_of(copy_pass(), packet=0)),
+    ("flit-packet", None, fetch_of(copy_pass(), packet=16)),
+    ("flit-packet", None, put(vrf(), fetch=put(vrf().fetch, packet=16))),
+    ("flit-packet", None, put(vrf(), fetch=put(vrf().fetch, packet=4))),
     ("fetch-cast", None, fetch_of(copy_pass(), cast=Dtype.F32)),
     ("sub-access", "sub", fetch_of(copy_pass(), loops=((32, 4), (2, 0)))),
     ("sub-access", "sub", put(vrf(), fetch=put(vrf().fetch, loops=((32, 4), (2, 0))))),
@@ -264,6 +273,7 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("context", "main", Call(1, ())),
     ("trf-load", None, put(trf(), fetch=put(trf().fetch, packet=32))),
     ("trf-load", None, put(trf(), fetch=put(trf().fetch, packet=8))),
+    ("trf-load", None, put(trf(), fetch=put(trf().fetch, dtype=Dtype.I16))),
     ("trf-load", None, put(trf(elements=64), lanes=8)),
     ("trf-load", None, put(trf(), base=16)),
     ("vrf-load", None, put(vrf(), fetch=Fetch(0, ((64, 2),), Dtype.BF16, 8))),
@@ -353,9 +363,7 @@ STREAMS: list[tuple[str, Stream, list[tuple[int, int]] | None]] = [
     ("hbm-bounds", stream([instruction(load(source=48 << 30))]), None),
     (
         "hbm-bounds",
-        stream(
-            [instruction(Call(1, ((8, 0, 4096),)))], [instruction(put(load(), source=Endpoint(Space.HBM, 64, 8)))]
-        ),
+        stream([instruction(Call(1, ((8, 0, 4096),)))], [instruction(put(load(), source=Endpoint(Space.HBM, 64, 8)))]),
         [(4096, 65536)],
     ),
     ("future", stream([put(LOAD, after=After(main=1)), USE]), None),
@@ -373,6 +381,28 @@ STREAMS: list[tuple[str, Stream, list[tuple[int, int]] | None]] = [
     ("useless-wait", stream([LOAD, USE, put(USE, after=After(dma=1))]), None),
     ("useless-wait", stream([LOAD, CALL, LATE, put(USE, after=After(call=1))], [CALLEE]), None),
     ("useless-wait", stream([LOAD, USE, put(CALL, after=After(main=1))], [CALLEE]), None),
+    (
+        "type",
+        stream([instruction(copy_pass(0, 4096)), instruction(put(INTEGER, fetch=put(INTEGER.fetch, base=4096)))]),
+        None,
+    ),
+    (
+        "type",
+        stream(
+            [
+                instruction(put(vrf(), fetch=put(vrf().fetch, dtype=Dtype.I32))),
+                instruction(chain(VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, VRF)), After(sub=1)),
+            ]
+        ),
+        None,
+    ),
+    (
+        "type",
+        stream(
+            [instruction(put(trf(), fetch=Fetch(0, ((4096, 1),), Dtype.I8, 32))), instruction(matmul(), After(sub=1))]
+        ),
+        None,
+    ),
     ("bank-starvation", _starving(), None),
 ]
 
@@ -385,8 +415,20 @@ def test_broken_stream(rule: str, s: Stream, regions: list[tuple[int, int]] | No
     assert {v.rule for v in found} == {rule}, [str(v) for v in found]
 
 
+SPANS = [BufferSpan(0, 0, 1, 0, 1024, "a"), BufferSpan(-1, 0, 0, 4096, 256, "b")]
+
+
+def test_buffers() -> None:
+    assert check_stream(PLAIN, MACHINE, buffers=SPANS) == []
+    late, short, other = put(SPANS[0], first=1), put(SPANS[1], nbytes=255), put(SPANS[0], routine=1)
+    assert [(v.rule, v.index) for v in check_stream(PLAIN, MACHINE, buffers=[late, SPANS[1]])] == [("dm-bounds", 0)]
+    assert [(v.rule, v.index) for v in check_stream(PLAIN, MACHINE, buffers=[SPANS[0], short])] == [("dm-bounds", 1)]
+    assert [v.index for v in check_stream(PLAIN, MACHINE, buffers=[other, SPANS[1]])] == [0, 1]
+
+
 def test_every_rule_is_covered() -> None:
-    assert {rule for rule, _, _ in BROKEN} | {rule for rule, _, _ in STREAMS} == set(RULES)
+    covered = {rule for rule, _, _ in BROKEN} | {rule for rule, _, _ in STREAMS} | {"dm-bounds"}
+    assert covered == set(RULES)
 
 
 def test_a_violation_says_where() -> None:
@@ -420,3 +462,22 @@ def test_broadcast_digits_may_be_summed(flag: int) -> None:
     if flag & REDUCE:
         desc = put(desc, commit=Commit(32768, ((4 * 8, 4),), Dtype.F32, 8))
     assert check(desc, MACHINE, Context.MAIN) == []
+
+
+@given(descriptors(), st.sampled_from(list(Context)))
+@settings(max_examples=400, deadline=None)
+def test_any_descriptor_gets_an_answer(desc: Descriptor, context: Context) -> None:
+    """Nonsense is reported, it never makes the check fail."""
+    for v in check(desc, MACHINE, context, absolute=True):
+        assert v.rule in RULES
+
+
+@given(st.data(), st.sampled_from(list(LEGAL)))
+@settings(max_examples=400, deadline=None)
+def test_any_change_of_a_legal_descriptor_gets_an_answer(data: st.DataObject, name: str) -> None:
+    rng = data.draw(st.randoms(use_true_random=False))
+    desc = LEGAL[name]
+    for _ in range(3):
+        path, old = rng.choice(list(leaves(desc)))
+        desc = replaced(desc, path, another(old, rng))
+    check_stream(stream([instruction(desc)]), MACHINE)

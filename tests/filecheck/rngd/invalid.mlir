@@ -136,3 +136,24 @@ builtin.module {
 rngd.routine @main() {
   rngd.memset sub "memset(slices=64 base=0 bytes=64)" (%b)
 }
+
+// -----
+// CHECK: operand target has 1024 B, the instruction touches [0, 1280)
+rngd.routine @main() {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 1024>
+  rngd.memset sub "memset(slices=64 base=0 bytes=1280)" (%a)
+}
+
+// -----
+// CHECK: operand source has 65536 B, the instruction touches [64, 65600)
+rngd.routine @main(%w: !rngd.buffer<hbm, 65536>) {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 1024>
+  rngd.dma dma "dma(source=(space=hbm base=64) destination=(space=dm base=0) loops=[64:1024:4194304] packet=1024)" (%w -> %a)
+}
+
+// -----
+// CHECK: rngd.exec holds a descriptor of class Memset
+rngd.routine @main() {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 1024>
+  rngd.exec main "memset(slices=64 base=0 bytes=64)" (%a -> %a)
+}
