@@ -2,6 +2,10 @@
 
 A chain is decoded once into a list of steps on a `State`; operands in VRF are strided views, so a stride-0 loop (a
 value used for many elements) is never expanded.
+
+What the public text leaves open is chosen as follows: FMA rounds twice (product, then sum); functions are those of numpy
+in f32, within 2 ULP; f32 sums of REDUCE follow numpy's order; integer sums of REDUCE and CLIP_ADD saturate, those of the
+fixed-point stage wrap; a NaN wins in MAX and MIN; f32 to i32 rounds to nearest even and saturates, NaN becomes 0.
 """
 
 from __future__ import annotations

@@ -1,0 +1,167 @@
+"""Speed of the simulator: `python benchmarks/simulator.py [ARTIFACT]` prints one JSON object.
+
+event_loop: instructions a second of the timing core on a random program of eight units (after compilation).
+stream_weights: bf16 weight bytes a second through contraction passes whose activations lie in TRF (decode).
+stationary_weights: multiply-accumulates a second of passes whose weights lie in TRF (prefill).
+vector: elements a second through a pass of four vector operations with a bf16 result.
+With an artifact of a decoder: seconds of its largest prefill, tokens a second of its first decode program, and the time
+to simulate their timing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from backend_rngd.artifact import open_artifact
+from backend_rngd.isa.descriptors import (
+    BROADCAST,
+    REDUCE,
+    After,
+    Alu,
+    Commit,
+    Context,
+    Contract,
+    Dtype,
+    Exec,
+    Fetch,
+    Instruction,
+    LaneMode,
+    Mode,
+    Op,
+    Operand,
+    Routine,
+    Source,
+    Stream,
+    Switch,
+    SwitchKind,
+    VectorOp,
+)
+from backend_rngd.machine import load_machine
+from runtime_sim.event_core import execute
+from runtime_sim.functional import Card, Unit
+from runtime_sim.runtime import Device
+from runtime_sim.timing import simulate
+
+
+def best(run: Callable[[], object], repeat: int = 5) -> float:
+    """Seconds of the fastest of `repeat` runs after one that warms up."""
+    run()
+    times: list[float] = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def event_loop(n: int = 1_000_000, units: int = 8) -> dict[str, float]:
+    """A random program: a third of the instructions in each context, most of them waiting for a recent one."""
+    rng = np.random.default_rng(0)
+    key = rng.integers(0, 3 * units, n)
+    queue = np.argsort(key, kind="stable")
+    start = np.searchsorted(key[queue], np.arange(3 * units + 1))
+    need = np.zeros((n, 3), np.int64)
+    for unit in range(units):
+        mine = key // 3 == unit
+        for c in range(3):
+            before = np.cumsum(key == 3 * unit + c)
+            need[mine, c] = np.where(rng.random(mine.sum()) < 0.4, np.maximum(before[mine] - 3, 0), 0)
+    transfer = key % 3 == 2
+    fixed = np.where(transfer, 500.0, rng.integers(50, 2000, n))
+    work = np.where(transfer, rng.integers(100, 4000, n).astype(np.float64), 0.0)
+    demand = np.where(transfer, 256.0, 0.0)
+    vector = ~transfer & (rng.random(n) < 0.3)
+
+    def run() -> None:
+        completed = execute(units, start, queue, need, fixed, work, demand, vector, 1536.0, True)[0]
+        assert completed == n
+
+    seconds = best(run, 3)
+    return {"instructions": n, "seconds": seconds, "instructions_per_second": n / seconds}
+
+
+def passes(op: Exec) -> float:
+    """Seconds of one pass on a unit of 64 slices with random contents."""
+    unit = Unit(Card(load_machine(), 1 << 20), 64, checks=False)
+    rng = np.random.default_rng(0)
+    unit.dm.bytes[:] = rng.integers(0, 0x3F, unit.dm.bytes.size, np.uint8)
+    unit.trf.bytes[:] = rng.integers(0, 0x3F, unit.trf.bytes.size, np.uint8)
+    if op.switch is None:
+        unit.trf.grid[...] = unit.trf.grid[0]
+    stream = Stream(0, 64, (Routine("main", (Instruction(Context.MAIN, After(), op, 0),)),), ("benchmark",))
+    return best(lambda: unit.run(stream))
+
+
+def stream_weights() -> dict[str, float]:
+    """64 slices x 64 rows of 1,024 weights against one token in TRF."""
+    rows, k = 64, 1024
+    contract = Contract(4, 2, 0, ((rows, 0, 0), (k // 32, 64, REDUCE)), 32, 5, LaneMode.INTERLEAVED)
+    commit = Commit(1 << 18, ((rows * 4, 2),), Dtype.BF16, 4)
+    seconds = passes(Exec(64, Fetch(0, ((rows * k, 2),), Dtype.BF16, 32), commit, None, contract))
+    return {"seconds": seconds, "weight_bytes_per_second": 64 * rows * k * 2 / seconds}
+
+
+def stationary_weights() -> dict[str, float]:
+    """512 tokens of 1,024 features, eight a slice, all to all, against 1,024 channels."""
+    local, k = 8, 1024
+    packets = k // 32
+    loops = ((local, 0, 0), (packets, 64, REDUCE), (64, 0, 0), (2, k * 2, BROADCAST))
+    contract = Contract(8, 2, 0, loops, 32, 5, LaneMode.INTERLEAVED)
+    commit = Commit(1 << 18, ((local * 64 * 16, 2),), Dtype.BF16, 8)
+    switch = Switch(SwitchKind.BROADCAST01, 1, 64, local * packets)
+    seconds = passes(Exec(64, Fetch(0, ((local * k, 2),), Dtype.BF16, 32), commit, switch, contract))
+    return {"seconds": seconds, "macs_per_second": 512 * 1024 * 1024 / seconds}
+
+
+def vector() -> dict[str, float]:
+    """Eight rows of 2,048 elements a slice: scale, exp, divide, add."""
+    n = 8 * 2048
+    ops = (
+        VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, 0.5)),
+        VectorOp(Alu.FP_DIV, Op.DIV, Mode.STREAM_OPERAND, Operand(Source.VRF, 0.0, 0, ((8, 0), (2048, 4)))),
+        VectorOp(Alu.CLIP_ADD, Op.ADD, Mode.STREAM_OPERAND, Operand(Source.CONST, 1.0)),
+        VectorOp(Alu.CLIP_MAX, Op.MAX, Mode.STREAM_OPERAND, Operand(Source.CONST, 0.0)),
+    )
+    fetch = Fetch(0, ((n, 2),), Dtype.BF16, 8, Dtype.F32)
+    seconds = passes(Exec(64, fetch, Commit(1 << 18, ((n, 2),), Dtype.BF16, 8), None, None, ops))
+    return {"seconds": seconds, "elements_per_second": 64 * n / seconds}
+
+
+def artifact(path: str) -> dict[str, float]:
+    """Whole programs of a decoder."""
+    opened = open_artifact(path)
+    device = Device(opened)
+    device.load()
+    out: dict[str, float] = {}
+    prefill = max((b for b in opened.buckets if b.phase == "prefill"), key=lambda b: b.input_length)
+    decode = next(b for b in opened.buckets if b.phase == "decode")
+    for name, bucket, repeat in (("prefill", prefill, 2), ("decode", decode, 5)):
+        inputs = {port.name: np.zeros(port.shape, np.int32) for port in bucket.inputs}
+        out[f"{name}_seconds"] = best(lambda bucket=bucket, inputs=inputs: device.run(bucket, inputs), repeat)
+        stream, machine = opened.stream(bucket), device.machine
+        out[f"{name}_timing_seconds"] = best(lambda stream=stream, machine=machine: simulate(stream, machine), 2)
+    out["decode_tokens_per_second"] = decode.batch / out["decode_seconds"]
+    return out
+
+
+def main() -> None:
+    """Run everything and print JSON."""
+    results: dict[str, dict[str, float]] = {
+        "event_loop": event_loop(),
+        "stream_weights": stream_weights(),
+        "stationary_weights": stationary_weights(),
+        "vector": vector(),
+    }
+    if len(sys.argv) > 1:
+        results["artifact"] = artifact(sys.argv[1])
+    json.dump(results, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()
