@@ -10,7 +10,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import BufferType, RoutineOp, buffer_type
 from backend_rngd.isa.descriptors import Space
-from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.emitter import Emitter, hbm
 from backend_rngd.lowering.function import FunctionLowering
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form, Slot, Stored, Value, Weight, in_global
@@ -82,12 +82,8 @@ class BlockLowering(FunctionLowering):
             if t.space == Space.HBM:
                 assert t.rows is not None
                 self.em.dma(
-                    t.buffer,
-                    Space.HBM,
-                    t.base,
-                    target.buffer,
-                    Space.HBM,
-                    target.base,
+                    hbm(t.buffer, t.base),
+                    hbm(target.buffer, target.base),
                     [(t.rows.physical, t.pitch, target.pitch)],
                     round_up(t.row_bytes, 8),
                 )

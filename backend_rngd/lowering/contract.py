@@ -35,7 +35,7 @@ from backend_rngd.isa.descriptors import (
     SwitchKind,
     VectorOp,
 )
-from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
@@ -151,12 +151,8 @@ class ContractLowering:
 
     def _load_weights(self, w: Matrix, tile: Tile, k0: int, k: int, buffer: SSAValue) -> None:
         self.em.dma(
-            w.buffer,
-            Space.HBM,
-            tile.start * w.pitch + k0 * 2,
-            buffer,
-            Space.DM,
-            0,
+            hbm(w.buffer, tile.start * w.pitch + k0 * 2),
+            dm(buffer),
             [(tile.slices, tile.per_slice * w.pitch, DM_SLICE_STRIDE), (tile.per_slice, w.pitch, k * 2)],
             k * 2,
         )
@@ -249,14 +245,7 @@ class ContractLowering:
             for tile, final in zip(tiles, finals, strict=True):
                 run = tile.per_slice * lanes * dtype.bytes
                 em.dma(
-                    final,
-                    Space.DM,
-                    0,
-                    output,
-                    Space.HBM,
-                    tile.start * lanes * dtype.bytes,
-                    [(tile.slices, DM_SLICE_STRIDE, run)],
-                    run,
+                    dm(final), hbm(output, tile.start * lanes * dtype.bytes), [(tile.slices, DM_SLICE_STRIDE, run)], run
                 )
             return Tensor(output, Space.HBM, dtype, _channel_major(dims, lanes * dtype.bytes), x.rows, 0, dtype.bytes)
         width = max(t.start + em.slices * t.per_slice for t in tiles)
@@ -284,12 +273,8 @@ class ContractLowering:
         if x.space == Space.HBM:
             source = self.em.alloc(x.rows.local * k * 2, "tokens")
             self.em.dma(
-                x.buffer,
-                Space.HBM,
-                offset,
-                source,
-                Space.DM,
-                0,
+                hbm(x.buffer, offset),
+                dm(source),
                 [(self.em.slices, 0, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)],
                 k * 2,
             )
@@ -355,14 +340,7 @@ class ContractLowering:
         if spilled:
             run = tile.slices * tile.per_slice * width
             em.dma(
-                target,
-                Space.DM,
-                0,
-                result.buffer,
-                Space.HBM,
-                result.base + tile.start * width,
-                [(local, pitch, result.pitch)],
-                run,
+                dm(target), hbm(result.buffer, result.base + tile.start * width), [(local, pitch, result.pitch)], run
             )
 
     # Many tokens ------------------------------------------------------------
@@ -455,12 +433,8 @@ class ContractLowering:
         assert x.rows is not None
         buffer = self.em.alloc(x.rows.local * k * 2, "tokens")
         self.em.dma(
-            x.buffer,
-            Space.HBM,
-            x.base + k0 * 2,
-            buffer,
-            Space.DM,
-            0,
+            hbm(x.buffer, x.base + k0 * 2),
+            dm(buffer),
             [(self.em.slices, x.rows.local * x.pitch, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)],
             k * 2,
         )
@@ -511,23 +485,15 @@ class ContractLowering:
             pitch = tile.slices * run
             target, base = em.alloc(local * pitch, "rows"), 0
         em.dma(
-            channels,
-            Space.DM,
-            0,
-            target,
-            Space.DM,
-            base,
+            dm(channels),
+            dm(target, base),
             [(tile.slices, DM_SLICE_STRIDE, run), (em.slices, run, DM_SLICE_STRIDE), (local, em.slices * run, pitch)],
             run,
         )
         if spilled:
             em.dma(
-                target,
-                Space.DM,
-                0,
-                result.buffer,
-                Space.HBM,
-                result.base + tile.start * width,
+                dm(target),
+                hbm(result.buffer, result.base + tile.start * width),
                 [(em.slices, DM_SLICE_STRIDE, local * result.pitch), (local, pitch, result.pitch)],
                 tile.slices * run,
             )

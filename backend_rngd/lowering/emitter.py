@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Block, Operation, SSAValue
 
-from backend_rngd.dialect import (
-    AllocOp,
-    DmaOp,
-    ExecOp,
-    GetGlobalOp,
-    GlobalOp,
-    LoadTrfOp,
-    LoadVrfOp,
-    MemsetOp,
-    ProbeOp,
-)
+from backend_rngd.dialect import AllocOp, DmaOp, ExecOp, GetGlobalOp, GlobalOp, LoadTrfOp, LoadVrfOp, MemsetOp, ProbeOp
 from backend_rngd.isa.descriptors import (
-    DM_SLICE_STRIDE,
     Commit,
     Contract,
     Dma,
@@ -40,6 +30,33 @@ from backend_rngd.machine import Machine
 
 Loops = tuple[tuple[int, int], ...]
 MAX_LOOP = 65536
+
+
+class Place(NamedTuple):
+    """A byte of a buffer; in DM, `slice * DM_SLICE_STRIDE + offset`."""
+
+    buffer: SSAValue
+    space: Space
+    base: int
+
+
+def hbm(buffer: SSAValue, base: int = 0) -> Place:
+    """A byte of an HBM buffer."""
+    return Place(buffer, Space.HBM, base)
+
+
+def dm(buffer: SSAValue, base: int = 0) -> Place:
+    """A byte of a DM buffer."""
+    return Place(buffer, Space.DM, base)
+
+
+class Offsets(NamedTuple):
+    """Byte offsets in HBM that a transfer adds to its source (gather) or destination (scatter), one step a loop."""
+
+    buffer: SSAValue
+    base: int
+    strides: Sequence[int]
+    scatter: bool = False
 
 
 def canonical(loops: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
@@ -232,32 +249,29 @@ class Emitter:
 
     def dma(
         self,
-        source: SSAValue,
-        source_space: Space,
-        source_base: int,
-        target: SSAValue,
-        target_space: Space,
-        target_base: int,
+        source: Place,
+        target: Place,
         loops: Iterable[tuple[int, int, int]],
         packet: int,
-        index: tuple[SSAValue, int, Sequence[int], bool] | None = None,
+        index: Offsets | None = None,
     ) -> None:
         """One transfer: `loops` are (size, source stride, destination stride), `packet` contiguous bytes innermost.
 
-        The packet grows over contiguous inner loops up to 4,096 bytes and shrinks to it; index = (buffer, base, strides
-        per loop, scatter).
+        The packet grows over contiguous inner loops up to 4,096 bytes and is cut to it.
         """
-        entries = [(*loop, step) for loop, step in zip(loops, index[2] if index else [0] * 99, strict=False)]
-        entries, packet = _fit_packet(entries, packet)
+        nest = list(loops)
+        steps = index.strides if index is not None else [0] * len(nest)
+        entries, packet = _fit_packet([(*loop, step) for loop, step in zip(nest, steps, strict=True)], packet)
         merged = canonical(entries)
         desc = Dma(
-            Endpoint(source_space, source_base),
-            Endpoint(target_space, target_base),
+            Endpoint(source.space, source.base),
+            Endpoint(target.space, target.base),
             tuple((n, a, b) for n, a, b, _ in merged),
             packet,
-            Index(0, index[1], tuple(i for _, _, _, i in merged), index[3]) if index else None,
+            Index(0, index.base, tuple(i for _, _, _, i in merged), index.scatter) if index else None,
         )
-        self.add(DmaOp(desc, source, target, index=index[0] if index else None, context="dma", location=self.location))
+        where = index.buffer if index is not None else None
+        self.add(DmaOp(desc, source.buffer, target.buffer, index=where, context="dma", location=self.location))
 
     def probe(self, buffer: SSAValue, value: str, layout: str) -> None:
         """Say that a `tc` value is complete in `buffer`."""
@@ -313,8 +327,3 @@ def _fit_packet(entries: list[tuple[int, int, int, int]], packet: int) -> tuple[
         else:
             out.append((n, a, b, i))
     return out, packet
-
-
-def dm_address(slice_index: int, offset: int) -> int:
-    """DMA address of a byte of DM (hardware.md 2.2: 4 MB between slices)."""
-    return slice_index * DM_SLICE_STRIDE + offset

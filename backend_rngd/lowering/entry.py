@@ -12,6 +12,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.dialect import CallOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.block import BlockLowering
+from backend_rngd.lowering.emitter import hbm
 from backend_rngd.lowering.function import FunctionLowering
 from backend_rngd.lowering.move import load_rows, store_rows
 from backend_rngd.lowering.program import INPUT_PITCH, Port
@@ -178,12 +179,8 @@ class EntryLowering(FunctionLowering):
             if v.space == Space.HBM:
                 assert v.rows is not None
                 self.em.dma(
-                    v.buffer,
-                    Space.HBM,
-                    v.base,
-                    target.buffer,
-                    Space.HBM,
-                    target.base,
+                    hbm(v.buffer, v.base),
+                    hbm(target.buffer, target.base),
                     [(v.rows.physical, v.pitch, target.pitch)],
                     round_up(v.row_bytes, 8),
                 )
@@ -208,14 +205,7 @@ class EntryLowering(FunctionLowering):
             held = Tensor(buffer, Space.HBM, t.dtype, tuple(dims), t.rows, 0, pitch)
             if t.space == Space.HBM:
                 self.em.dma(
-                    t.buffer,
-                    Space.HBM,
-                    t.base,
-                    buffer,
-                    Space.HBM,
-                    0,
-                    [(t.rows.physical, t.pitch, pitch)],
-                    round_up(t.row_bytes, 8),
+                    hbm(t.buffer, t.base), hbm(buffer), [(t.rows.physical, t.pitch, pitch)], round_up(t.row_bytes, 8)
                 )
             else:
                 store_rows(self.em, t, held, t.rows.local)

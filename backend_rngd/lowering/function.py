@@ -13,7 +13,8 @@ from xdsl.ir import Operation, SSAValue
 
 from backend_rngd.dialect import RoutineOp
 from backend_rngd.isa.descriptors import Dtype, Space
-from backend_rngd.lowering.attention import AttentionLowering, AttentionParams, Cache
+from backend_rngd.lowering.attention import AttentionLowering
+from backend_rngd.lowering.attention_head import AttentionParams, Cache
 from backend_rngd.lowering.contract import N_MULTIPLE, ContractLowering, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp

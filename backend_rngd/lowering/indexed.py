@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
-from backend_rngd.lowering.attention import Cache
-from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.attention_head import Cache
+from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
 from backend_rngd.lowering.move import load_rows, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
@@ -53,29 +53,15 @@ def embedding(
         run *= dims[i].size
     run *= dtype.bytes
     if out.space == Space.HBM:
-        em.dma(
-            table,
-            Space.HBM,
-            0,
-            out.buffer,
-            Space.HBM,
-            0,
-            [(rows.physical, 0, out.pitch)],
-            run,
-            (at, 0, [OFFSET_BYTES], False),
-        )
+        em.dma(hbm(table), hbm(out.buffer), [(rows.physical, 0, out.pitch)], run, Offsets(at, 0, [OFFSET_BYTES]))
         return out
     across = 0 if rows.replicated else rows.local * OFFSET_BYTES
     em.dma(
-        table,
-        Space.HBM,
-        0,
-        out.buffer,
-        Space.DM,
-        0,
+        hbm(table),
+        dm(out.buffer),
         [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)],
         run,
-        (at, 0, [across, OFFSET_BYTES], False),
+        Offsets(at, 0, [across, OFFSET_BYTES]),
     )
     return out
 
@@ -95,43 +81,26 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
     out = output_tensor(em, dims, x.dtype, rows, order, spill)
     run = x.row_bytes
     # Physical rows beyond the batch get row 0, so that every row is initialised.
-    em.dma(
-        x.buffer,
-        Space.HBM,
-        x.base,
-        out.buffer,
-        Space.DM,
-        0,
-        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)],
-        run,
-    )
+    em.dma(hbm(x.buffer, x.base), dm(out.buffer), [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)], run)
     step = tokens.batch_stride * x.pitch
     if rows.replicated:
         em.dma(
-            x.buffer,
-            Space.HBM,
-            x.base,
-            out.buffer,
-            Space.DM,
-            0,
+            hbm(x.buffer, x.base),
+            dm(out.buffer),
             [(em.slices, 0, DM_SLICE_STRIDE), (rows.batch, step, out.pitch)],
             run,
-            (at, 0, [0, OFFSET_BYTES], False),
+            Offsets(at, 0, [0, OFFSET_BYTES]),
         )
         return out
     for nest in rows.valid_nests():
         loops = [(n, b * step, s * DM_SLICE_STRIDE + local * out.pitch) for n, s, local, b, _ in nest.loops]
         strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
         em.dma(
-            x.buffer,
-            Space.HBM,
-            x.base + nest.token * step,
-            out.buffer,
-            Space.DM,
-            nest.slice * DM_SLICE_STRIDE,
+            hbm(x.buffer, x.base + nest.token * step),
+            dm(out.buffer, nest.slice * DM_SLICE_STRIDE),
             loops,
             run,
-            (at, nest.slice * rows.local * OFFSET_BYTES, strides, False),
+            Offsets(at, nest.slice * rows.local * OFFSET_BYTES, strides),
         )
     return out
 
@@ -147,15 +116,11 @@ def write_cache(em: Emitter, new: Tensor, cache: Cache, at: SSAValue) -> None:
         strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
         first = nest.token * cache.batch_stride if rows.length == 1 else 0
         em.dma(
-            new.buffer,
-            Space.DM,
-            new.base + nest.slice * DM_SLICE_STRIDE,
-            cache.buffer,
-            Space.HBM,
-            first,
+            dm(new.buffer, new.base + nest.slice * DM_SLICE_STRIDE),
+            hbm(cache.buffer, first),
             [*loops, (heads.size, heads.stride, cache.head_stride)],
             width.size * new.dtype.bytes,
-            (at, nest.slice * rows.local * OFFSET_BYTES, [*strides, 0], True),
+            Offsets(at, nest.slice * rows.local * OFFSET_BYTES, [*strides, 0], scatter=True),
         )
 
 
@@ -173,12 +138,8 @@ def as_keys(em: Emitter, x: Tensor) -> Cache:
         ]
         first = nest.token * (heads.size * head if rows.length == 1 else value)
         em.dma(
-            x.buffer,
-            Space.DM,
-            x.base + nest.slice * DM_SLICE_STRIDE,
-            image,
-            Space.HBM,
-            first,
+            dm(x.buffer, x.base + nest.slice * DM_SLICE_STRIDE),
+            hbm(image, first),
             [*loops, (heads.size, heads.stride, head)],
             value,
         )
@@ -196,36 +157,19 @@ def token_lengths(em: Emitter, lengths: Tensor, rows: RowSpace) -> Tensor:
         0,
         8,
     )
-    em.dma(
-        lengths.buffer,
-        Space.HBM,
-        lengths.base,
-        out.buffer,
-        Space.DM,
-        0,
-        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)],
-        8,
-    )
+    em.dma(hbm(lengths.buffer, lengths.base), dm(out.buffer), [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)], 8)
     if rows.replicated:
         em.dma(
-            lengths.buffer,
-            Space.HBM,
-            lengths.base,
-            out.buffer,
-            Space.DM,
-            0,
+            hbm(lengths.buffer, lengths.base),
+            dm(out.buffer),
             [(em.slices, 0, DM_SLICE_STRIDE), (rows.batch, 8, rows.length * 8), (rows.length, 0, 8)],
             8,
         )
     else:
         per = rows.slices_per_batch
         em.dma(
-            lengths.buffer,
-            Space.HBM,
-            lengths.base,
-            out.buffer,
-            Space.DM,
-            0,
+            hbm(lengths.buffer, lengths.base),
+            dm(out.buffer),
             [(rows.batch, 8, per * DM_SLICE_STRIDE), (per, 0, DM_SLICE_STRIDE), (rows.local, 0, 8)],
             8,
         )

@@ -10,10 +10,10 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import RoutineOp
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype
 from backend_rngd.lowering.attention import iota
 from backend_rngd.lowering.block import BlockLowering
-from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.entry import EntryLowering
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
 from backend_rngd.lowering.tensor import round_up
@@ -73,7 +73,7 @@ class Program:
             source = self.constant_global(first, name, iota(count))
             target = first.global_buffer(f"dm.{name}", "dm", count * 4, "scratch")
             loops = [(first.slices, 0, DM_SLICE_STRIDE)]
-            first.dma(source, Space.HBM, 0, target, Space.DM, 0, loops, count * 4)
+            first.dma(hbm(source), dm(target), loops, count * 4)
             for op in rest:
                 block.add_op(op)
         return buffer

@@ -6,15 +6,8 @@ from collections.abc import Sequence
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import (
-    DM_SLICE_STRIDE,
-    Commit,
-    Dtype,
-    Space,
-    Switch,
-    SwitchKind,
-)
-from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
+from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 
 
@@ -55,7 +48,7 @@ def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
         row_loops = [(em.slices, across, DM_SLICE_STRIDE), (rows, t.pitch, out.pitch)]
     else:
         row_loops = [(em.slices, 0, DM_SLICE_STRIDE)]
-    em.dma(t.buffer, Space.HBM, t.base, out.buffer, Space.DM, 0, [*row_loops, *loops], packet)
+    em.dma(hbm(t.buffer, t.base), dm(out.buffer), [*row_loops, *loops], packet)
     return out
 
 
@@ -65,7 +58,7 @@ def store_rows(em: Emitter, source: Tensor, target: Tensor, rows: int) -> None:
     loops, packet = _feature_loops(source, target)
     slices = 1 if target.rows.replicated else em.slices
     row_loops = [(slices, DM_SLICE_STRIDE, target.rows.local * target.pitch), (rows, source.pitch, target.pitch)]
-    em.dma(source.buffer, Space.DM, source.base, target.buffer, Space.HBM, target.base, [*row_loops, *loops], packet)
+    em.dma(dm(source.buffer, source.base), hbm(target.buffer, target.base), [*row_loops, *loops], packet)
 
 
 def ring_broadcast(

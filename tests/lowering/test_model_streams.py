@@ -15,7 +15,7 @@ from ir.interpreter import run as interpret
 from passes.opt import run_pipeline
 from passes.pipeline import simplify_stage, specialise_stage
 from tests.frontend.tiny import CONFIGS, save_model
-from tests.lowering.running import Run, relative
+from tests.lowering.running import Array, Run, relative
 
 # Four heads of 16: rotary halves of the smaller ones do not start on 8 B and are refused (test_elementwise).
 SIZES = {case: {} if case.startswith("gpt2") else {"hidden_size": 64} for case in CONFIGS}
@@ -34,13 +34,13 @@ def test_architecture(case: str, tmp_path: Path) -> None:
         run_pipeline(module, specialise_stage(b, s, kv if decoder else None))
         run = Run(module, cache_capacity=kv + 8, cache_batch=b)
         rng = np.random.default_rng(0)
-        values = {
+        known: dict[str, Array] = {
             "input_ids": rng.integers(3, 96, (b, s)).astype(np.int32),
             "position_ids": (np.array(starts)[:, None] + np.arange(s)).astype(np.int32),
             "last": np.full(b, s - 1, np.int32),
             "lengths": np.array([s, s - 2][:b], np.int32),
         }
-        values = {p.name: values[p.name] for p in run.lowered.inputs}
+        values: dict[str, Array] = {p.name: known[p.name] for p in run.lowered.inputs}
         for port in run.lowered.caches:
             values[port.name] = rng.standard_normal(port.shape).astype(ml_dtypes.bfloat16)
         got = run(values, captured.weights.load)
