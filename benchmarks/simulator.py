@@ -70,7 +70,8 @@ def event_loop(n: int = 1_000_000, units: int = 8) -> dict[str, float]:
         mine = key // 3 == unit
         for c in range(3):
             before = np.cumsum(key == 3 * unit + c)
-            need[mine, c] = np.where(rng.random(mine.sum()) < 0.4, np.maximum(before[mine] - 3, 0), 0)
+            waits = rng.random(int(mine.sum())) < 0.4
+            need[mine, c] = np.where(waits, np.maximum(before[mine] - 3, 0), 0)
     transfer = key % 3 == 2
     fixed = np.where(transfer, 500.0, rng.integers(50, 2000, n))
     work = np.where(transfer, rng.integers(100, 4000, n).astype(np.float64), 0.0)

@@ -160,7 +160,7 @@ class LiteralUnit:
     def switch(switch, streams):
         """Packets of every slice after the switch."""
         ring = switch.slice1 * switch.slice0
-        out = [None] * len(streams)
+        out: list[list] = [[] for _ in streams]
         for s in range(len(streams)):
             s2, a, b = s // ring, s // switch.slice0 % switch.slice1, s % switch.slice0
             if switch.kind is SwitchKind.TRANSPOSE:

@@ -232,7 +232,7 @@ def programs(draw, vector: bool) -> Stream:
     counts = [0, 0, 0]
     for _ in range(draw(st.integers(1, 25))):
         context = draw(st.sampled_from([MAIN, SUB, DMA]))
-        after = After(*(draw(st.integers(0, n)) if draw(st.booleans()) else 0 for n in counts))
+        after = After(*[draw(st.integers(0, n)) if draw(st.booleans()) else 0 for n in counts], call=0)
         size = draw(st.integers(1, 20))
         kinds = [copy(size * 20), scale(size * 20)] if vector else [copy(size * 20)]
         what = load(size << 18) if context is DMA else draw(st.sampled_from(kinds))
