@@ -25,7 +25,7 @@ MAX_FUSED = 8
 
 
 def inherit(new: Operation, *old: Operation) -> None:
-    """Give a new operation the locations of the operations it stands for, and the path of the first, whose value it has.
+    """Give a new operation the locations of those it stands for, and the path of the first, whose value it has.
 
     An operation outside of every submodule has no path; it must not get one from what is fused into it.
     """

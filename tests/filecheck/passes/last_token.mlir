@@ -45,6 +45,17 @@ func.func @main(%x: tensor<?x?x8xf32, #tc.axes<"B,S,_">>) -> tensor<?x?x8xf32, #
 
 // -----
 
+// So does an operation whose other operand runs over tokens too.
+// CHECK-LABEL: func.func @main
+func.func @main(%x: tensor<?x?x8xf32, #tc.axes<"B,S,_">>, %m: tensor<?x?x?xf32, #tc.axes<"B,S,S">>) -> tensor<?x?x8xf32, #tc.axes<"B,S,_">> attributes {arg_names = ["x", "m"], result_names = ["logits"]} {
+  // CHECK-NEXT: %[[Y:.*]] = tc.contract "b s t, b t h -> b s h" (%m, %x)
+  // CHECK-NEXT: tc.gather "a b c, a -> a c" (%[[Y]], %last)
+  %y = tc.contract "b s t, b t h -> b s h" (%m, %x) : tensor<?x?x8xf32, #tc.axes<"B,S,_">>
+  func.return %y : tensor<?x?x8xf32, #tc.axes<"B,S,_">>
+}
+
+// -----
+
 // An encoder has no logits.
 // CHECK-LABEL: func.func @main
 // CHECK-NEXT: func.return %x

@@ -17,6 +17,41 @@ func.func @transposes(%x: tensor<8x4xbf16>, %w: tensor<16x8xbf16>, %q: tensor<2x
   func.return %1, %4, %6 : tensor<4x16xbf16>, tensor<16x4xbf16>, tensor<4x2x3xbf16>
 }
 
+// Permutations that are not their own inverse.
+// CHECK-LABEL: func.func @cycles
+func.func @cycles(%x: tensor<2x3x4xbf16>, %g: tensor<3xbf16>) -> (tensor<4x2x3xbf16>, tensor<3x4x2xf32>) {
+  // CHECK-NEXT: %[[A:.*]] = tc.map "mul(a, b)" over "a b c, b -> c a b" (%x, %g) : tensor<4x2x3xbf16>
+  // CHECK-NEXT: %[[B:.*]] = tc.map "exp(a)" over "r p q -> p q r" (%x) : tensor<3x4x2xf32>
+  // CHECK-NEXT: func.return %[[A]], %[[B]]
+  %0 = tc.map "mul(a, b)" over "a b c, b -> a b c" (%x, %g) : tensor<2x3x4xbf16>
+  %1 = tc.transpose %0 [2, 0, 1] : tensor<4x2x3xbf16>
+  %2 = tc.map "a" over "x y z -> y z x" (%x) : tensor<3x4x2xbf16>
+  %3 = tc.map "exp(a)" over "p q r -> p q r" (%2) : tensor<3x4x2xf32>
+  func.return %1, %3 : tensor<4x2x3xbf16>, tensor<3x4x2xf32>
+}
+
+// A value that others read too is not computed twice for the sake of a transpose.
+// CHECK-LABEL: func.func @shared
+func.func @shared(%x: tensor<8x4xbf16>, %w: tensor<16x8xbf16>) -> (tensor<4x16xbf16>, tensor<16x4xbf16>) {
+  // CHECK-NEXT: %[[A:.*]] = tc.contract
+  // CHECK-NEXT: %[[B:.*]] = tc.transpose %[[A]] [1, 0]
+  // CHECK-NEXT: func.return %[[A]], %[[B]]
+  %0 = tc.contract "i a, o i -> a o" (%x, %w) : tensor<4x16xbf16>
+  %1 = tc.transpose %0 [1, 0] : tensor<16x4xbf16>
+  func.return %0, %1 : tensor<4x16xbf16>, tensor<16x4xbf16>
+}
+
+// CHECK-LABEL: func.func @slices
+func.func @slices(%x: tensor<4x16xbf16>, %y: tensor<4x8xbf16>) -> (tensor<4x2xbf16>, tensor<4x8xbf16>) {
+  // CHECK-NEXT: %[[A:.*]] = tc.slice %x axis 1 start 7 size 2 : tensor<4x2xbf16>
+  // CHECK-NEXT: func.return %[[A]], %y
+  %0 = tc.slice %x axis 1 start 4 size 8 : tensor<4x8xbf16>
+  %1 = tc.slice %0 axis 1 start 3 size 2 : tensor<4x2xbf16>
+  %2 = tc.concat (%x, %y) axis 1 : tensor<4x24xbf16>
+  %3 = tc.slice %2 axis 1 start 16 size 8 : tensor<4x8xbf16>
+  func.return %1, %3 : tensor<4x2xbf16>, tensor<4x8xbf16>
+}
+
 // CHECK-LABEL: func.func @identities
 func.func @identities(%x: tensor<?x8xbf16, #tc.axes<"B,_">>) -> tensor<?x8xbf16, #tc.axes<"B,_">> {
   // CHECK-NEXT: func.return %x
