@@ -5,7 +5,7 @@
 #   ./demo.sh ["a question"]
 set -eu
 cd "$(dirname "$0")"
-question=${1:-"What is the capital of France?"}
+question=${1:-"Why is the sky blue?"}
 . scripts/setup.sh
 
 out=demo-output

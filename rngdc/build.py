@@ -306,14 +306,16 @@ def _weights(
         inline = None
         if ref.inline is not None:
             inline = base64.b64encode(ref.inline.tobytes()).decode("ascii")
-        if ref.file is not None and mode == "link":
-            files[ref.file] = None
+        file = ref.file
+        if file is not None and mode == "link":
+            file = str(Path(file).absolute())
+            files[file] = None
         sources.append(
             WeightSource(
                 name=ref.name,
                 dtype=ref.dtype,
                 shape=ref.shape,
-                file=ref.file,
+                file=file,
                 offset=ref.offset or 0,
                 inline=inline,
                 seed=ref.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -140,6 +141,9 @@ def build(
         return
     from rngdc.build import BuildOptions
     from rngdc.build import build as run_build
+
+    if model.startswith((".", "/", "~")):  # a download shows its own progress, a local model only ours
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     options = BuildOptions(
         model, out, request, tensor_parallel_size, weights, auto_bfloat16_cast, trust_remote_code, revision,
