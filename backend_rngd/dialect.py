@@ -1,7 +1,7 @@
 """The `rngd` dialect: how one unit computes a routine, as a block of instructions in program order.
 
-Values are *buffers* in a memory; instructions wrap the descriptors of `backend_rngd.isa`, whose bases are relative to the
-operand buffers until emission adds the addresses.
+Values are *buffers* in a memory; instructions wrap the descriptors of `backend_rngd.isa`, whose bases are relative to
+the operand buffers until emission adds the addresses.
 
 ```mlir
 builtin.module {
@@ -9,7 +9,8 @@ builtin.module {
   rngd.routine @main() {
     %x = rngd.get_global @x : !rngd.buffer<hbm, 4096>
     %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 64>
-    rngd.dma dma "dma(source=(space=hbm base=0) destination=(space=dm base=0) loops=[64:64:4194304] packet=64)" (%x -> %a)
+    rngd.dma dma "dma(source=(space=hbm base=0) destination=(space=dm base=0) loops=[64:64:4194304] packet=64)"
+        (%x -> %a)
     rngd.call @block_0(%x)
   }
 }
@@ -19,18 +20,14 @@ builtin.module {
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import ClassVar, cast
+from typing import cast
 
-from xdsl.dialects.builtin import IntAttr, IntegerAttr, StringAttr, SymbolRefAttr, i64
-from xdsl.ir import Attribute, Block, Data, Dialect, Operation, ParametrizedAttribute, Region, SSAValue, TypeAttribute
+from xdsl.dialects.builtin import IntegerAttr, StringAttr, SymbolRefAttr
+from xdsl.ir import Attribute, Block, Dialect, Region, SSAValue
 from xdsl.irdl import (
-    AttrSizedOperandSegments,
     IRDLOperation,
-    irdl_attr_definition,
     irdl_op_definition,
     operand_def,
-    opt_operand_def,
     opt_prop_def,
     prop_def,
     region_def,
@@ -38,142 +35,61 @@ from xdsl.irdl import (
     traits_def,
     var_operand_def,
 )
-from xdsl.parser import AttrParser, Parser
+from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.traits import IsolatedFromAbove, NoTerminator, SymbolOpInterface, SymbolTable
 from xdsl.utils.exceptions import VerifyException
 
-from backend_rngd.isa.descriptors import After, Descriptor, Dma, Exec, LoadTrf, LoadVrf, Memset, Source, Space
-from backend_rngd.isa.footprint import footprint
-from backend_rngd.isa.text import (
-    TextError,
-    format_after,
-    format_descriptor,
-    parse_after,
-    parse_descriptor,
+from backend_rngd.attributes import (
+    SPACES,
+    AfterAttr,
+    BufferType,
+    DescriptorAttr,
+    buffer_type,
+    bytes_of,
+    parse_buffer,
+    shared_integer,
+    shared_string,
+    space_of,
 )
+from backend_rngd.instructions import CONTEXTS, DmaOp, ExecOp, InstructionOp, LoadTrfOp, LoadVrfOp, MemsetOp
 
-SPACES = ("hbm", "dm", "trf", "vrf")
+__all__ = [
+    "CONTEXTS",
+    "KINDS",
+    "RNGD",
+    "SPACES",
+    "AfterAttr",
+    "AllocOp",
+    "BufferType",
+    "CallOp",
+    "DescriptorAttr",
+    "DmaOp",
+    "ExecOp",
+    "GetGlobalOp",
+    "GlobalOp",
+    "InstructionOp",
+    "LoadTrfOp",
+    "LoadVrfOp",
+    "MemsetOp",
+    "ProbeOp",
+    "RoutineOp",
+    "buffer_type",
+    "bytes_of",
+    "space_of",
+]
+
 KINDS = ("weight", "cache", "input", "output", "activation", "scratch", "constant")
-CONTEXTS = ("main", "sub", "dma")
-
-
-# Attributes ----------------------------------------------------------------------------------------------------------
-@irdl_attr_definition
-class BufferType(ParametrizedAttribute, TypeAttribute):
-    """A piece of a memory: `!rngd.buffer<dm, 4096>`. Bytes in all for hbm, bytes of every slice for dm, trf and vrf."""
-
-    name = "rngd.buffer"
-    space: StringAttr
-    nbytes: IntAttr
-
-    @classmethod
-    def parse_parameters(cls, parser: AttrParser) -> Sequence[Attribute]:
-        """`<space, bytes>`."""
-        with parser.in_angle_brackets():
-            space = parser.parse_identifier("memory space")
-            parser.parse_punctuation(",")
-            nbytes = parser.parse_integer(allow_boolean=False, allow_negative=False)
-        return (_string(space), IntAttr(nbytes))
-
-    def print_parameters(self, printer: Printer) -> None:
-        """`<space, bytes>`."""
-        printer.print_string(f"<{self.space.data}, {self.nbytes.data}>")
-
-    def verify(self) -> None:
-        """Space known, size positive."""
-        if self.space.data not in SPACES:
-            raise VerifyException(f"unknown memory {self.space.data!r}: {', '.join(SPACES)}")
-        if self.nbytes.data <= 0:
-            raise VerifyException("a buffer has at least one byte")
-
-
-@lru_cache(maxsize=4096)
-def buffer_type(space: str, nbytes: int) -> BufferType:
-    """The (shared) type of a buffer."""
-    return BufferType(_string(space), IntAttr(nbytes))
-
-
-@lru_cache(maxsize=16384)
-def _string(text: str) -> StringAttr:
-    return StringAttr(text)
-
-
-@lru_cache(maxsize=4096)
-def _integer(value: int) -> IntegerAttr:
-    return IntegerAttr(value, i64)
-
-
-@irdl_attr_definition
-class DescriptorAttr(Data[Descriptor]):
-    """An instruction descriptor, printed as its assembly text: `#rngd.descriptor<"memset(slices=64 base=0 bytes=8)">`."""
-
-    name = "rngd.descriptor"
-
-    @classmethod
-    def parse_parameter(cls, parser: AttrParser) -> Descriptor:
-        """`<"text">`."""
-        with parser.in_angle_brackets():
-            return _parse_text(parser)
-
-    def print_parameter(self, printer: Printer) -> None:
-        """`<"text">`."""
-        with printer.in_angle_brackets():
-            printer.print_string_literal(format_descriptor(self.data))
-
-
-@irdl_attr_definition
-class AfterAttr(Data[After]):
-    """Dependencies of an instruction, set by `schedule`: `#rngd.after<"after(main=3)">`."""
-
-    name = "rngd.after"
-
-    @classmethod
-    def parse_parameter(cls, parser: AttrParser) -> After:
-        """`<"text">`."""
-        with parser.in_angle_brackets():
-            return _parse_after_text(parser)
-
-    def print_parameter(self, printer: Printer) -> None:
-        """`<"text">`."""
-        with printer.in_angle_brackets():
-            printer.print_string_literal(format_after(self.data))
-
-
-def _parse_text(parser: AttrParser) -> Descriptor:
-    text = parser.parse_str_literal("instruction text")
-    try:
-        return parse_descriptor(text)
-    except TextError as e:
-        parser.raise_error(str(e))
-
-
-def _parse_after_text(parser: AttrParser) -> After:
-    text = parser.parse_str_literal("dependencies")
-    try:
-        return parse_after(text)
-    except TextError as e:
-        parser.raise_error(str(e))
 
 
 # Buffers -------------------------------------------------------------------------------------------------------------
-def space_of(value: SSAValue) -> str:
-    """Memory of a buffer value."""
-    return cast(BufferType, value.type).space.data
-
-
-def bytes_of(value: SSAValue) -> int:
-    """Size of a buffer value (a slice's bytes except in HBM)."""
-    return cast(BufferType, value.type).nbytes.data
-
-
 @irdl_op_definition
 class GlobalOp(IRDLOperation):
-    """A buffer that lives as long as the program. Exists because weights, caches, inputs and outputs have one address for
-    every routine and for the host.
+    """A buffer that lives as long as the program. Exists because weights, caches, inputs and outputs have one address
+    for every routine and for the host.
 
-    `row_bytes` (caches): bytes of one batch row; the buffer is then addressed through a row register, so that a program of
-    batch 1 can serve any row.
+    `row_bytes` (caches): bytes of one batch row; the buffer is then addressed through a row register, so that a
+    program of batch 1 can serve any row.
 
     ```mlir
     rngd.global @k_0 : !rngd.buffer<hbm, 65536> kind "cache" row_bytes 16384
@@ -192,9 +108,9 @@ class GlobalOp(IRDLOperation):
         properties: dict[str, Attribute | None] = {
             "sym_name": StringAttr(name),
             "buffer_type": buffer_type(space, nbytes),
-            "kind": _string(kind),
-            "row_bytes": _integer(row_bytes) if row_bytes else None,
-            "address": None if address is None else _integer(address),
+            "kind": shared_string(kind),
+            "row_bytes": shared_integer(row_bytes) if row_bytes else None,
+            "address": None if address is None else shared_integer(address),
         }
         super().__init__(properties=properties)
 
@@ -268,9 +184,9 @@ class AllocOp(IRDLOperation):
 
     def __init__(self, space: str, nbytes: int, name: str = "", align: int = 64, address: int | None = None):
         properties: dict[str, Attribute | None] = {
-            "buffer_name": _string(name),
-            "align": _integer(align),
-            "address": None if address is None else _integer(address),
+            "buffer_name": shared_string(name),
+            "align": shared_integer(align),
+            "address": None if address is None else shared_integer(address),
         }
         super().__init__(properties=properties, result_types=[buffer_type(space, nbytes)])
 
@@ -302,270 +218,6 @@ class AllocOp(IRDLOperation):
         parser.parse_punctuation(":")
         kind = cast(BufferType, parser.parse_type())
         return cls(kind.space.data, kind.nbytes.data, name, align, address)
-
-
-def _operand(parser: Parser) -> SSAValue:
-    """A buffer that was defined before (routines are straight-line, so its type is known)."""
-    operand = parser.parse_unresolved_operand("buffer expected")
-    values = parser.ssa_values.get(operand.operand_name)
-    if values is None or operand.index >= len(values):
-        parser.raise_error(f"%{operand.operand_name} is not defined before its use", operand.span)
-    return values[operand.index]
-
-
-# Instructions --------------------------------------------------------------------------------------------------------
-class InstructionOp(IRDLOperation):
-    """What the instruction operations share: a descriptor, a context, dependencies and a source location.
-
-    Printed as `rngd.exec main "exec(...)" (%source, trf %t -> %target) after "after(main=1)" at "model.layers.0"`.
-    """
-
-    KIND: ClassVar[type]
-    ROLES: ClassVar[tuple[str, ...]]
-
-    desc = prop_def(DescriptorAttr)
-    context = prop_def(StringAttr)
-    where = prop_def(StringAttr, prop_name="location")  # Operation.location is the IR location
-    after = opt_prop_def(AfterAttr)
-
-    @property
-    def descriptor(self) -> Descriptor:
-        """The wrapped descriptor, bases relative to the operand buffers."""
-        return cast(DescriptorAttr, self.properties["desc"]).data
-
-    def roles(self) -> list[tuple[str, SSAValue]]:
-        """(role, buffer) of every operand in the order of the definition."""
-        out: list[tuple[str, SSAValue]] = []
-        for role in self.ROLES:
-            value = getattr(self, role)
-            if value is None:
-                continue
-            out += [(role, v) for v in value] if isinstance(value, (list, tuple)) else [(role, value)]
-        return out
-
-    def verify_(self) -> None:
-        """Descriptor of the right class and legal; operands in the memories that the descriptor uses."""
-        from backend_rngd.isa.legality import check
-        from backend_rngd.machine import load_machine
-
-        if not isinstance(self.descriptor, self.KIND):
-            raise VerifyException(f"{self.name} holds a descriptor of class {type(self.descriptor).__name__}")
-        if cast(StringAttr, self.properties["context"]).data not in CONTEXTS:
-            raise VerifyException(f"unknown context {self.properties['context']}: {', '.join(CONTEXTS)}")
-        for role, space in self.expected_spaces().items():
-            for found, value in self.roles():
-                if found == role and space_of(value) != space:
-                    raise VerifyException(f"operand {role} must lie in {space}, not in {space_of(value)}")
-        problems = check(self.descriptor, load_machine(), context=cast(StringAttr, self.properties["context"]).data)
-        if problems:
-            raise VerifyException("; ".join(str(p) for p in problems))
-        for (role, value), access in zip(self.touched(), footprint(self.descriptor), strict=False):
-            if access.space == "trf":
-                continue  # bases are relative to a lane, buffers are not
-            if access.low < 0 or access.high > bytes_of(value):
-                raise VerifyException(
-                    f"operand {role} has {bytes_of(value)} B, the instruction touches [{access.low}, {access.high})"
-                )
-
-    def touched(self) -> list[tuple[str, SSAValue]]:
-        """Operands in the order of the accesses of `isa.footprint`."""
-        return self.roles()
-
-    def expected_spaces(self) -> dict[str, str]:
-        """Memory of each operand role."""
-        return {"source": "dm", "second": "dm", "target": "dm", "trf": "trf", "vrf": "vrf"}
-
-    def print(self, printer: Printer) -> None:
-        """One line: context, text, operands by role, dependencies, location."""
-        printer.print_string(" " + cast(StringAttr, self.properties["context"]).data + " ")
-        printer.print_string_literal(format_descriptor(self.descriptor))
-        printer.print_string(" (")
-        for i, (role, value) in enumerate(self.roles()):
-            if i:
-                printer.print_string(" -> " if role in ("target", "destination") else ", ")
-            if role not in ("source", "target", "destination"):
-                printer.print_string(role + " ")
-            printer.print_ssa_value(value)
-        printer.print_string(")")
-        if "after" in self.properties and (text := format_after(cast(AfterAttr, self.properties["after"]).data)):
-            printer.print_string(" ")
-            printer.print_string_literal(text)
-        if location := cast(StringAttr, self.properties["location"]).data:
-            printer.print_string(" at ")
-            printer.print_string_literal(location)
-
-    @classmethod
-    def parse(cls, parser: Parser) -> InstructionOp:
-        """Inverse of `print`."""
-        context = parser.parse_identifier("context")
-        desc = _parse_text(parser)
-        operands: dict[str, list[SSAValue]] = {role: [] for role in cls.ROLES}
-        last = "destination" if "destination" in cls.ROLES else "target"
-        parser.parse_punctuation("(")
-        if cls.ROLES[0] == last:
-            operands[last].append(_operand(parser))
-        else:
-            operands["source"].append(_operand(parser))
-            while parser.parse_optional_punctuation(","):
-                role = parser.parse_identifier("operand role")
-                if role not in cls.ROLES:
-                    parser.raise_error(f"{cls.name} has no operand {role!r}: {', '.join(cls.ROLES)}")
-                operands[role].append(_operand(parser))
-            parser.parse_punctuation("->")
-            operands[last].append(_operand(parser))
-        parser.parse_punctuation(")")
-        text = parser.parse_optional_str_literal()
-        location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
-        op = cls.build(
-            operands=[operands[role] for role in cls.ROLES]
-            if len(cls.ROLES) > 2
-            else [operands[r][0] for r in cls.ROLES],
-            properties=_properties(desc, context, location),
-        )
-        if text is not None:
-            try:
-                op.properties["after"] = AfterAttr(parse_after(text))
-            except TextError as e:
-                parser.raise_error(str(e))
-        return op
-
-
-def _properties(desc: Descriptor, context: str, location: str) -> dict[str, Attribute]:
-    return {"desc": DescriptorAttr(desc), "context": _string(context), "location": _string(location)}
-
-
-@irdl_op_definition
-class ExecOp(InstructionOp):
-    """A Tensor Unit pass from `source` (and `second` in pair mode) to `target`, with the register-file buffers it reads.
-
-    `vrf` holds one buffer for each vector operation with a VRF operand, in the order of the operations.
-    """
-
-    name = "rngd.exec"
-    KIND: ClassVar[type] = Exec
-    ROLES: ClassVar[tuple[str, ...]] = ("source", "second", "trf", "vrf", "target")
-    source = operand_def(BufferType)
-    second = opt_operand_def(BufferType)
-    trf = opt_operand_def(BufferType)
-    vrf = var_operand_def(BufferType)
-    target = operand_def(BufferType)
-    irdl_options = (AttrSizedOperandSegments(as_property=True),)
-
-    def __init__(
-        self,
-        desc: Exec,
-        source: SSAValue,
-        target: SSAValue,
-        second: SSAValue | None = None,
-        trf: SSAValue | None = None,
-        vrf: Sequence[SSAValue] = (),
-        context: str = "main",
-        location: str = "",
-    ):
-        super().__init__(operands=[source, second, trf, vrf, target], properties=_properties(desc, context, location))
-
-    def verify_(self) -> None:
-        """Register-file operands are there exactly when the descriptor uses them."""
-        if not isinstance(self.descriptor, Exec):
-            raise VerifyException(f"{self.name} holds a descriptor of class {type(self.descriptor).__name__}")
-        desc = self.descriptor
-        if (self.second is None) != (desc.fetch.second is None):
-            raise VerifyException("operand second belongs to a fetch with a second tensor")
-        if (self.trf is None) != (desc.contract is None):
-            raise VerifyException("operand trf belongs to a contraction")
-        used = sum(op.operand.source == Source.VRF for op in desc.vector)
-        if used != len(self.vrf):
-            raise VerifyException(f"{used} vector operations read VRF, {len(self.vrf)} buffers given")
-        super().verify_()
-
-
-@irdl_op_definition
-class LoadTrfOp(InstructionOp):
-    """Load TRF from a DM buffer (StoTRF)."""
-
-    name = "rngd.load_trf"
-    KIND: ClassVar[type] = LoadTrf
-    ROLES: ClassVar[tuple[str, ...]] = ("source", "target")
-    source = operand_def(BufferType)
-    target = operand_def(BufferType)
-
-    def __init__(self, desc: LoadTrf, source: SSAValue, target: SSAValue, context: str = "sub", location: str = ""):
-        super().__init__(operands=[source, target], properties=_properties(desc, context, location))
-
-    def expected_spaces(self) -> dict[str, str]:
-        """DM to TRF."""
-        return {"source": "dm", "target": "trf"}
-
-
-@irdl_op_definition
-class LoadVrfOp(InstructionOp):
-    """Load VRF from a DM buffer (StoVRF)."""
-
-    name = "rngd.load_vrf"
-    KIND: ClassVar[type] = LoadVrf
-    ROLES: ClassVar[tuple[str, ...]] = ("source", "target")
-    source = operand_def(BufferType)
-    target = operand_def(BufferType)
-
-    def __init__(self, desc: LoadVrf, source: SSAValue, target: SSAValue, context: str = "sub", location: str = ""):
-        super().__init__(operands=[source, target], properties=_properties(desc, context, location))
-
-    def expected_spaces(self) -> dict[str, str]:
-        """DM to VRF."""
-        return {"source": "dm", "target": "vrf"}
-
-
-@irdl_op_definition
-class MemsetOp(InstructionOp):
-    """Fill a DM buffer with a pattern (ITOS)."""
-
-    name = "rngd.memset"
-    KIND: ClassVar[type] = Memset
-    ROLES: ClassVar[tuple[str, ...]] = ("target",)
-    target = operand_def(BufferType)
-
-    def __init__(self, desc: Memset, target: SSAValue, context: str = "sub", location: str = ""):
-        super().__init__(operands=[target], properties=_properties(desc, context, location))
-
-
-@irdl_op_definition
-class DmaOp(InstructionOp):
-    """A tensor DMA between HBM and DM buffers; `index` is the HBM buffer of byte offsets of a gather or scatter."""
-
-    name = "rngd.dma"
-    KIND: ClassVar[type] = Dma
-    ROLES: ClassVar[tuple[str, ...]] = ("source", "index", "destination")
-    source = operand_def(BufferType)
-    index = opt_operand_def(BufferType)
-    destination = operand_def(BufferType)
-    irdl_options = (AttrSizedOperandSegments(as_property=True),)
-
-    def __init__(
-        self,
-        desc: Dma,
-        source: SSAValue,
-        destination: SSAValue,
-        index: SSAValue | None = None,
-        context: str = "dma",
-        location: str = "",
-    ):
-        super().__init__(operands=[source, index, destination], properties=_properties(desc, context, location))
-
-    def expected_spaces(self) -> dict[str, str]:
-        """As the endpoints say."""
-        desc = cast(Dma, self.descriptor)
-        names = {Space.HBM: "hbm", Space.DM: "dm"}
-        return {"source": names[desc.source.space], "destination": names[desc.destination.space], "index": "hbm"}
-
-    def touched(self) -> list[tuple[str, SSAValue]]:
-        """Source, destination, index."""
-        return sorted(self.roles(), key=lambda r: ("source", "destination", "index").index(r[0]))
-
-    def verify_(self) -> None:
-        """The index buffer is there exactly when the descriptor gathers or scatters."""
-        if isinstance(self.descriptor, Dma) and (self.index is None) != (self.descriptor.index is None):
-            raise VerifyException("operand index belongs to a gather or scatter")
-        super().verify_()
 
 
 # Control -------------------------------------------------------------------------------------------------------------
@@ -632,7 +284,7 @@ class CallOp(IRDLOperation):
 
     def __init__(self, name: str, args: Sequence[SSAValue], location: str = ""):
         super().__init__(
-            operands=[list(args)], properties={"callee": SymbolRefAttr(name), "location": _string(location)}
+            operands=[list(args)], properties={"callee": SymbolRefAttr(name), "location": shared_string(location)}
         )
 
     def verify_(self) -> None:
@@ -659,7 +311,7 @@ class CallOp(IRDLOperation):
     def parse(cls, parser: Parser) -> CallOp:
         """Inverse of `print`."""
         name = parser.parse_symbol_name()
-        args = parser.parse_comma_separated_list(parser.Delimiter.PAREN, lambda: _operand(parser))
+        args = parser.parse_comma_separated_list(parser.Delimiter.PAREN, lambda: parse_buffer(parser))
         location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
         return cls(name.data, args, location)
 
@@ -679,7 +331,7 @@ class ProbeOp(IRDLOperation):
     assembly_format = "$buffer $value `layout` $layout attr-dict `:` type($buffer)"
 
     def __init__(self, buffer: SSAValue, value: str, layout: str):
-        super().__init__(operands=[buffer], properties={"value": _string(value), "layout": StringAttr(layout)})
+        super().__init__(operands=[buffer], properties={"value": shared_string(value), "layout": StringAttr(layout)})
 
 
 RNGD = Dialect(

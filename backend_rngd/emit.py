@@ -70,8 +70,8 @@ class _Locations:
 def emit(module: ModuleOp, machine: Machine, units: int = 1, slices: int | None = None) -> Emitted:
     """The streams of a module that went through `place` and `schedule`.
 
-    slices: slices of the unit (default: one PE). Routine 0 of the stream is `@main`. Raises ValueError if something is not
-    placed or scheduled, UnsupportedError for more than one unit.
+    slices: slices of the unit (default: one PE). Routine 0 of the stream is `@main`. Raises ValueError if something is
+    not placed or scheduled, UnsupportedError for more than one unit.
     """
     if units != 1:
         raise UnsupportedError(
@@ -142,7 +142,7 @@ def _routine(
             where = locations.number(item.where.data)
             out.append(Instruction(CONTEXTS[item.context.data], item.after.data, book.absolute(item), where))
         elif isinstance(item, CallOp):
-            moves = []
+            moves: list[tuple[int, int, int]] = []
             for i, value in enumerate(item.arguments):
                 at = book.of(value)
                 moves.append((FIRST_ARGUMENT_REGISTER + i, at.register, at.offset))

@@ -4,8 +4,8 @@ before: ``%a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 64>``
 after:  ``%a = rngd.alloc "a" align 64 address 4096 : !rngd.buffer<dm, 64>``
 
 A local lives from its first to its last use in its routine. Locals that live across a call lie below the area of the
-callee. Memory is reused as late as possible (next fit), so that a transfer into a new buffer seldom waits for readers of an
-old one; best fit and largest-first follow when next fit does not fit.
+callee. Memory is reused as late as possible (next fit), so that a transfer into a new buffer seldom waits for readers
+of an old one; best fit and largest-first follow when next fit does not fit.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, SymbolRefAttr, i64
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from xdsl.ir import Operation
 
 from backend_rngd.dialect import SPACES, AllocOp, BufferType, CallOp, GetGlobalOp, GlobalOp, ProbeOp, RoutineOp
@@ -189,8 +188,8 @@ def _capacity(machine: Machine, space: str) -> int:
 def place_globals(module: ModuleOp, machine: Machine, hbm_base: int = 0) -> dict[str, int]:
     """Address of every global without one; returns the first free byte of each memory.
 
-    HBM globals keep an address that is set already (a map shared by the programs of an artifact); the others follow behind
-    `hbm_base` and everything that is set, aligned to `machine.hbm_map_alignment`.
+    HBM globals keep an address that is set already (a map shared by the programs of an artifact); the others follow
+    behind `hbm_base` and everything that is set, aligned to `machine.hbm_map_alignment`.
     """
     free = {space: 0 for space in SPACES}
     free["hbm"] = hbm_base
@@ -313,4 +312,4 @@ def _callers_first(analysed: dict[str, tuple[list[_Local], list[str]]]) -> list[
 
 def global_name(op: GetGlobalOp) -> str:
     """Name of the global that a routine reads."""
-    return cast(SymbolRefAttr, op.symbol).string_value()
+    return op.symbol.string_value()

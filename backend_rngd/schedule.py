@@ -3,8 +3,8 @@
 before: ``rngd.exec main "exec(...)" (%a -> %b)``
 after:  ``rngd.exec main "exec(...)" (%a -> %b) "after(sub=2 dma=5)"``
 
-Needs placed buffers, because memory that was reused is a hazard too. Only latest conflicts count (contexts run in order), and
-waits that another wait implies are left out. Calls are barriers.
+Needs placed buffers, because memory that was reused is a hazard too. Only latest conflicts count (contexts run in
+order), and waits that another wait implies are left out. Calls are barriers.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ def check(
 ) -> list[Violation]:
     """Broken limits of one descriptor.
 
-    context: the queue it runs in ("main", "sub", "dma", "control"), or None to leave that open. absolute: addresses are final
-    (after placement), not relative to buffers, so that overlaps inside the instruction can be judged.
+    context: the queue it runs in ("main", "sub", "dma", "control"), or None to leave that open. absolute: addresses are
+    final (after placement), not relative to buffers, so that overlaps inside the instruction can be judged.
     """
     where = Context[context.upper()] if isinstance(context, str) else context
     report = Report(machine)

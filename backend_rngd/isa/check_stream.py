@@ -1,7 +1,8 @@
 """Legality of whole streams: control flow, registers, memory map, waits and races.
 
 The race check walks every routine in program order and asks, for every instruction, which earlier instructions of other
-contexts touch the same bytes; `after` must cover them (directly or through what those waited for) and must not say more.
+contexts touch the same bytes; `after` must cover them (directly or through what those waited for) and must not say
+more.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ def _check_unit(
 
 
 def _row_hits(loops: Iterable[tuple[int, int]], row: int) -> int:
-    """Consecutive steps (loops inner to outer) that stay on the same bank: strides that are multiples of a row of banks."""
+    """Consecutive steps (loops inner to outer) that stay on the same bank: strides that are multiples of a row of
+    banks."""
     hits = 1
     for size, stride in loops:
         if stride % row:

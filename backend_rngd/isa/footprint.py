@@ -1,8 +1,8 @@
 """Which bytes an instruction touches: the base of dependencies, bounds checks and memory planning.
 
 DM footprints are byte offsets inside a slice and stand for every slice (an instruction that leaves out some slices is
-treated as if it touched them; that can only add a wait). TRF bytes are numbered lane after lane: lane l of an instruction
-that uses L lanes owns bytes [l * 65536 / L, (l + 1) * 65536 / L).
+treated as if it touched them; that can only add a wait). TRF bytes are numbered lane after lane: lane l of an
+instruction that uses L lanes owns bytes [l * 65536 / L, (l + 1) * 65536 / L).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Interval = tuple[int, int]
 class Access:
     """Bytes read or written by one instruction: disjoint half-open intervals in a memory.
 
-    space: "hbm", "dm", "trf" or "vrf". register: HBM only, the address register that is added. dtype: type of the elements,
-    if the instruction knows it and the intervals hold nothing else.
+    space: "hbm", "dm", "trf" or "vrf". register: HBM only, the address register that is added. dtype: type of the
+    elements, if the instruction knows it and the intervals hold nothing else.
     """
 
     space: str
@@ -174,8 +174,8 @@ def stream_elements(fetch: Fetch) -> int:
 
 
 def footprint(desc: Descriptor) -> tuple[Access, ...]:
-    """Every access of an instruction. Bytes of a gather's or scatter's indirect side are not known here: that side counts
-    as the whole memory from its base on (HBM) and its direct bytes otherwise. A call touches nothing itself."""
+    """Every access of an instruction. Bytes of a gather's or scatter's indirect side are not known here: that side
+    counts as the whole memory from its base on (HBM) and its direct bytes otherwise. A call touches nothing itself."""
     if isinstance(desc, Exec):
         out = fetch_accesses(desc.fetch)
         if desc.contract is not None:

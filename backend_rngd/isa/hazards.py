@@ -1,7 +1,7 @@
 """What an instruction must wait for: RAW, WAR and WAW between contexts, without waits that others already imply.
 
-Contexts run in order, so a wait is a count of completed instructions, and only the latest conflicting instruction of each
-context matters. HBM needs no waits inside a unit: only the DMA context touches it, in order.
+Contexts run in order, so a wait is a count of completed instructions, and only the latest conflicting instruction of
+each context matters. HBM needs no waits inside a unit: only the DMA context touches it, in order.
 """
 
 from __future__ import annotations

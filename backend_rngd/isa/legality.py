@@ -1,7 +1,7 @@
 """Whether descriptors and streams keep the documented limits: `check` for one descriptor, `check_stream` for a program.
 
-Not limited here: the number of VRF operands of a pass (the book speaks of one register-file port chosen by tag guards, the
-lowering uses one operand an ALU) and the tag stage, which the descriptors do not have.
+Not limited here: the number of VRF operands of a pass (the book speaks of one register-file port chosen by tag guards,
+the lowering uses one operand an ALU) and the tag stage, which the descriptors do not have.
 """
 
 from __future__ import annotations

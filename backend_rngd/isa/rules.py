@@ -1,7 +1,7 @@
 """The documented limits by name, and the collector that checks report to.
 
-Every rule is a limit of the hardware (sources in hardware.md) or a canonical form. Canonical forms exist so that every field
-of an instruction counts: two different encodings of the same behaviour would hide mistakes.
+Every rule is a limit of the hardware (sources in hardware.md) or a canonical form. Canonical forms exist so that every
+field of an instruction counts: two different encodings of the same behaviour would hide mistakes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RULES: dict[str, str] = {
     # Fetch
     "slices": "a pass drives 1 to 256 slices of its unit (B:switch-engine)",
     "packet": "a fetch packet is a multiple of 8 B and divides the elements (B:fetch-engine)",
-    "flit-packet": "without a switch or contraction behind it a packet is at most a flit; of a VRF load the widest (canonical)",
+    "flit-packet": "with no switch or contraction a packet is at most a flit; of VRF loads the widest (canonical)",
     "fetch-cast": "the adapter widens bf16 and f8 to f32, i8 and i16 to i32 (B:fetch-adapter)",
     "sub-access": "the sub context fetches in accesses of exactly 8 B (B:fetch-engine)",
     "second": "an interleaved tensor has a stride for every loop (B:fetch-engine)",
@@ -63,7 +63,7 @@ RULES: dict[str, str] = {
     "overlap": "an instruction overwrites what it reads only element by element in place",
     # Register files, memset
     "context": "the context may run this instruction (B:computing-tensors/index, KK)",
-    "trf-load": "a TRF load brings operands of a contraction, a flit a packet, whole lanes (B:register-files; canonical)",
+    "trf-load": "a TRF load brings contraction operands, a flit a packet, whole lanes (B:register-files; canonical)",
     "vrf-load": "VRF holds 32-bit elements (B:register-files)",
     "memset": "memset writes multiples of 8 B with a 32-bit pattern (B:commit-adapter)",
     "stash-space": "a program that stashes leaves the last 1,024 B of VRF free (FORUM:451)",

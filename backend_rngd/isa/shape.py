@@ -98,7 +98,7 @@ def kept_steps(contract: Contract) -> int:
 
 
 def accumulator_slots(contract: Contract) -> int:
-    """Surviving time digits inside the outermost reduced one: partial sums that are live at once, per lane and column."""
+    """Surviving time digits inside the outermost reduced one: partial sums live at once, per lane and column."""
     reduced = [i for i, (_, _, flags) in enumerate(contract.loops) if flags & REDUCE]
     if not reduced:
         return 1

@@ -1,7 +1,7 @@
 """Binary form of streams: one structured table for each class of descriptor part, rows shared by equal parts.
 
-`encode` gives named numpy arrays, `decode` the stream back; `save_npz` and `load_npz` store them. References are row numbers
-(-1: absent); tuples of varying length are (offset, count) into a pool of equal width.
+`encode` gives named numpy arrays, `decode` the stream back; `save_npz` and `load_npz` store them. References are row
+numbers (-1: absent); tuples of varying length are (offset, count) into a pool of equal width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class _Writer:
 
     def part(self, value: Any) -> int:
         """Row of a dataclass instance."""
-        kind = type(value)
+        kind = cast("type[Any]", type(value))
         names, cells = _row_writer(kind)
         row: list[Any] = []
         for name, cell in zip(names, cells, strict=True):
@@ -249,7 +249,8 @@ def decode(tables: Tables) -> Stream:
     contexts = list(Context)
     try:
         instructions: list[Instruction] = []
-        for context, main, sub, dma, call, enter, kind, row, location in tables["order"].tolist():
+        rows = cast("list[tuple[int, ...]]", tables["order"].tolist())
+        for context, main, sub, dma, call, enter, kind, row, location in rows:
             what = reader.all(_KIND_LIST[kind])[row]
             after = After(main, sub, dma, call, bool(enter))
             instructions.append(Instruction(contexts[context], after, what, location))
@@ -266,7 +267,7 @@ def decode(tables: Tables) -> Stream:
 def save_npz(stream: Stream, path: str | Path) -> None:
     """Write a stream to one compressed file (exactly `path`)."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **encode(stream))
+    np.savez_compressed(buffer, allow_pickle=False, **encode(stream))
     Path(path).write_bytes(buffer.getvalue())
 
 

@@ -5,8 +5,8 @@ One instruction a line::
     main after(sub=3) exec(slices=64 fetch=(base=0 loops=[8:64 32:2] dtype=bf16 packet=32) commit=(...)) @0
 
 A descriptor is `name(field=value ...)`; fields that have their default are left out. Enumerations are lower-case names,
-tuples of varying length are `[a b c]`, tuples of fixed length (loops) are `a:b`. `@n` is the index of the source location.
-The syntax of a class follows from its dataclass fields, so that a new field needs no new syntax.
+tuples of varying length are `[a b c]`, tuples of fixed length (loops) are `a:b`. `@n` is the index of the source
+location. The syntax of a class follows from its dataclass fields, so that a new field needs no new syntax.
 """
 
 from __future__ import annotations
@@ -117,10 +117,6 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str)) or value is None
-
-
 def _union_member(kind: Any) -> Any:
     """X of `X | None`."""
     members = [m for m in get_args(kind) if m is not type(None)]
@@ -155,7 +151,7 @@ def _formatter(kind: Any) -> Formatter:
     if isinstance(kind, type) and issubclass(kind, IntEnum):
         names = {member: member.name.lower() for member in kind}
         return lambda v: names[v]
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(cast(object, kind)):
         return _fields_formatter(cast(type[Any], kind))
     raise TypeError(f"a field of type {kind} has no text form")
 
@@ -201,7 +197,7 @@ def _parser(kind: Any) -> Parser:
         return _string
     if isinstance(kind, type) and issubclass(kind, IntEnum):
         return _enum_parser(kind)
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(cast(object, kind)):
         return _fields_parser(cast(type[Any], kind))
     raise TypeError(f"a field of type {kind} has no text form")
 
@@ -356,7 +352,7 @@ def format_stream(stream: Stream) -> str:
 
 
 def parse_stream(text: str) -> Stream:
-    """Inverse of `format_stream`. Lines that are empty or start with `;` are skipped. Raises TextError with the line."""
+    """Inverse of `format_stream`. Empty lines and lines that start with `;` are skipped. Raises TextError."""
     unit = slices = 0
     locations: list[str] = []
     routines: list[tuple[str, list[Instruction]]] = []

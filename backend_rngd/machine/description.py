@@ -158,8 +158,8 @@ def _build(name: str, mode: Mode, parameters: dict[str, Parameter]) -> Machine:
 def load_machine(name: str = "rngd", mode: Mode = "documented") -> Machine:
     """Load a machine by name (a file of this package) or by path of a `.toml` file.
 
-    Raises FileNotFoundError if there is none, pydantic.ValidationError if a parameter is missing, misspelled or lacks its
-    unit, source or reason.
+    Raises FileNotFoundError if there is none, pydantic.ValidationError if a parameter is missing, misspelled or lacks
+    its unit, source or reason.
     """
     if name.endswith(".toml"):
         text = Path(name).read_text(encoding="utf-8")

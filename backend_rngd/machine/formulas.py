@@ -1,7 +1,7 @@
 """Closed forms of engine time (hardware.md 5.1), each once. All times are cycles of the 1 GHz tensor clock.
 
-The compiler's cost model and the timing simulator use the same functions. `documented` mode reproduces the worked cases of
-the public book; `silicon` mode adds the measured issue and fill costs that the machine description holds.
+The compiler's cost model and the timing simulator use the same functions. `documented` mode reproduces the worked
+cases of the public book; `silicon` mode adds the measured issue and fill costs that the machine description holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from backend_rngd.isa.descriptors import (
     Alu,
     Context,
     Dma,
-    Dtype,
     Exec,
     Fetch,
     LaneMode,
@@ -24,7 +23,6 @@ from backend_rngd.isa.descriptors import (
     Space,
 )
 from backend_rngd.isa.shape import (
-    Shape,
     access_bytes,
     after_op,
     columns,
@@ -60,7 +58,8 @@ def packet_reducer_latency(packet_elements: int) -> int:
 
 
 def contraction_cycles(packets: int, pack: int, time_broadcast: int) -> int:
-    """`packets` multiplier packets of `pack` flits, each used `time_broadcast` times: the stream delivers a flit a cycle."""
+    """`packets` multiplier packets of `pack` flits, each used `time_broadcast` times: the stream delivers a flit a
+    cycle."""
     return packets * max(pack, time_broadcast)
 
 
@@ -209,8 +208,8 @@ class DmaWork:
     """What a transfer asks of the engine and the memories.
 
     read_requests, write_requests: of at most 256 B, one a cycle. hbm_lines: 256 B lines moved in HBM in all.
-    partial_writes: HBM write requests that cover part of a granule (read-modify-write). misaligned: a slice's piece starts off
-    a 256 B boundary of HBM.
+    partial_writes: HBM write requests that cover part of a granule (read-modify-write). misaligned: a slice's piece
+    starts off a 256 B boundary of HBM.
     """
 
     read_requests: int

@@ -127,7 +127,7 @@ def vrf(elements: int = 64, source: int = 0, base: int = 0) -> LoadVrf:
     return LoadVrf(SLICES, Fetch(source, ((elements, 4),), Dtype.F32, 8), base)
 
 
-CONTEXT_OF = {
+CONTEXT_OF: dict[type, Context] = {
     Exec: Context.MAIN,
     LoadTrf: Context.SUB,
     LoadVrf: Context.SUB,

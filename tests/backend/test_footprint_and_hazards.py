@@ -144,9 +144,9 @@ def scheduled(program: Sequence[Descriptor]) -> list[Instruction]:
 def conflict(a: Descriptor, b: Descriptor) -> bool:
     for x in footprint(a):
         for y in footprint(b):
-            if x.space == y.space != "hbm" and (x.write or y.write):
-                if any(p[0] < q[1] and q[0] < p[1] for p in x.intervals for q in y.intervals):
-                    return True
+            shared = x.space == y.space != "hbm" and (x.write or y.write)
+            if shared and any(p[0] < q[1] and q[0] < p[1] for p in x.intervals for q in y.intervals):
+                return True
     return False
 
 

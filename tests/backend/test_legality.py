@@ -1,4 +1,5 @@
-"""Every rule has an instruction or stream that breaks it and nothing else, so a rule that is switched off fails here."""
+"""Every rule has an instruction or stream that breaks it and nothing else, so a rule that is switched off fails
+here."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from backend_rngd.isa.descriptors import (
     Call,
     Commit,
     Context,
+    Contract,
     Descriptor,
     Dma,
     Dtype,
@@ -80,6 +82,19 @@ def gather(**changes: object) -> Dma:
     return put(desc, **changes)
 
 
+def _index() -> Index:
+    found = gather().index
+    assert found is not None
+    return found
+
+
+def _gemm() -> Contract:
+    found = matmul().contract
+    assert found is not None
+    return found
+
+
+INDEX, GEMM = _index(), _gemm()
 STASH = Operand(Source.STASH)
 VRF = Operand(Source.VRF, base=0, loops=((64, 4),))
 ADD = constant(Alu.FP_FMA, Op.ADD)
@@ -136,10 +151,12 @@ def test_legal(name: str) -> None:
     assert check(desc, MACHINE, context, absolute=True) == []
 
 
+NINE_DIGITS = (*[(2, 0, i % 2) for i in range(6)], (2, 2048, 2), (2, 64, 3), (2, 4096, 2))
+
 # (rule, context or None, descriptor): breaks exactly this rule
 BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("loop-count", None, put(load(), loops=tuple((2, 16 * 7**i, 8 * 3 ** (8 - i)) for i in range(9)), packet=8)),
-    ("loop-count", None, matmul(16, loops=(*((2, 0, i % 2) for i in range(6)), (2, 2048, 2), (2, 64, 3), (2, 4096, 2)))),
+    ("loop-count", None, matmul(16, loops=NINE_DIGITS)),
     ("loop-size", None, Dma(Endpoint(Space.HBM, 0), Endpoint(Space.HBM, 1 << 21), ((65537, 16, 16),), 8)),
     ("loop-size", None, matmul(loops=((4, 0, 0), (4, 64, REDUCE), (0, 256, BROADCAST)))),
     ("loop-one", None, put(load(), loops=((1, 0, 0), *load().loops))),
@@ -203,12 +220,12 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("depth", None, put(fetch_of(matmul(k=256, depth=0), dtype=Dtype.I8, packet=64, loops=((2048, 1),)))),
     ("accumulators", None, put(
         matmul(channels=8 * 129), commit=Commit(32768, ((4 * 8 * 129, 4),), Dtype.F32, 8),
-        contract=put(matmul().contract, loops=((4, 0, 0), (4, 0, REDUCE), (129, 0, BROADCAST))),
+        contract=put(GEMM, loops=((4, 0, 0), (4, 0, REDUCE), (129, 0, BROADCAST))),
     )),
     ("accumulators", None, put(
         matmul(), commit=Commit(32768, ((4 * 5 * 8 * 32, 4),), Dtype.F32, 8),
         contract=put(
-            matmul().contract, depth=0, mode=LaneMode.SEQUENTIAL, trf_read=1,
+            GEMM, depth=0, mode=LaneMode.SEQUENTIAL, trf_read=1,
             loops=((4, 0, 0), (4, 64, REDUCE), (5, 256, BROADCAST)),
         ),
     )),
@@ -292,11 +309,11 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("dma-alignment", None, Call(1, ((8, 0, 4),))),
     ("dma-register", None, put(load(), destination=Endpoint(Space.DM, 0, 8))),
     ("dma-register", None, put(load(), source=Endpoint(Space.HBM, 0, 64))),
-    ("dma-register", None, gather(index=put(gather().index, register=64))),
+    ("dma-register", None, gather(index=put(INDEX, register=64))),
     ("gather", None, gather(destination=Endpoint(Space.HBM, 1 << 21), loops=((SLICES, 0, 4096), (4, 0, 256)))),
-    ("gather", None, gather(index=put(gather().index, strides=(8,)))),
-    ("gather", None, gather(index=put(gather().index, strides=(8, 2)))),
-    ("gather", None, gather(index=put(gather().index, scatter=True))),
+    ("gather", None, gather(index=put(INDEX, strides=(8,)))),
+    ("gather", None, gather(index=put(INDEX, strides=(8, 2)))),
+    ("gather", None, gather(index=put(INDEX, scatter=True))),
     ("call", None, Call(1, ((0, 0, 8),))),
     ("call", None, Call(1, ((8, 64, 8),))),
     ("call", None, Call(1, ((8, 0, 8), (8, 0, 16)))),

@@ -1,8 +1,8 @@
 """Every field counts: random single-field changes of real streams are refused, or change what the program computes.
 
-Two lowered programs (decode and prefill of a two-layer Llama) are changed one field at a time. A changed stream must break a
-rule (legality, race, bounds), stop the functional simulator (uninitialised or illegal access), or change an output or cache.
-What survives must be of a kind that is known to mean nothing here.
+Two lowered programs (decode and prefill of a two-layer Llama) are changed one field at a time. A changed stream must
+break a rule (legality, race, bounds), stop the functional simulator (uninitialised or illegal access), or change an
+output or cache. What survives must be of a kind that is known to mean nothing here.
 """
 
 from __future__ import annotations

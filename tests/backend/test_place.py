@@ -22,7 +22,7 @@ from backend_rngd.dialect import (
 )
 from backend_rngd.isa.descriptors import Memset
 from backend_rngd.machine import load_machine
-from backend_rngd.place import Request, best_fit, largest_first, next_fit, place
+from backend_rngd.place import Request, Strategy, best_fit, largest_first, next_fit, place
 from ir.errors import UserError
 
 MACHINE = load_machine()
@@ -41,8 +41,7 @@ REQUESTS = st.lists(
 @pytest.mark.parametrize("strategy", [next_fit, best_fit, largest_first])
 @given(requests=REQUESTS, base=st.integers(0, 100), room=st.integers(64, 4000))
 @settings(max_examples=200, deadline=None)
-def test_strategies(strategy: object, requests: list[Request], base: int, room: int) -> None:
-    assert callable(strategy)
+def test_strategies(strategy: Strategy, requests: list[Request], base: int, room: int) -> None:
     found = strategy(requests, base, base + room)
     if found is None:
         return
@@ -56,8 +55,7 @@ def test_strategies(strategy: object, requests: list[Request], base: int, room: 
 
 
 @pytest.mark.parametrize("strategy", [next_fit, best_fit, largest_first])
-def test_a_strategy_that_fails_says_so(strategy: object) -> None:
-    assert callable(strategy)
+def test_a_strategy_that_fails_says_so(strategy: Strategy) -> None:
     assert strategy([Request(60, 1, 0, 5), Request(60, 1, 5, 9)], 0, 100) is None
     assert strategy([Request(60, 1, 0, 5), Request(60, 1, 6, 9)], 0, 100) is not None
 
