@@ -1,1 +1,1 @@
-"""The chip: machine description, instruction set, mapping, layouts, placement, scheduling, emission and the artifact."""
+"""The chip: machine description, instruction set, lowering, placement, scheduling, emission and the artifact."""

@@ -120,7 +120,7 @@ class Switch:
 
 
 class LaneMode(IntEnum):
-    """Lane folder (hardware.md 2.8). INTERLEAVED: one column of all lanes a flit. SEQUENTIAL: 8 columns of a lane a flit."""
+    """Lane folder (hardware.md 2.8): INTERLEAVED sends a column of all lanes a flit, SEQUENTIAL 8 columns of a lane."""
 
     INTERLEAVED = 0
     SEQUENTIAL = 1

@@ -225,6 +225,7 @@ class HeadLowering:
             8,
             base,
             slices,
+            context="main",
         )
         ops = [VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, p.scale))]
         if p.softcap:
@@ -355,6 +356,7 @@ class HeadLowering:
             lanes,
             base,
             slices,
+            context="main",
         )
         packet = k_multiple(width)
         em.execute(

@@ -280,7 +280,7 @@ class ContractLowering:
             )
             offset, pitch = 0, k * 2
         loops = [(lanes // x.rows.local, 0), (x.rows.local, pitch), (k, 2)]
-        self.em.load_trf(self.em.fetch(offset, loops, Dtype.BF16, 16), source, lanes, base)
+        self.em.load_trf(self.em.fetch(offset, loops, Dtype.BF16, 16), source, lanes, base, context="main")
 
     def _weights_pass(
         self,

@@ -223,14 +223,17 @@ class Emitter:
             )
         )
 
-    def load_trf(self, fetch: Fetch, source: SSAValue, lanes: int, base: int, slices: int | None = None) -> None:
-        """Load TRF in the sub context (8 B a cycle a slice, behind the main context's work)."""
+    def load_trf(
+        self, fetch: Fetch, source: SSAValue, lanes: int, base: int, slices: int | None = None, context: str = "sub"
+    ) -> None:
+        """Load TRF: in the sub context behind the main context's work (8 B a cycle a slice), or in the main context
+        (32 B a cycle) when the next pass waits for it anyway."""
         self.add(
             LoadTrfOp(
                 LoadTrf(slices or self.slices, fetch, lanes, base),
                 source,
                 self.trf,
-                context="sub",
+                context=context,
                 location=self.location,
             )
         )
