@@ -73,7 +73,15 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     """A word-level tokenizer that knows `w3` ... and a chat template."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
     special = [
-        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": i,
+            "content": t,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for t, i in list(vocab.items())[:3]
     ]
     tokenizer = {

@@ -30,7 +30,9 @@ def test_everything_wrong_is_reported_at_once(rngdc: Command, tmp_path: Path) ->
     model = write_model(tmp_path / "m", dtype=np.float32, dtype_name="float32")
     out = tmp_path / "out"
     out.mkdir()
-    ran = rngdc("build", model, out, "-pb", "1", "-pb", "0,4", "-pb", "1,65", "-db", "a,b", "-tp", "4", "--weights", "some")
+    ran = rngdc(
+        "build", model, out, "-pb", "1", "-pb", "0,4", "-pb", "1,65", "-db", "a,b", "-tp", "4", "--weights", "some"
+    )
     refused(
         ran, "'1' cannot be understood", "'0,4'", "'a,b'", "-tp 4", "--weights 'some'", f"{out} exists",
         "-pb 1,65 is too long", "--auto-bfloat16-cast", "without a decode bucket",
