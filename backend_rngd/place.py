@@ -18,6 +18,7 @@ from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from xdsl.ir import Operation
 
 from backend_rngd.dialect import SPACES, AllocOp, BufferType, CallOp, GetGlobalOp, GlobalOp, ProbeOp, RoutineOp
+from backend_rngd.hoist import hoist, undo
 from backend_rngd.machine import Machine
 from ir.errors import Problem, UserError
 
@@ -243,11 +244,26 @@ def _peak(found: Sequence[_Local]) -> list[_Local]:
     return [item for item in found if item.request.start <= at <= item.request.end]
 
 
-def place(module: ModuleOp, machine: Machine, hbm_base: int = 0) -> dict[str, int]:
+PREFETCH_SHARES = (0.9, 0.7)  # of DM that may be in use where a transfer moved forward; less if that does not fit
+
+
+def place(module: ModuleOp, machine: Machine, hbm_base: int = 0, prefetch: bool = True) -> dict[str, int]:
     """Set the address of every global and of every local that is used; returns the highest byte used of each memory.
 
-    Raises UserError if a memory is too small, naming the largest buffers that are live together.
+    prefetch: first move transfers of weights forward (see `hoist`) as far as memory allows. Raises UserError if a memory
+    is too small, naming the largest buffers that are live together.
     """
+    for share in PREFETCH_SHARES if prefetch else ():
+        moves = hoist(module, machine, share)
+        try:
+            return place_in_order(module, machine, hbm_base)
+        except UserError:
+            undo(moves)
+    return place_in_order(module, machine, hbm_base)
+
+
+def place_in_order(module: ModuleOp, machine: Machine, hbm_base: int = 0) -> dict[str, int]:
+    """`place` without moving anything."""
     free = place_globals(module, machine, hbm_base)
     routines = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, RoutineOp)}
     analysed = {name: _locals(op) for name, op in routines.items()}

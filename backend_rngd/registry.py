@@ -15,16 +15,17 @@ from backend_rngd.machine import load_machine
 
 @dataclass(frozen=True)
 class RngdPlace(ModulePass):
-    """Addresses of globals and locals, see `backend_rngd.place`."""
+    """Addresses of globals and locals, see `backend_rngd.place`; `prefetch` moves transfers of weights forward."""
 
     name = "rngd-place"
     machine: str = "rngd"
+    prefetch: bool = True
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Place in place."""
         from backend_rngd.place import place
 
-        place(op, load_machine(self.machine))
+        place(op, load_machine(self.machine), prefetch=self.prefetch)
 
 
 @dataclass(frozen=True)

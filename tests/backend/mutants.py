@@ -124,10 +124,10 @@ def mutate(stream: Stream, rng: random.Random) -> Mutant:
 class Program:
     """A lowered `tc` module with random weights and inputs, ready to run on the functional simulator."""
 
-    def __init__(self, name: str, positions: list[int]) -> None:
+    def __init__(self, name: str, positions: list[int], prefetch: bool = True) -> None:
         module = parse_module((DATA / name).read_text("utf-8"))
         self.lowered: Lowered = lower(module, MACHINE, LoweringOptions(cache_capacity=32, cache_batch=2))
-        self.top = place(self.lowered.module, MACHINE)
+        self.top = place(self.lowered.module, MACHINE, prefetch=prefetch)
         schedule(self.lowered.module)
         self.emitted: Emitted = emit(self.lowered.module, MACHINE)
         self.stream = self.emitted.streams[0]
