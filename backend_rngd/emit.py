@@ -11,7 +11,7 @@ from xdsl.dialects.builtin import ModuleOp
 from backend_rngd.addresses import FIRST_ARGUMENT_REGISTER, AddressBook
 from backend_rngd.dialect import AllocOp, CallOp, InstructionOp, ProbeOp, RoutineOp, space_of
 from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Routine, Stream
-from backend_rngd.isa.legality import BufferSpan
+from backend_rngd.isa.legality import BufferSpan, Violation, check_stream
 from backend_rngd.machine import Machine
 from backend_rngd.schedule import CONTEXTS
 from ir.errors import UnsupportedError
@@ -57,6 +57,17 @@ class Emitted:
     locations: tuple[str, ...]
     row_registers: dict[int, int] = field(default_factory=dict[int, int])  # bytes of a batch row -> register
     buffers: tuple[BufferSpan, ...] = ()  # DM buffers, for `check_stream`
+    scratch: tuple[int, int] = (0, 0)  # address and bytes of the area of HBM locals
+
+    def check(self, machine: Machine) -> list[Violation]:
+        """Every broken rule of the streams, with the memory map and the registers of this program."""
+        regions = [(p.address, p.nbytes) for p in self.globals.values() if p.space == "hbm"]
+        if self.scratch[1]:
+            regions.append(self.scratch)
+        out: list[Violation] = []
+        for stream in self.streams:
+            out += check_stream(stream, machine, regions, self.row_registers.values(), self.buffers)
+        return out
 
 
 class _Locations:
@@ -99,7 +110,20 @@ def emit(module: ModuleOp, machine: Machine, units: int = 1, slices: int | None 
     spans = [BufferSpan(-1, 0, 0, p.address, p.nbytes, name) for name, p in places.items() if p.space == "dm"]
     for op in found:
         spans += _buffers(op, numbers[op.sym_name.data], book)
-    return Emitted((stream,), places, tuple(probes), names, dict(book.row_registers), tuple(spans))
+    rows = dict(book.row_registers)
+    return Emitted((stream,), places, tuple(probes), names, rows, tuple(spans), _scratch(found))
+
+
+def _scratch(routines: list[RoutineOp]) -> tuple[int, int]:
+    """Address and bytes of the area that HBM locals of all routines lie in."""
+    spans = [
+        (op.address.value.data, op.result.type.nbytes.data)
+        for routine in routines
+        for op in routine.block.ops
+        if isinstance(op, AllocOp) and op.result.type.space.data == "hbm" and op.address is not None
+    ]
+    low = min((a for a, _ in spans), default=0)
+    return low, max((a + n for a, n in spans), default=0) - low
 
 
 def _buffers(op: RoutineOp, number: int, book: AddressBook) -> list[BufferSpan]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import BlockArgument, Operation, SSAValue
 
@@ -23,10 +22,10 @@ from backend_rngd.dialect import AllocOp, CallOp, DmaOp, GetGlobalOp, GlobalOp, 
 from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset
 from backend_rngd.isa.footprint import Access, footprint
 from backend_rngd.isa.hazards import Hazards
+from backend_rngd.liveness import Live, constant_values, live_bytes
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import dma_time, unit_cycles
 
-CONSTANT_KINDS = frozenset({"weight", "constant"})
 CONTEXTS = {"main": Context.MAIN, "sub": Context.SUB, "dma": Context.DMA}
 
 
@@ -53,30 +52,6 @@ class Moves:
     order: list[tuple[Operation, Operation]] = field(default_factory=list[tuple[Operation, Operation]])
 
 
-def constant_values(module: ModuleOp) -> set[SSAValue]:
-    """HBM buffers that no instruction writes: weight and constant globals, and arguments always bound to them."""
-    kinds = {op.sym_name.data: op.kind.data for op in module.body.block.ops if isinstance(op, GlobalOp)}
-    routines = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, RoutineOp)}
-    bound: dict[tuple[str, int], list[SSAValue]] = {}
-    out: set[SSAValue] = set()
-    for routine in routines.values():
-        for op in routine.block.ops:
-            if isinstance(op, GetGlobalOp) and kinds.get(op.symbol.string_value()) in CONSTANT_KINDS:
-                out.add(op.result)
-            elif isinstance(op, CallOp):
-                for i, value in enumerate(op.arguments):
-                    bound.setdefault((op.callee.string_value(), i), []).append(value)
-    changed = True
-    while changed:  # callers may pass on arguments of their own
-        changed = False
-        for (name, i), values in bound.items():
-            argument = routines[name].block.args[i]
-            if argument not in out and all(v in out for v in values):
-                out.add(argument)
-                changed = True
-    return out
-
-
 def hoist(module: ModuleOp, machine: Machine, share: float = 0.9) -> Moves:
     """Move transfers in every routine; DM in use stays below `share` of the capacity where a transfer moved.
 
@@ -92,7 +67,7 @@ def hoist(module: ModuleOp, machine: Machine, share: float = 0.9) -> Moves:
     )
     for routine in module.body.block.ops:
         if isinstance(routine, RoutineOp):
-            live = _live_bytes(routine)
+            live = live_bytes(routine)
             for segment in _segments(routine):
                 _hoist_segment(segment, live, budget, constants, machine, out)
     return out
@@ -115,34 +90,6 @@ def _segments(routine: RoutineOp) -> list[list[InstructionOp]]:
         elif isinstance(op, InstructionOp):
             out[-1].append(op)
     return [segment for segment in out if segment]
-
-
-class _Live:
-    """DM bytes alive at each instruction of a routine (all segments), by index."""
-
-    def __init__(self, index: dict[Operation, int], counts: np.ndarray) -> None:
-        self.index = index
-        self.counts = counts
-
-
-def _live_bytes(routine: RoutineOp) -> _Live:
-    index: dict[Operation, int] = {}
-    first: dict[SSAValue, int] = {}
-    last: dict[SSAValue, int] = {}
-    for op in routine.block.ops:
-        if isinstance(op, (InstructionOp, CallOp)):
-            index[op] = len(index)
-        elif isinstance(op, AllocOp | GetGlobalOp):
-            continue
-        for value in op.operands:
-            if isinstance(value.owner, AllocOp) and space_of(value) == "dm":
-                at = max(len(index) - 1, 0)
-                first.setdefault(value, at)
-                last[value] = at
-    counts = np.zeros(len(index) + 1, np.int64)
-    for value, start in first.items():
-        counts[start : last[value] + 1] += bytes_of(value)
-    return _Live(index, counts)
 
 
 def _virtual(segment: Sequence[InstructionOp]) -> list[list[Access]]:
@@ -223,7 +170,7 @@ def _ready(item: _Item, items: Sequence[_Item]) -> float | None:
 
 def _hoist_segment(
     segment: Sequence[InstructionOp],
-    live: _Live,
+    live: Live,
     budget: int,
     constants: set[SSAValue],
     machine: Machine,
@@ -271,7 +218,7 @@ def _hoist_segment(
     _apply(segment, items, before, moves)
 
 
-def _fits(item: _Item, ahead: int, head: int, origin: int, live: _Live, budget: int) -> bool:
+def _fits(item: _Item, ahead: int, head: int, origin: int, live: Live, budget: int) -> bool:
     if ahead < item.earliest:
         return False
     return not item.nbytes or int(live.counts[origin + ahead : origin + head].max()) + item.nbytes <= budget

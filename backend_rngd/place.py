@@ -250,7 +250,7 @@ PREFETCH_SHARES = (0.9, 0.7)  # of DM that may be in use where a transfer moved 
 def place(module: ModuleOp, machine: Machine, hbm_base: int = 0, prefetch: bool = True) -> dict[str, int]:
     """Set the address of every global and of every local that is used; returns the highest byte used of each memory.
 
-    prefetch: first move transfers of weights forward (see `hoist`) as far as memory allows. Raises UserError if a memory
+    prefetch: first move transfers of weights forward (see `hoist`) as far as memory allows. Raises UserError if memory
     is too small, naming the largest buffers that are live together.
     """
     for share in PREFETCH_SHARES if prefetch else ():

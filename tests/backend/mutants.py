@@ -15,7 +15,7 @@ import numpy as np
 
 from backend_rngd.emit import Emitted, emit
 from backend_rngd.isa.descriptors import Instruction, Routine, Stream
-from backend_rngd.isa.legality import check_stream, errors
+from backend_rngd.isa.legality import errors
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
 from backend_rngd.machine import load_machine
 from backend_rngd.place import place
@@ -131,10 +131,6 @@ class Program:
         schedule(self.lowered.module)
         self.emitted: Emitted = emit(self.lowered.module, MACHINE)
         self.stream = self.emitted.streams[0]
-        scratch = max(g.address + g.nbytes for g in self.emitted.globals.values() if g.space == "hbm")
-        self.regions = [(g.address, g.nbytes) for g in self.emitted.globals.values() if g.space == "hbm"]
-        if self.top["hbm"] > scratch:
-            self.regions.append((scratch, self.top["hbm"] - scratch))
         # The second batch row of the caches, so that a wrong register is a wrong address.
         self.registers = {register: row for row, register in self.emitted.row_registers.items()}
         self.memory = self._memory(positions)
@@ -180,7 +176,7 @@ class Program:
 
     def verdict(self, stream: Stream) -> str:
         """How a changed stream is caught: the rule, `simulator`, `result`, or an empty string if nothing differs."""
-        found = errors(check_stream(stream, MACHINE, self.regions, self.registers, self.emitted.buffers))
+        found = errors(dataclasses.replace(self.emitted, streams=(stream,)).check(MACHINE))
         if found:
             return found[0].rule
         try:

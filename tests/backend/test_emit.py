@@ -41,7 +41,6 @@ from backend_rngd.isa.descriptors import (
     Space,
     VectorOp,
 )
-from backend_rngd.isa.legality import check_stream
 from backend_rngd.machine import load_machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
@@ -109,8 +108,15 @@ def test_caches_are_addressed_through_row_registers() -> None:
 
 def test_the_stream_is_legal() -> None:
     out = emit_of(block_module())
-    regions = [(g.address, g.nbytes) for g in out.globals.values()]
-    assert check_stream(out.streams[0], MACHINE, regions) == []
+    assert out.check(MACHINE) == []
+    (s,) = out.streams
+    table, first = s.routines[0].instructions[0], s.routines[1].instructions
+    short = [replace(b, nbytes=1020) if b.name == "y" else b for b in out.buffers]
+    assert {v.rule for v in replace(out, buffers=tuple(short)).check(MACHINE)} == {"dm-bounds"}
+    moved = replace(first[0], what=replace(first[0].what, source=Endpoint(Space.HBM, 8, 8)))
+    routines = (s.routines[0], replace(s.routines[1], instructions=(moved, *first[1:])))
+    assert {v.rule for v in replace(out, streams=(replace(s, routines=routines),)).check(MACHINE)} == {"hbm-bounds"}
+    assert isinstance(table.what, Memset)
 
 
 def test_waits_and_barriers() -> None:

@@ -22,9 +22,9 @@ from backend_rngd.dialect import (
     buffer_type,
 )
 from backend_rngd.emit import emit
-from backend_rngd.hoist import constant_values, hoist, undo
+from backend_rngd.hoist import hoist, undo
 from backend_rngd.isa.descriptors import Endpoint, Space
-from backend_rngd.isa.legality import check_stream
+from backend_rngd.liveness import constant_values
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from runtime_sim.timing import simulate
@@ -194,7 +194,7 @@ def test_results_stay_and_time_falls(name: str, positions: list[int]) -> None:
     moved = Program(f"tiny_llama_{name}.mlir", positions)
     assert moved.expected == plain.expected
     assert moved.stream != plain.stream
-    assert check_stream(moved.stream, MACHINE, moved.regions, moved.registers, moved.emitted.buffers) == []
+    assert moved.emitted.check(MACHINE) == []
     assert simulate(moved.stream, MACHINE).cycles < simulate(plain.stream, MACHINE).cycles
 
 

@@ -11,11 +11,9 @@ import random
 from functools import cache
 
 import pytest
-from mutants import Mutant, Program, mutate
+from mutants import MACHINE, Mutant, Program, mutate
 
 from backend_rngd.isa.descriptors import Dma, Exec, LoadTrf, LoadVrf, Memset
-from backend_rngd.isa.legality import check_stream
-from backend_rngd.machine import load_machine
 
 
 @cache
@@ -57,7 +55,7 @@ def survivors(count: int, seed: int) -> list[Mutant]:
 
 def test_the_programs_are_clean() -> None:
     for p in programs():
-        assert check_stream(p.stream, load_machine(), p.regions, p.registers, p.emitted.buffers) == []
+        assert p.emitted.check(MACHINE) == []
         assert p.run(p.stream) == p.expected
         assert all(any(part) for part in p.expected)
 
