@@ -58,7 +58,8 @@ def test_what_the_backend_has_no_lowering_for(rngdc: Command, tmp_path: Path) ->
     path = tmp_path / "op.mlir"
     path.write_text(
         """
-func.func @main(%x: tensor<1x8x64xbf16>, %q: tensor<1x8x64xbf16>) -> tensor<1x8x8xbf16> attributes {arg_names = ["x", "q"]} {
+func.func @main(%x: tensor<1x8x64xbf16>, %q: tensor<1x8x64xbf16>) -> tensor<1x8x8xbf16>
+    attributes {arg_names = ["x", "q"]} {
   %y = tc.contract "b s i, b t i -> b s t" (%x, %q) : tensor<1x8x8xbf16>
   func.return %y : tensor<1x8x8xbf16>
 }
