@@ -16,7 +16,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space
 from backend_rngd.lowering.attention_head import KEY_MULTIPLE, AttentionParams, Cache, HeadLowering, Rows
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
-from backend_rngd.lowering.move import ring_broadcast, ring_packet
+from backend_rngd.lowering.move import load_rows, place_of, ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir.errors import UnsupportedError
 
@@ -27,10 +27,11 @@ PairLoops = list[tuple[int, int, int, int]]  # (count, batch step, head step, sl
 class AttentionLowering:
     """Lowers one attention op."""
 
-    def __init__(self, em: Emitter, iota: SSAValue) -> None:
+    def __init__(self, em: Emitter, iota: SSAValue, spill: int) -> None:
         """iota: DM buffer with 0, 1, 2, ... as f32 in every slice, at least as long as the keys."""
         self.em = em
         self.head = HeadLowering(em, iota)
+        self.spill = spill
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
         """q `b h s d`; limit: f32 per token (8 B apart); result `b s h e` with heads and values contiguous."""
@@ -40,14 +41,16 @@ class AttentionLowering:
                 "a DMA writes multiples of 8 B (4 bf16)",
                 "use a model whose head size is a multiple of 4",
             )
-        if q.space == Space.HBM:
-            raise UnsupportedError(
-                "attention over queries that do not fit DM", "they are read per head", "use a smaller bucket"
-            )
         rows = q.rows
         assert rows is not None
         self._need_contiguous(q)
         if k.padded != k.width:
+            if q.space == Space.HBM:
+                raise UnsupportedError(
+                    f"heads of {k.width} values in a bucket this large",
+                    "padding them is done in DM",
+                    "use a smaller bucket",
+                )
             q = self._pad_heads(q, k.padded)
         return self._pairs(q, k, v, limit, p) if rows.replicated else self._tokens(q, k, v, limit, p)
 
@@ -95,7 +98,7 @@ class AttentionLowering:
         q_head = q.dims[1].stride if q.dims[1].kind == "feature" else head * 2
         out = self._output(q, v, p)
         used = rows.batch * rows.length
-        if used < rows.local:  # rows that no token uses take part in what follows
+        if used < rows.local and out.space == Space.DM:  # rows that no token uses take part in what follows
             em.memset(out.buffer, out.base + used * out.pitch, (rows.local - used) * out.pitch)
         pairs = [(b, h) for b in range(rows.batch) for h in range(p.kv_heads)]
         per_step = em.slices // p.kv_heads * p.kv_heads if rows.batch > 1 else em.slices
@@ -107,7 +110,7 @@ class AttentionLowering:
             mine = em.alloc(tokens * group * head * 2, "queries")
             lim = em.alloc(tokens * 8, "limits")
             em.dma(
-                dm(q.buffer, q.base + b0 * tokens * q.pitch + h0 * group * q_head),
+                place_of(q, b0 * tokens * q.pitch + h0 * group * q_head),
                 dm(mine),
                 [
                     *((n, b * tokens * q.pitch + h * group * q_head, s * DM_SLICE_STRIDE) for n, b, h, s in loops),
@@ -144,9 +147,9 @@ class AttentionLowering:
             run = group * v.width * 2
             em.dma(
                 dm(result),
-                dm(out.buffer, out.base + b0 * tokens * out.pitch + h0 * run),
+                place_of(out, b0 * tokens * out.pitch + h0 * run),
                 [
-                    (em.slices, 0, DM_SLICE_STRIDE),
+                    *([(em.slices, 0, DM_SLICE_STRIDE)] if out.space == Space.DM else []),
                     *((n, s * DM_SLICE_STRIDE, b * tokens * out.pitch + h * run) for n, b, h, s in loops),
                     (tokens, run, out.pitch),
                 ],
@@ -172,7 +175,19 @@ class AttentionLowering:
             Dim("feature", heads, strides[0]) if heads > 1 else Dim("one", 1),
             Dim("feature", v.width, strides[1]),
         )
+        if rows.local * pitch > self.spill:
+            buffer = self.em.alloc(rows.physical * pitch, "attention", "hbm")
+            return Tensor(buffer, Space.HBM, Dtype.BF16, dims, rows, 0, pitch)
         return Tensor(self.em.alloc(rows.local * pitch), Space.DM, Dtype.BF16, dims, rows, 0, pitch)
+
+    def _queries(self, q: Tensor, head: int, p: AttentionParams) -> Tensor:
+        """The queries of one KV head in DM, heads `b h s d`."""
+        if q.space == Space.DM:
+            return q.with_dims(q.dims, q.base + head * p.group * q.dims[1].stride)
+        part = q.slice(1, head * p.group, p.group)
+        assert part is not None
+        assert q.rows is not None
+        return load_rows(self.em, part, q.rows.local)
 
     # Many tokens: rows stay where they are, KV heads one by one -------------------------------------------------------
     def _tokens(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
@@ -182,9 +197,14 @@ class AttentionLowering:
             return self._one_token_rows(q, k, v, limit, p)
         ring = rows.slices_per_batch
         out = self._output(q, v, p)
-        q_head = q.dims[1].stride if q.dims[1].kind == "feature" else k.padded * 2
         out_head = v.width * 2
         for h in range(p.kv_heads):
+            mine = self._queries(q, h, p)
+            q_head = mine.dims[1].stride if mine.dims[1].kind == "feature" else k.padded * 2
+            goal = out
+            if out.space == Space.HBM:
+                pitch = p.group * out_head
+                goal = Tensor(em.alloc(rows.local * pitch, "values"), Space.DM, Dtype.BF16, (), rows, 0, pitch)
 
             def load(cache: Cache, start: int, count: int, h: int = h) -> SSAValue:
                 base = h * cache.head_stride + start * cache.width * 2
@@ -241,14 +261,15 @@ class AttentionLowering:
                 tokens = min(chunk, rows.local - first)
                 step = Rows(
                     tokens,
-                    q.buffer,
-                    q.base + first * q.pitch + h * p.group * q_head,
-                    q.pitch,
+                    mine.buffer,
+                    mine.base + first * mine.pitch,
+                    mine.pitch,
                     q_head,
                     limit.buffer,
                     limit.base + first * limit.pitch,
                     limit.pitch,
                 )
+                offset = first * goal.pitch + (h * p.group * out_head if goal is out else 0)
                 self.head.run(
                     step,
                     p,
@@ -256,12 +277,15 @@ class AttentionLowering:
                     v,
                     load,
                     em.slices,
-                    out.buffer,
-                    out.pitch,
+                    goal.buffer,
+                    goal.pitch,
                     out_head,
-                    out.base + first * out.pitch + h * p.group * out_head,
+                    goal.base + offset,
                     multiple=ring if k.keys % ring == 0 else KEY_MULTIPLE,
                 )
+            if goal is not out:
+                loops = [(em.slices, DM_SLICE_STRIDE, rows.local * out.pitch), (rows.local, goal.pitch, out.pitch)]
+                em.dma(dm(goal.buffer), place_of(out, h * goal.pitch), loops, goal.pitch)
         return out
 
     def _one_token_rows(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:

@@ -26,7 +26,7 @@ from backend_rngd.isa.descriptors import (
     Source,
     VectorOp,
 )
-from backend_rngd.lowering.contract import k_multiple
+from backend_rngd.lowering.contract_base import k_multiple
 from backend_rngd.lowering.emitter import Emitter, operand_loops
 from backend_rngd.lowering.tensor import round_up
 from ir.errors import UnsupportedError

@@ -234,7 +234,8 @@ class Scheduler:
     """Greedy pass former. `through_vrf(ref)` says whether a tensor can be an operand from VRF.
 
     `same_type(a, b)`: two tensors can be fetched interleaved (one fetch has one element type).
-    `last_stage`: last stage the final step may use (a reduction must still follow).
+    `repeats(ref)`: the tensor has one value for a whole row of the iteration, so as a stream it would hit one bank.
+    `final_stage`: last stage the final step may use (a reduction must still follow).
     """
 
     def __init__(
@@ -242,6 +243,7 @@ class Scheduler:
         e: ex.Expr,
         through_vrf: Callable[[Ref], bool],
         same_type: Callable[[Ref, Ref], bool],
+        repeats: Callable[[Ref], bool] = lambda _: False,
         vrf_slots: int = 4,
         final_stage: int = LAST_STAGE,
     ) -> None:
@@ -250,6 +252,7 @@ class Scheduler:
         self.nodes = builder.nodes
         self.through_vrf = through_vrf
         self.same_type = same_type
+        self.repeats = repeats
         self.vrf_slots = vrf_slots
         self.final_stage = final_stage
         self.consumers: dict[Ref, list[Ref]] = {}
@@ -296,7 +299,9 @@ class Scheduler:
         tensors = list(dict.fromkeys(a for a in node.args if a.kind != "const"))
         if node.fn == "round":
             return Step(first, None, chain.ops, first, rounded=True), chain
-        if len(tensors) == 2 and self.through_vrf(tensors[0]) and not self.through_vrf(tensors[1]):
+        # The other tensor streams if it must, or if this one would be read at the same address over and over.
+        swap = len(tensors) == 2 and self.through_vrf(tensors[0])
+        if swap and (not self.through_vrf(tensors[1]) or self.repeats(tensors[0])):
             first = tensors[1]
         step = Step(first, None, chain.ops, first)
         if len(tensors) == 2 and not any(self.through_vrf(t) for t in tensors):

@@ -15,7 +15,8 @@ from backend_rngd.dialect import RoutineOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.attention import AttentionLowering
 from backend_rngd.lowering.attention_head import AttentionParams, Cache
-from backend_rngd.lowering.contract import N_MULTIPLE, ContractLowering, Matrix, epilogue_ops, k_multiple
+from backend_rngd.lowering.contract import ContractLowering
+from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
@@ -364,11 +365,18 @@ class FunctionLowering:
                 "a cache that is read after it was updated", "updates are in place", "read the result"
             )
         new = self.tensor(op.operands[1])
-        if new.space == Space.HBM or (new.dims[3].kind == "feature" and new.dims[3].stride != new.dtype.bytes):
+        if new.dims[3].kind == "feature" and new.dims[3].stride != new.dtype.bytes:
             new = self.copy(new)
         view = self._cache(cache)
         at = self._offsets(op.operands[2], view.width * 2)
-        write_cache(self.em, new, view, at)
+        if new.space == Space.DM:
+            write_cache(self.em, new, view, at)
+        else:
+            for head in range(new.dims[1].size):  # a scatter reads DM
+                part = new.slice(1, head, 1)
+                assert part is not None
+                assert new.rows is not None
+                write_cache(self.em, load_rows(self.em, part, new.rows.local), view, at, head)
         self.env[op.results[0]] = Stored(cache.buffer, cache.shape)
 
     def _cache(self, c: Stored) -> Cache:
@@ -398,7 +406,7 @@ class FunctionLowering:
             kv_heads,
         )
         limit = self._limit(op, q.rows, causal)
-        attention = AttentionLowering(self.em, self._iota(keys.keys))
+        attention = AttentionLowering(self.em, self._iota(keys.keys), self.spill)
         if q.dims[3].kind == "feature" and q.dims[3].stride != 2:
             q = self.copy(q)
         self.env[op.results[0]] = attention.run(q, keys, values, limit, params)

@@ -7,13 +7,14 @@ one integer pass of the vector engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
 from backend_rngd.lowering.attention_head import Cache
 from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
-from backend_rngd.lowering.move import load_rows, store_rows
+from backend_rngd.lowering.move import compact_like, load_rows, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
 from ir import expr as ex
@@ -52,17 +53,20 @@ def embedding(
     for i in order:
         run *= dims[i].size
     run *= dtype.bytes
-    if out.space == Space.HBM:
-        em.dma(hbm(table), hbm(out.buffer), [(rows.physical, 0, out.pitch)], run, Offsets(at, 0, [OFFSET_BYTES]))
-        return out
     across = 0 if rows.replicated else rows.local * OFFSET_BYTES
-    em.dma(
-        hbm(table),
-        dm(out.buffer),
-        [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)],
-        run,
-        Offsets(at, 0, [across, OFFSET_BYTES]),
-    )
+    chunk = rows.local if out.space == Space.DM else max(1, spill // out.pitch)  # a gather writes DM
+    for first in range(0, rows.local, chunk):
+        count = min(chunk, rows.local - first)
+        here = out if out.space == Space.DM else compact_like(em, out, count)
+        em.dma(
+            hbm(table),
+            dm(here.buffer),
+            [(em.slices, 0, DM_SLICE_STRIDE), (count, 0, here.pitch)],
+            run,
+            Offsets(at, first * OFFSET_BYTES, [across, OFFSET_BYTES]),
+        )
+        if out.space == Space.HBM:
+            store_rows(em, here, replace(out, base=out.base + first * out.pitch), count)
     return out
 
 
@@ -105,8 +109,8 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
     return out
 
 
-def write_cache(em: Emitter, new: Tensor, cache: Cache, at: SSAValue) -> None:
-    """cache[b, k, slot, :] = new[b, k, s, :] for every token; new `b k s d`, `at` offsets of its slot."""
+def write_cache(em: Emitter, new: Tensor, cache: Cache, at: SSAValue, head: int = 0) -> None:
+    """cache[b, head + k, slot, :] = new[b, k, s, :] for every token; new `b k s d`, `at` offsets of its slot."""
     rows, heads, width = new.rows, new.dims[1], new.dims[3]
     assert rows is not None
     for nest in rows.valid_nests():
@@ -114,7 +118,7 @@ def write_cache(em: Emitter, new: Tensor, cache: Cache, at: SSAValue) -> None:
             (n, s * DM_SLICE_STRIDE + local * new.pitch, b * cache.batch_stride) for n, s, local, b, _ in nest.loops
         ]
         strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
-        first = nest.token * cache.batch_stride if rows.length == 1 else 0
+        first = head * cache.head_stride + (nest.token * cache.batch_stride if rows.length == 1 else 0)
         em.dma(
             dm(new.buffer, new.base + nest.slice * DM_SLICE_STRIDE),
             hbm(cache.buffer, first),

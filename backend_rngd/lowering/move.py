@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
-from backend_rngd.lowering.emitter import Emitter, dm, hbm
+from backend_rngd.lowering.emitter import Emitter, Place, dm, hbm
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
+
+
+def place_of(t: Tensor, offset: int = 0) -> Place:
+    """The byte `offset` of a tensor, in the memory where it lives."""
+    return Place(t.buffer, t.space, t.base + offset)
 
 
 def _feature_loops(source: Tensor, target: Tensor) -> tuple[list[tuple[int, int, int]], int]:

@@ -317,7 +317,7 @@ class _Chunk:
             self.values[step.result] = where if not last else self.values.get(step.result, where)
 
     def _scheduler(self, e: ex.Expr, final: int) -> Scheduler:
-        return Scheduler(e, self._through_vrf, self._same_type, final_stage=final)
+        return Scheduler(e, self._through_vrf, self._same_type, self._repeats, final_stage=final)
 
     # Views ------------------------------------------------------------
     def _operand(self, t: Tensor, ns: Sequence[str]) -> View:
@@ -366,6 +366,9 @@ class _Chunk:
         if inner is not None:
             sizes[inner] = round_up(sizes[inner], 4)
         return VrfShape(rows, tuple(sizes), REDUCED_SPACING if spaced else 4)
+
+    def _repeats(self, ref: Ref) -> bool:
+        return ref in self.values and self.values[ref].strides[-1] == 0
 
     def _same_type(self, a: Ref, b: Ref) -> bool:
         return self.values[a].tensor.dtype == self.values[b].tensor.dtype

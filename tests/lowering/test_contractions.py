@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend_rngd.isa.descriptors import Exec
-from backend_rngd.lowering.contract import column_tiles, split_k, trf_tiles
+from backend_rngd.lowering.contract_base import split_k
+from backend_rngd.lowering.stream_tokens import channel_groups
+from backend_rngd.lowering.stream_weights import column_tiles
 from ir import expr as ex
 from tests.lowering.running import Run, bf16, relative, tensor_text
 
@@ -109,9 +111,9 @@ def test_any_shape(tokens: tuple[int, int], k: int, n: int) -> None:
     assert run(*tokens, k, n)[1] < 4e-3
 
 
-@given(st.integers(1, 200).map(lambda v: v * 64), st.integers(1, 64).map(lambda v: v * 4))
-def test_tiles_cover_every_channel_once(rows: int, per_slice: int) -> None:
-    for tiles in (column_tiles(rows, per_slice, 64), trf_tiles(rows, 64)):
+@given(st.integers(1, 200).map(lambda v: v * 64), st.integers(1, 64).map(lambda v: v * 4), st.integers(1, 8))
+def test_tiles_cover_every_channel_once(rows: int, per_slice: int, limit: int) -> None:
+    for tiles in (column_tiles(rows, per_slice, 64), channel_groups(rows, 64, limit)):
         position = 0
         for tile in tiles:
             assert tile.start == position
@@ -119,6 +121,7 @@ def test_tiles_cover_every_channel_once(rows: int, per_slice: int) -> None:
             assert tile.per_slice % 4 == 0
             position += tile.slices * tile.per_slice
         assert position == rows
+    assert all(g.passes <= limit for g in channel_groups(rows, 64, limit))
 
 
 @given(st.integers(1, 1000).map(lambda v: v * 32), st.sampled_from([1024, 4096]))

@@ -1,0 +1,133 @@
+"""What both contraction mappings share: weights as matrices, K chunks, epilogues, TRF halves, results.
+
+Weights are `[N][K]` in HBM, K contiguous, N padded to 64 and K to a packet with zeros by the loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
+from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
+from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
+from ir import expr as ex
+
+N_MULTIPLE = 64  # output channels are padded so that every tile fills whole slices
+
+
+def k_multiple(k: int) -> int:
+    """Padding of K: a full 64 B packet (32 bf16) where K allows it, else one flit (16)."""
+    return 32 if k % 32 == 0 else 16
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight in HBM: `rows` x `k` (padded) bf16."""
+
+    buffer: SSAValue
+    rows: int
+    k: int
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of a row."""
+        return self.k * 2
+
+
+def epilogue_ops(e: ex.Expr | None) -> list[ChainOp] | None:
+    """The chain of an expression of the contraction's result and numbers, if it fits one pass after it."""
+    if e is None:
+        return []
+    try:
+        steps = Scheduler(e, lambda _: False, lambda _a, _b: True).run()
+    except DoesNotFitError:
+        return None
+    if len(steps) != 1 or steps[0].second is not None or steps[0].stash_input or steps[0].rounded:
+        return None
+    return steps[0].ops
+
+
+def vector_ops(ops: Sequence[ChainOp]) -> tuple[VectorOp, ...]:
+    """Instructions of an epilogue; its operands are numbers."""
+    out: list[VectorOp] = []
+    for op in ops:
+        operand = Operand(Source.CONST, op.arg.value) if op.arg.kind == "const" else Operand()
+        out.append(VectorOp(op.alu, op.op, op.mode, operand))
+    return tuple(out)
+
+
+def split_k(k: int, limit: int, multiple: int) -> list[tuple[int, int]]:
+    """Equal chunks (start, size) of K, each at most `limit` and a multiple of `multiple`."""
+    count = -(-k // limit)
+    size = round_up(-(-k // count), multiple)
+    return [(start, min(size, k - start)) for start in range(0, k, size)]
+
+
+class ContractionMapping:
+    """Common part of the two mappings. `half`: the TRF half used last, shared so that loads alternate."""
+
+    def __init__(self, em: Emitter, spill: int) -> None:
+        self.em = em
+        self.spill = spill
+        self.half = 0
+
+    def _next_half(self, lane_bytes: int, used: int) -> int:
+        """TRF base inside a lane: alternating halves when the operand fits half a lane."""
+        if used > lane_bytes // 2:
+            return 0
+        self.half ^= 1
+        return self.half * (lane_bytes // 2)
+
+    def _result(self, dims: Sequence[Dim], dtype: Dtype, x: Tensor, width: int) -> Tensor:
+        """A compact result with rows of at least `width` channels, in DM or, if large, in HBM."""
+        assert x.rows is not None
+        strides, pitch = feature_dims([d.size for d in dims if d.kind == "feature"], dtype.bytes)
+        pitch = max(pitch, round_up(width, 32) * dtype.bytes)
+        out: list[Dim] = []
+        position = 0
+        for d in dims:
+            if d.kind == "feature":
+                out.append(Dim("feature", d.size, strides[position]))
+                position += 1
+            else:
+                out.append(d)
+        if x.rows.local * pitch > self.spill:
+            return Tensor(
+                self.em.alloc(x.rows.physical * pitch, space="hbm"), Space.HBM, dtype, tuple(out), x.rows, 0, pitch
+            )
+        return Tensor(self.em.alloc(x.rows.local * pitch), Space.DM, dtype, tuple(out), x.rows, 0, pitch)
+
+    def _add(
+        self, acc: SSAValue, part: SSAValue, count: int, commit: Commit, target: SSAValue, vector: Sequence[VectorOp]
+    ) -> None:
+        """target = acc + part over `count` f32 elements a slice, then `vector` (which must leave FP_FMA free)."""
+        packet = 8 if count % 8 == 0 else 4
+        self.em.execute(
+            self.em.fetch(0, [(count, 4)], Dtype.F32, packet, None, (0, [4])),
+            acc,
+            commit,
+            target,
+            second=part,
+            vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01), *vector),
+        )
+
+    def _apply(
+        self, source: SSAValue, count: int, commit: Commit, target: SSAValue, vector: Sequence[VectorOp]
+    ) -> None:
+        """target = vector(source) over `count` f32 elements a slice."""
+        packet = 8 if count % 8 == 0 else 4
+        self.em.execute(self.em.fetch(0, [(count, 4)], Dtype.F32, packet), source, commit, target, vector=vector)
+
+
+def compact(count: int, dtype: Dtype) -> Commit:
+    """Commit of `count` consecutive elements a slice."""
+    return Commit(0, ((count, dtype.bytes),), dtype, 8 if count % 8 == 0 else 4)
+
+
+def needs_own_pass(vector: Sequence[VectorOp]) -> bool:
+    """Whether an epilogue uses the adder that sums the chunks of a split K."""
+    return any(op.alu == Alu.FP_FMA for op in vector)

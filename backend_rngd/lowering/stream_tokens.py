@@ -1,0 +1,242 @@
+"""Contraction with many tokens: weights stay in TRF, 16 output channels a slice (8 lanes x TimeBroadcast 2).
+
+Every slice's tokens reach all slices through the switch ring. 64 ring positions x 2 are the 128 accumulator slots of
+the time reducer, so K accumulates inside the engine. A pass yields `[token][16 channels]` in each slice; a transfer
+brings the tokens back to their slices. Several passes write channels that are neighbours, so that this transfer moves
+longer pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import (
+    BROADCAST,
+    DM_SLICE_STRIDE,
+    REDUCE,
+    Commit,
+    Contract,
+    Dtype,
+    LaneMode,
+    Space,
+    Switch,
+    SwitchKind,
+    VectorOp,
+)
+from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, k_multiple, needs_own_pass, split_k
+from backend_rngd.lowering.emitter import dm, hbm
+from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
+
+CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (hardware.md 2.8 supply limit)
+TRF_K = 1024  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
+PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
+GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
+BANK_ROW = 128  # bytes after which banks repeat: rows of results keep off its multiples (hardware.md 2.2)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Output channels [start, start + slices * passes * 16): slice j holds `passes * 16` neighbours, 16 a pass."""
+
+    start: int
+    passes: int
+    slices: int
+
+    @property
+    def per_slice(self) -> int:
+        """Channels of a slice."""
+        return self.passes * CHANNELS
+
+
+@dataclass(frozen=True)
+class _Area:
+    """Where a pass leaves its results: row r of `rows` at byte base + r * row, 16 channels."""
+
+    buffer: SSAValue
+    rows: int
+    row: int
+    dtype: Dtype
+    base: int = 0
+
+    @property
+    def commit(self) -> Commit:
+        """Commit of all rows in order."""
+        width = self.dtype.bytes
+        return Commit(self.base, ((self.rows, self.row), (CHANNELS, width)), self.dtype, 8)
+
+
+class TokensStream(ContractionMapping):
+    """`x[rows, K] . w[N, K] -> y[rows, N]` for rows spread over slices."""
+
+    def run(
+        self,
+        x: Tensor,
+        w: Matrix,
+        dims: Sequence[Dim],
+        dtype: Dtype,
+        vector: Sequence[VectorOp],
+        output: SSAValue | None,
+    ) -> Tensor:
+        """See `ContractLowering.run`."""
+        em, rows = self.em, x.rows
+        assert rows is not None
+        packet = k_multiple(w.k)
+        chunks = split_k(w.k, TRF_K, packet)
+        widest = max(k for _, k in chunks)
+        count = rows.physical
+        limit = max(1, min(8, GROUP_BYTES // (count * CHANNELS * dtype.bytes)))
+        groups = channel_groups(w.rows, em.slices, limit)
+        result = self._output(dims, dtype, x, w, output) if output is not None else self._result(dims, dtype, x, w.rows)
+        split = len(chunks) > 1
+        own_epilogue = split and needs_own_pass(vector)
+        resident = x.space == Space.DM
+        passes = [(g, t) for g in range(len(groups)) for t in range(groups[g].passes)]
+        # Tokens in HBM are brought in one K chunk at a time, for as many passes as partial sums fit.
+        batch = 1 if resident else max(1, PARTIAL_BYTES // (count * CHANNELS * 4))
+        jobs = [
+            (g, t, c)
+            for first in range(0, len(passes), batch)
+            for c in range(len(chunks))
+            for g, t in passes[first : first + batch]
+        ]
+        buffers = [em.alloc(CHANNELS * widest * 2, "weights") for _ in range(2)]
+        row = _row_bytes(max(g.per_slice for g in groups) * dtype.bytes)
+        finals = [em.alloc(count * row, "channels") for _ in range(min(2, len(groups)))]
+        partial = CHANNELS * 4
+        acc = [em.alloc(count * partial, "partial") for _ in range(batch)] if split else []
+        part = em.alloc(count * partial, "partial") if split else None
+        if any(g.slices < em.slices for g in groups):  # slices without channels take part with zero weights
+            for buffer in buffers:
+                em.memset(buffer, 0, CHANNELS * widest * 2)
+        self._load_weights(w, groups, jobs[0], chunks, buffers[0])
+        tokens, loaded = x, (-1, -1)
+        for i, (g, t, c) in enumerate(jobs):
+            if i + 1 < len(jobs):
+                self._load_weights(w, groups, jobs[i + 1], chunks, buffers[(i + 1) % 2])
+            (k0, k), last = chunks[c], c == len(chunks) - 1
+            number = passes.index((g, t))
+            if not resident and loaded != (number // batch, c):
+                tokens, loaded = self._tokens_chunk(x, k0, k), (number // batch, c)
+            base = self._next_half(em.machine.trf_bytes_per_slice // 8, 2 * k * 2)
+            em.load_trf(em.fetch(0, [(8, k * 2), (2, 8 * k * 2), (k, 2)], Dtype.BF16, 16), buffers[i % 2], 8, base)
+            final = _Area(finals[g % len(finals)], count, row, dtype, t * CHANNELS * dtype.bytes)
+            if not split:
+                self._pass(tokens, k0 if resident else 0, k, packet, base, final, vector)
+            else:
+                assert part is not None
+                mine = _Area(acc[number % batch], count, partial, Dtype.F32)
+                here = mine if c == 0 else _Area(part, count, partial, Dtype.F32)
+                self._pass(tokens, k0 if resident else 0, k, packet, base, here, ())
+                if c > 0:
+                    goal = final if last and not own_epilogue else mine
+                    ops = vector if last and not own_epilogue else ()
+                    self._add(mine.buffer, part, count * CHANNELS, goal.commit, goal.buffer, ops)
+                if last and own_epilogue:
+                    self._apply(mine.buffer, count * CHANNELS, final.commit, final.buffer, vector)
+            if last and t == groups[g].passes - 1:
+                self._rows_home(final.buffer, row, groups[g], result)
+        return result
+
+    def _output(self, dims: Sequence[Dim], dtype: Dtype, x: Tensor, w: Matrix, output: SSAValue) -> Tensor:
+        """The result in an HBM buffer of the program, rows in physical order."""
+        index = [i for i, d in enumerate(dims) if d.kind == "feature"]
+        strides, pitch = feature_dims([dims[i].size for i in index], dtype.bytes)
+        placed = list(dims)
+        for i, stride in zip(index, strides, strict=True):
+            placed[i] = Dim("feature", dims[i].size, stride)
+        return Tensor(output, Space.HBM, dtype, tuple(placed), x.rows, 0, max(pitch, w.rows * dtype.bytes))
+
+    def _load_weights(
+        self,
+        w: Matrix,
+        groups: Sequence[Group],
+        job: tuple[int, int, int],
+        chunks: Sequence[tuple[int, int]],
+        buffer: SSAValue,
+    ) -> None:
+        """16 rows of the weight to each slice of the group, one K chunk."""
+        group, (k0, k) = groups[job[0]], chunks[job[2]]
+        self.em.dma(
+            hbm(w.buffer, (group.start + job[1] * CHANNELS) * w.pitch + k0 * 2),
+            dm(buffer),
+            [(group.slices, group.per_slice * w.pitch, DM_SLICE_STRIDE), (CHANNELS, w.pitch, k * 2)],
+            k * 2,
+        )
+
+    def _tokens_chunk(self, x: Tensor, k0: int, k: int) -> Tensor:
+        rows = x.rows
+        assert rows is not None
+        buffer = self.em.alloc(rows.local * k * 2, "tokens")
+        loops = [(self.em.slices, rows.local * x.pitch, DM_SLICE_STRIDE), (rows.local, x.pitch, k * 2)]
+        self.em.dma(hbm(x.buffer, x.base + k0 * 2), dm(buffer), loops, k * 2)
+        return Tensor(buffer, Space.DM, x.dtype, (), rows, 0, k * 2)
+
+    def _pass(
+        self, x: Tensor, k0: int, k: int, packet: int, base: int, target: _Area, vector: Sequence[VectorOp]
+    ) -> None:
+        """All tokens against the 16 channels that each slice holds; rows come out as (local row, slice)."""
+        em, rows = self.em, x.rows
+        assert rows is not None
+        em.execute(
+            em.fetch(x.base + k0 * 2, [(rows.local, x.pitch), (k, 2)], Dtype.BF16, packet),
+            x.buffer,
+            target.commit,
+            target.buffer,
+            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.local * (k // packet)),
+            contract=Contract(
+                8,
+                packet // 16,
+                base,
+                ((rows.local, 0, 0), (k // packet, packet * 2, REDUCE), (em.slices, 0, 0), (2, k * 2, BROADCAST)),
+                packet,
+                packet.bit_length() - 1,
+                LaneMode.INTERLEAVED,
+            ),
+            vector=vector,
+        )
+
+    def _rows_home(self, channels: SSAValue, row: int, group: Group, result: Tensor) -> None:
+        """`[local row][slice][channel]` of every slice to rows on their own slices (and on to HBM if spilled)."""
+        em, rows = self.em, result.rows
+        assert rows is not None
+        width, local = result.dtype.bytes, rows.local
+        run = group.per_slice * width
+        target, base, pitch = result.buffer, result.base + group.start * width, result.pitch
+        spilled = result.space == Space.HBM
+        if spilled:
+            pitch = group.slices * run
+            target, base = em.alloc(local * pitch, "rows"), 0
+        loops = [
+            (group.slices, DM_SLICE_STRIDE, run),
+            (em.slices, row, DM_SLICE_STRIDE),
+            (local, em.slices * row, pitch),
+        ]
+        em.dma(dm(channels), dm(target, base), loops, run)
+        if spilled:
+            loops = [(em.slices, DM_SLICE_STRIDE, local * result.pitch), (local, pitch, result.pitch)]
+            em.dma(dm(target), hbm(result.buffer, result.base + group.start * width), loops, group.slices * run)
+
+
+def _row_bytes(nbytes: int) -> int:
+    """Bytes between rows of results: the ring writes 64 rows in a row, which must not hit one bank 64 times."""
+    return nbytes + 32 if nbytes % BANK_ROW == 0 else nbytes
+
+
+def channel_groups(rows: int, slices: int, limit: int) -> list[Group]:
+    """Groups of at most `limit` passes that cover `rows` channels (a multiple of 64) with as few passes as possible."""
+    groups: list[Group] = []
+    start, width = 0, slices * CHANNELS
+    while start < rows:
+        rest = rows - start
+        passes = -(-rest // width)
+        if passes > limit or rest % (passes * CHANNELS):
+            passes = max(1, min(limit, rest // width))
+            group = Group(start, passes, min(slices, rest // (passes * CHANNELS)))
+        else:
+            group = Group(start, passes, rest // (passes * CHANNELS))
+        groups.append(group)
+        start += group.slices * group.per_slice
+    return groups

@@ -1,0 +1,228 @@
+"""Contraction with few tokens: activations stay in TRF, one token a lane, while the weights stream from DM.
+
+Output channels are spread over slices. A pass yields `[channel][lane]` in each slice; a ring broadcast brings the rows
+back to every slice. What counts is that HBM never pauses, so the next weight tile loads while this one is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, REDUCE, Commit, Contract, Dtype, LaneMode, Space, VectorOp
+from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
+from backend_rngd.lowering.emitter import dm, hbm
+from backend_rngd.lowering.move import ring_broadcast, ring_packet
+from backend_rngd.lowering.tensor import Dim, Tensor
+
+TILE_BYTES = 96 * 1024  # one weight tile a slice; two are in flight, activations need the rest of 512 KB
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Output channels [start, start + slices * per_slice): `per_slice` in each of `slices` slices."""
+
+    start: int
+    per_slice: int
+    slices: int
+
+
+class WeightsStream(ContractionMapping):
+    """`x[rows, K] . w[N, K] -> y[rows, N]` for rows that every slice holds."""
+
+    def run(
+        self,
+        x: Tensor,
+        w: Matrix,
+        dims: Sequence[Dim],
+        dtype: Dtype,
+        vector: Sequence[VectorOp],
+        output: SSAValue | None,
+    ) -> Tensor:
+        em = self.em
+        assert x.rows is not None
+        local = x.rows.local
+        lanes = max(4, local)
+        lane_bytes = em.machine.trf_bytes_per_slice // lanes
+        packet = k_multiple(w.k)
+        chunks = split_k(w.k, lane_bytes // 2, packet)
+        widest = max(k for _, k in chunks)
+        tiles = column_tiles(w.rows, max(4, TILE_BYTES // (widest * 2) // 4 * 4), em.slices)
+        largest = max(t.per_slice for t in tiles)
+        buffers = [em.alloc(largest * widest * 2, "weights") for _ in range(min(2, len(tiles) * len(chunks)))]
+        split = len(chunks) > 1
+        own_epilogue = split and needs_own_pass(vector)
+        result_ops = () if own_epilogue else vector
+        parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if split else []
+        finals = [em.alloc(t.per_slice * lanes * dtype.bytes, "channels") for t in tiles]
+        for i, t in enumerate(tiles):
+            if t.slices < em.slices:  # the ring and the sums read every slice, also those without channels
+                for buffer, width in ((finals[i], dtype.bytes), *((p[i], 4) for p in parts)):
+                    em.memset(buffer, 0, t.per_slice * lanes * width)
+        jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
+        self._load_weights(w, tiles[0], *chunks[0], buffers[0])
+        base = 0
+        for i, (c, t) in enumerate(jobs):
+            if i + 1 < len(jobs):
+                nc, nt = jobs[i + 1]
+                self._load_weights(w, tiles[nt], *chunks[nc], buffers[(i + 1) % 2])
+            k0, k = chunks[c]
+            if t == 0:
+                base = self._next_half(lane_bytes, k * 2)
+                self._tokens_to_trf(x, k0, k, lanes, base)
+            tile, last = tiles[t], c == len(chunks) - 1
+            where = finals[t] if not split else parts[0 if c == 0 else 1][t]
+            self._weights_pass(
+                buffers[i % 2],
+                tile,
+                k,
+                packet,
+                lanes,
+                base,
+                where,
+                dtype if not split else Dtype.F32,
+                vector if not split else (),
+            )
+            count = tile.per_slice * lanes
+            if split and c > 0:
+                done = last and not own_epilogue
+                self._add(
+                    parts[0][t],
+                    parts[1][t],
+                    tile.per_slice * lanes,
+                    compact(tile.per_slice * lanes, dtype if done else Dtype.F32),
+                    finals[t] if done else parts[0][t],
+                    result_ops if done else (),
+                )
+            if last and own_epilogue:
+                count = tile.per_slice * lanes
+                self._apply(parts[0][t], count, compact(count, dtype), finals[t], vector)
+        if output is not None:
+            for tile, final in zip(tiles, finals, strict=True):
+                run = tile.per_slice * lanes * dtype.bytes
+                em.dma(
+                    dm(final), hbm(output, tile.start * lanes * dtype.bytes), [(tile.slices, DM_SLICE_STRIDE, run)], run
+                )
+            return Tensor(output, Space.HBM, dtype, channel_major(dims, lanes * dtype.bytes), x.rows, 0, dtype.bytes)
+        width = max(t.start + em.slices * t.per_slice for t in tiles)
+        result = self._result(dims, dtype, x, width)
+        for tile, final in zip(tiles, finals, strict=True):
+            self._spread(final, tile, lanes, local, dtype, result)
+        return result
+
+    def _tokens_to_trf(self, x: Tensor, k0: int, k: int, lanes: int, base: int) -> None:
+        """TRF lane l holds token l (tokens repeat when there are fewer than lanes)."""
+        assert x.rows is not None
+        source, offset, pitch = x.buffer, x.base + k0 * 2, x.pitch
+        if x.space == Space.HBM:
+            source = self.em.alloc(x.rows.local * k * 2, "tokens")
+            self.em.dma(
+                hbm(x.buffer, offset),
+                dm(source),
+                [(self.em.slices, 0, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)],
+                k * 2,
+            )
+            offset, pitch = 0, k * 2
+        loops = [(lanes // x.rows.local, 0), (x.rows.local, pitch), (k, 2)]
+        self.em.load_trf(self.em.fetch(offset, loops, Dtype.BF16, 16), source, lanes, base, context="main")
+
+    def _weights_pass(
+        self,
+        weights: SSAValue,
+        tile: Tile,
+        k: int,
+        packet: int,
+        lanes: int,
+        base: int,
+        target: SSAValue,
+        dtype: Dtype,
+        vector: Sequence[VectorOp],
+    ) -> None:
+        self.em.execute(
+            self.em.fetch(0, [(tile.per_slice, k * 2), (k, 2)], Dtype.BF16, packet),
+            weights,
+            Commit(0, ((tile.per_slice, lanes * dtype.bytes), (lanes, dtype.bytes)), dtype, lanes),
+            target,
+            slices=tile.slices,
+            contract=Contract(
+                lanes,
+                packet // 16,
+                base,
+                ((tile.per_slice, 0, 0), (k // packet, packet * 2, REDUCE)),
+                packet,
+                packet.bit_length() - 1,
+                LaneMode.INTERLEAVED,
+            ),
+            vector=vector,
+        )
+
+    def _spread(self, channels: SSAValue, tile: Tile, lanes: int, local: int, dtype: Dtype, result: Tensor) -> None:
+        """`[channel][lane]` of every slice to rows of all channels in every slice."""
+        em, width = self.em, dtype.bytes
+        target, base, pitch = result.buffer, result.base + tile.start * width, result.pitch
+        spilled = result.space == Space.HBM
+        if spilled:
+            pitch = em.slices * tile.per_slice * width
+            target, base = em.alloc(local * pitch, "rows"), 0
+        flit = 32 // width
+        packet = ring_packet(tile.per_slice, flit)
+        ring_broadcast(
+            em,
+            channels,
+            [(local, width), (tile.per_slice, lanes * width)],
+            dtype,
+            packet,
+            0,
+            em.slices,
+            target,
+            base,
+            [(local, pitch), (tile.per_slice // packet, packet * width)],
+            tile.per_slice * width,
+            [(packet, width)],
+            min(packet, flit),
+        )
+        if spilled:
+            run = tile.slices * tile.per_slice * width
+            em.dma(
+                dm(target), hbm(result.buffer, result.base + tile.start * width), [(local, pitch, result.pitch)], run
+            )
+
+    def _load_weights(self, w: Matrix, tile: Tile, k0: int, k: int, buffer: SSAValue) -> None:
+        self.em.dma(
+            hbm(w.buffer, tile.start * w.pitch + k0 * 2),
+            dm(buffer),
+            [(tile.slices, tile.per_slice * w.pitch, DM_SLICE_STRIDE), (tile.per_slice, w.pitch, k * 2)],
+            k * 2,
+        )
+
+
+def channel_major(dims: Sequence[Dim], element: int) -> tuple[Dim, ...]:
+    """Feature strides of a `[channel][lane]` image."""
+    out: list[Dim] = []
+    stride = element
+    for d in reversed(dims):
+        if d.kind == "feature":
+            out.append(Dim("feature", d.size, stride))
+            stride *= d.size
+        else:
+            out.append(d)
+    return tuple(reversed(out))
+
+
+def column_tiles(rows: int, per_slice: int, slices: int) -> list[Tile]:
+    """Tiles of `slices * per_slice` channels and a last one whose channels fill whole slices.
+
+    rows is a multiple of 64; per_slice a multiple of 4.
+    """
+    tiles: list[Tile] = []
+    start, width = 0, slices * per_slice
+    while rows - start >= width:
+        tiles.append(Tile(start, per_slice, slices))
+        start += width
+    rest = rows - start
+    if rest:
+        size = next(d for d in range(-(-rest // slices), rest + 1) if d % 4 == 0 and rest % d == 0)
+        tiles.append(Tile(start, size, rest // size))
+    return tiles

@@ -1,0 +1,48 @@
+"""Llama-3.1 at full width from its config alone: everything is legal, fits, and does not grow with depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backend_rngd.emit import Emitted, emit
+from backend_rngd.isa.legality import check_stream
+from backend_rngd.lowering import LoweringOptions, lower
+from backend_rngd.machine import load_machine
+from backend_rngd.place import place
+from backend_rngd.schedule import schedule
+from frontend.capture import capture
+from frontend.resolve import resolve_model
+from passes.opt import run_pipeline
+from passes.pipeline import simplify_stage, specialise_stage
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MACHINE = load_machine()
+
+
+def build(bucket: tuple[int, int, int], layers: int | None = None) -> Emitted:
+    captured = capture(
+        resolve_model(str(CONFIGS / "llama-3.1-8b"), need_weights=False), num_hidden_layers=layers, weights="none"
+    )
+    batch, seq, kv = bucket
+    run_pipeline(captured.module, [*simplify_stage(), *specialise_stage(batch, seq, kv)])
+    lowered = lower(captured.module, MACHINE, LoweringOptions(cache_capacity=kv, cache_batch=batch))
+    lowered.module.verify()
+    place(lowered.module, MACHINE)
+    schedule(lowered.module)
+    return emit(lowered.module, MACHINE)
+
+
+@pytest.mark.parametrize("bucket", [(1, 512, 512), (1, 1, 1024), (4, 1, 2048), (1, 1024, 1024)])
+def test_full_width_is_legal(bucket: tuple[int, int, int]) -> None:
+    stream = build(bucket).streams[0]
+    assert not check_stream(stream, MACHINE, None)
+    assert len(stream.routines) == 2  # the entry and one block for 32 layers
+
+
+def test_streams_do_not_grow_with_depth() -> None:
+    shallow, deep = (build((1, 1, 256), layers).streams[0].routines for layers in (2, 32))
+    assert len(shallow[1].instructions) == len(deep[1].instructions)
+    per_call = (len(deep[0].instructions) - len(shallow[0].instructions)) / 30
+    assert per_call <= 2  # the call, and moving a block's result into the next one's argument
