@@ -170,7 +170,6 @@ def compile_modules(
     modules: dict[BucketSpec, ModuleOp], machine: Machine, progress: Progress, dumps: Path | None = None
 ) -> Programs:
     """Streams of all buckets, verified; `dumps` gets the `rngd` modules as numbered files."""
-    from backend_rngd.isa.legality import check_stream
     from ir.text import print_module
     from rngdc.program import compile_programs
 
@@ -180,7 +179,7 @@ def compile_modules(
         directory = dumps / bucket.name
         directory.mkdir(parents=True, exist_ok=True)
         name = f"{len(list(directory.glob('*.mlir'))):02d}-rngd-{step}.mlir"
-        rest = "rngd-place,rngd-schedule" if step == "lower" else "rngd-schedule" if step == "place" else ""
+        rest = {"lower": "rngd-hoist,rngd-place,rngd-schedule", "hoist": "rngd-place,rngd-schedule"}.get(step, "")
         (directory / name).write_text(f"// rngdc opt -p '{rest}' {name}\n{print_module(module)}", "utf-8")
 
     def step(name: str, bucket: BucketSpec) -> None:
@@ -190,8 +189,7 @@ def compile_modules(
     for program in programs.programs:
         step("verify", program.bucket)
         assert program.emitted is not None
-        regions = [(0, programs.hbm.total)]
-        errors = [v for v in check_stream(program.emitted.streams[0], machine, regions) if v.severity == "error"]
+        errors = [v for v in program.emitted.check(machine) if v.severity == "error"]
         if errors:
             listed = "\n".join(f"  {v}" for v in errors[:20])
             raise AssertionError(

@@ -172,7 +172,7 @@ def _pipeline_text(auto_bfloat16_cast: bool) -> str:
             f"simplify     {spec(simplify_stage(auto_bfloat16_cast))}",
             f"specialise   {spec(specialise_stage(1, 512, 512))}  (for each bucket)",
             "map          rngd-lower",
-            "place        rngd-place",
+            "place        rngd-hoist,rngd-place",
             "schedule     rngd-schedule",
             "emit         backend_rngd.emit, isa.legality",
         ]

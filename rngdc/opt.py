@@ -12,6 +12,7 @@ from xdsl.passes import ModulePass
 from backend_rngd.machine import load_machine
 from backend_rngd.registry import get_rngd_dialects, get_rngd_passes
 from passes.opt import opt_main as run_opt
+from passes.registry import PassFactory
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ class RngdLower(ModulePass):
             op.body.block.add_op(new)
 
 
+@dataclass(frozen=True)
+class RngdHoist(ModulePass):
+    """Weights are fetched while earlier passes compute, see `backend_rngd.hoist`."""
+
+    name = "rngd-hoist"
+    machine: str = "rngd"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        """Move the transfers."""
+        from backend_rngd.hoist import hoist
+
+        hoist(op, load_machine(self.machine))
+
+
 def opt_main(argv: Sequence[str]) -> int:
     """Run the tool; returns the exit status."""
-    return run_opt(argv, get_rngd_dialects(), {"rngd-lower": lambda: RngdLower, **get_rngd_passes()})
+    own: dict[str, PassFactory] = {"rngd-lower": lambda: RngdLower, "rngd-hoist": lambda: RngdHoist}
+    return run_opt(argv, get_rngd_dialects(), own | get_rngd_passes())

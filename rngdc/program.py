@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from backend_rngd.artifact import Bucket, Cache, Constant, HbmMap, Placement, Port
 from backend_rngd.dialect import GlobalOp
 from backend_rngd.emit import Emitted, emit
+from backend_rngd.hoist import Moves, hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
 from backend_rngd.machine import Machine
 from backend_rngd.place import place
@@ -94,10 +95,13 @@ def compile_programs(
     peak: dict[str, int] = {}
     for program in programs:
         module = program.lowered.module
-        step("place", program.bucket)
         shared.set_addresses(program.lowered)
+        step("hoist", program.bucket)
+        moves = hoist(module, machine)
+        dump("hoist", program.bucket, module)
+        step("place", program.bucket)
         try:
-            top = place(module, machine, hbm.shared)
+            top = _place(module, machine, hbm.shared, moves)
         except UserError as error:
             problems += [Problem(f"{program.bucket.name}: {p.what}", p.why, p.fix) for p in error.problems]
             continue
@@ -119,7 +123,13 @@ def compile_programs(
     )  # fmt: skip
 
 
-T = TypeVar("T")
+def _place(module: ModuleOp, machine: Machine, hbm_base: int, moves: Moves) -> dict[str, int]:
+    """Place; if early transfers are what makes a memory too small, place the program in its original order."""
+    try:
+        return place(module, machine, hbm_base)
+    except UserError:
+        undo(moves)
+        return place(module, machine, hbm_base)
 
 
 class _SharedMap:
