@@ -44,14 +44,8 @@ class AttentionLowering:
         rows = q.rows
         assert rows is not None
         self._need_contiguous(q)
-        if k.padded != k.width:
-            if q.space == Space.HBM:
-                raise UnsupportedError(
-                    f"heads of {k.width} values in a bucket this large",
-                    "padding them is done in DM",
-                    "use a smaller bucket",
-                )
-            q = self._pad_heads(q, k.padded)
+        if k.padded != k.width and (q.space == Space.DM or rows.replicated):
+            q = self._pad_heads(q if q.space == Space.DM else load_rows(self.em, q, rows.local), k.padded)
         return self._pairs(q, k, v, limit, p) if rows.replicated else self._tokens(q, k, v, limit, p)
 
     def _pad_heads(self, q: Tensor, padded: int) -> Tensor:
@@ -180,14 +174,15 @@ class AttentionLowering:
             return Tensor(buffer, Space.HBM, Dtype.BF16, dims, rows, 0, pitch)
         return Tensor(self.em.alloc(rows.local * pitch), Space.DM, Dtype.BF16, dims, rows, 0, pitch)
 
-    def _queries(self, q: Tensor, head: int, p: AttentionParams) -> Tensor:
-        """The queries of one KV head in DM, heads `b h s d`."""
+    def _queries(self, q: Tensor, head: int, p: AttentionParams, padded: int) -> Tensor:
+        """The queries of one KV head in DM, `b h s d`, every head of `padded` values."""
         if q.space == Space.DM:
             return q.with_dims(q.dims, q.base + head * p.group * q.dims[1].stride)
         part = q.slice(1, head * p.group, p.group)
         assert part is not None
         assert q.rows is not None
-        return load_rows(self.em, part, q.rows.local)
+        loaded = load_rows(self.em, part, q.rows.local)
+        return loaded if padded == q.dims[3].size else self._pad_heads(loaded, padded)
 
     # Many tokens: rows stay where they are, KV heads one by one -------------------------------------------------------
     def _tokens(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
@@ -199,7 +194,7 @@ class AttentionLowering:
         out = self._output(q, v, p)
         out_head = v.width * 2
         for h in range(p.kv_heads):
-            mine = self._queries(q, h, p)
+            mine = self._queries(q, h, p, k.padded)
             q_head = mine.dims[1].stride if mine.dims[1].kind == "feature" else k.padded * 2
             goal = out
             if out.space == Space.HBM:

@@ -21,6 +21,7 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
 from backend_rngd.lowering.move import load_rows
+from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
 from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, product
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
@@ -72,10 +73,10 @@ class FunctionLowering:
         if value in self.resident:
             return self.resident[value]
         count = int(np.prod(w.shape, dtype=np.int64))
-        if count * w.dtype.bytes > self.spill:
+        if count * w.dtype.bytes > SPILL_BYTES:
             raise UnsupportedError(
                 f"a parameter of shape {w.shape} used element-wise",
-                f"it takes more than {self.spill} B of every slice",
+                f"it takes more than {SPILL_BYTES} B of every slice",
                 "use it in a contraction or a gather",
             )
         strides, pitch = feature_dims(list(w.shape), w.dtype.bytes)
@@ -351,7 +352,7 @@ class FunctionLowering:
             kept = [x.dims[rule.inputs[0].index(a)] for a in rule.output]
             self.env[op.results[0]] = Tensor(x.buffer, x.space, x.dtype, tuple(kept), index.rows, x.base, x.pitch)
             return
-        self.env[op.results[0]] = one_token(self.em, self.vector, x, self.in_dm(op.operands[1]), dims, self.spill)
+        self.env[op.results[0]] = one_token(self.em, self.vector, x, self.in_dm(op.operands[1]), dims)
 
     def op_tc_kv_update(self, op: tc.KvUpdateOp) -> None:
         """A scatter into the cache, in place."""
@@ -413,7 +414,7 @@ class FunctionLowering:
 
     def _keys(self, value: SSAValue) -> Tensor:
         t = self.tensor(value)
-        return self.copy(t) if t.dims[3].stride != t.dtype.bytes or t.space == Space.HBM else t
+        return self.copy(t) if t.dims[3].stride != t.dtype.bytes else t
 
     def _limit(self, op: tc.AttentionOp, rows: RowSpace, causal: bool) -> Tensor:
         """f32 per token: the last visible key (its position if causal, else length - 1)."""

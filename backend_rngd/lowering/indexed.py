@@ -14,7 +14,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
 from backend_rngd.lowering.attention_head import Cache
 from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
-from backend_rngd.lowering.move import compact_like, load_rows, store_rows
+from backend_rngd.lowering.move import compact_like, load_rows, place_of, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
 from ir import expr as ex
@@ -70,8 +70,8 @@ def embedding(
     return out
 
 
-def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dims: Sequence[Dim], spill: int) -> Tensor:
-    """x[b, index[b], features] for every batch row; the result has one token per batch row."""
+def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dims: Sequence[Dim]) -> Tensor:
+    """x[b, index[b], features] for every batch row; the result has one token per batch row and lies in DM."""
     tokens, rows = x.rows, index.rows
     assert tokens is not None
     assert rows is not None
@@ -82,7 +82,7 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
         x = held
     at = offsets(em, vector, index, x.pitch)
     order = [i for i, d in enumerate(dims) if d.kind == "feature"]
-    out = output_tensor(em, dims, x.dtype, rows, order, spill)
+    out = output_tensor(em, dims, x.dtype, rows, order, em.machine.dm_slice_bytes)
     run = x.row_bytes
     # Physical rows beyond the batch get row 0, so that every row is initialised.
     em.dma(hbm(x.buffer, x.base), dm(out.buffer), [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)], run)
@@ -135,14 +135,14 @@ def as_keys(em: Emitter, x: Tensor) -> Cache:
     value = width.size * x.dtype.bytes
     head = rows.length * value
     image = em.alloc(rows.batch * heads.size * head, "keys", "hbm")
+    across = DM_SLICE_STRIDE if x.space == Space.DM else rows.local * x.pitch
     for nest in rows.valid_nests():
         loops = [
-            (n, s * DM_SLICE_STRIDE + local * x.pitch, b * heads.size * head + t * value)
-            for n, s, local, b, t in nest.loops
+            (n, s * across + local * x.pitch, b * heads.size * head + t * value) for n, s, local, b, t in nest.loops
         ]
         first = nest.token * (heads.size * head if rows.length == 1 else value)
         em.dma(
-            dm(x.buffer, x.base + nest.slice * DM_SLICE_STRIDE),
+            place_of(x, nest.slice * across),
             hbm(image, first),
             [*loops, (heads.size, heads.stride, head)],
             value,

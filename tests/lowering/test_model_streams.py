@@ -21,8 +21,11 @@ from tests.lowering.running import Array, Run, relative
 SIZES = {case: {} if case.startswith("gpt2") else {"hidden_size": 64} for case in CONFIGS}
 
 
+@pytest.mark.parametrize("spill", [None, 64])
 @pytest.mark.parametrize("case", CONFIGS)
-def test_architecture(case: str, tmp_path: Path) -> None:
+def test_architecture(case: str, spill: int | None, tmp_path: Path) -> None:
+    """`spill` 64: nearly every value lives in HBM and is walked in chunks, as large buckets do."""
+    options = {} if spill is None else {"spill_bytes": spill}
     save_model(case, tmp_path, torch.bfloat16, **SIZES[case])
     captured = capture(resolve_model(str(tmp_path)))
     run_pipeline(captured.module, simplify_stage())
@@ -32,7 +35,7 @@ def test_architecture(case: str, tmp_path: Path) -> None:
             continue
         module = captured.module.clone()
         run_pipeline(module, specialise_stage(b, s, kv if decoder else None))
-        run = Run(module, cache_capacity=kv + 8, cache_batch=b)
+        run = Run(module, cache_capacity=kv + 8, cache_batch=b, **options)
         rng = np.random.default_rng(0)
         known: dict[str, Array] = {
             "input_ids": rng.integers(3, 96, (b, s)).astype(np.int32),
