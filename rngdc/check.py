@@ -7,7 +7,7 @@ the streams computed, so that rounding differences do not pile up and the operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.artifact import Artifact, Bucket
-from ir.compare import Comparison, Disagreement, Metrics, accumulated, compare_modules, metrics, show_location
+from ir.compare import Disagreement, Metrics, metrics, show_location
 from ir.interpreter import find_function, names_of, run
 from ir.text import parse_module
-from ir.types import dims_of, numpy_dtype, shape_of
+from ir.types import numpy_dtype, shape_of
+from rngdc.compare_passes import Fault, PassComparison, Worth, compare_passes
 from rngdc.probes import Key, ProbeReader
 from runtime_sim.runtime import Device, read_cache, write_cache
 
@@ -41,6 +42,8 @@ class StreamComparison:
     results: dict[str, Metrics]
     first: Disagreement | None
     compared: int
+    accumulated: dict[str, Metrics] = field(default_factory=dict[str, Metrics])
+    """The distance from a reference run of its own: rounding of the whole model, for information."""
 
     @property
     def agrees(self) -> bool:
@@ -54,6 +57,7 @@ class StreamComparison:
             "results": {name: asdict(m) for name, m in self.results.items()},
             "first_disagreement": None if self.first is None else asdict(self.first),
             "compared": self.compared,
+            "accumulated": {name: asdict(m) for name, m in self.accumulated.items()},
         }
 
 
@@ -62,19 +66,17 @@ class BucketCheck:
     """The comparisons of one bucket."""
 
     bucket: str
-    passes: Comparison | None
+    passes: PassComparison | None
     streams: StreamComparison
 
     @property
     def agrees(self) -> bool:
-        """Whether all levels agree. Passes change where values are rounded, so only their results decide."""
+        """Whether all levels agree."""
         return self.streams.agrees and (self.passes is None or self.passes.agrees)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form."""
         levels = {} if self.passes is None else {"passes": self.passes.to_json()}
-        if self.passes is not None and self.passes.agrees:
-            levels["passes"]["first_disagreement"] = None
         return {"bucket": self.bucket, "agrees": self.agrees, **levels, "streams": self.streams.to_json()}
 
 
@@ -113,7 +115,7 @@ def check(
         passes = None
         if source is not None:
             progress(f"{bucket.name}: tc before and after the passes")
-            passes = compare_modules(source, module, inputs, artifact.weight)
+            passes = compare_passes(source, module, inputs, artifact.weight)
         progress(f"{bucket.name}: streams")
         streams = compare_streams(device, bucket, module, inputs)
         report.buckets.append(BucketCheck(bucket.name, passes, streams))
@@ -192,15 +194,11 @@ def compare_streams(device: Device, bucket: Bucket, module: ModuleOp, inputs: In
     plain = run(module, inputs, artifact.weight)
     judge = _Judge(module, reader.values)
     exact = run(module, inputs, artifact.weight, observe=judge)
-    results: dict[str, Metrics] = {}
-    for name, value in outputs.items():
-        if name not in plain:
-            continue
-        # Probed operations replace their values, so what is left of the difference is the last operation's own.
-        own = metrics(value, exact[name].reshape(value.shape))
-        whole = metrics(value, plain[name].reshape(value.shape), accumulated(judge.depth))
-        results[name] = whole if own.close else own
-    return StreamComparison(results, judge.first, judge.compared)
+    found = {name: value.reshape(exact[name].shape) for name, value in outputs.items() if name in exact}
+    # Probed operations replace their values, so what is left of the difference is the last operation's own.
+    results = {name: metrics(value, exact[name]) for name, value in found.items()}
+    whole = {name: metrics(value, plain[name]) for name, value in found.items()}
+    return StreamComparison(results, judge.first, judge.compared, whole)
 
 
 class _Judge:
@@ -210,7 +208,6 @@ class _Judge:
         self.values = values
         self.first: Disagreement | None = None
         self.compared = 0
-        self.calls: set[tuple[str, ...]] = set()
         self._names: dict[Operation, str] = {}
         for function in module.ops:
             name = getattr(function, "sym_name", None)
@@ -218,13 +215,7 @@ class _Judge:
                 for index, op in enumerate(function.regions[0].block.ops):
                     self._names[op] = f"{name.data}#{index}"
 
-    @property
-    def depth(self) -> int:
-        """How many functions ran."""
-        return len(self.calls)
-
     def __call__(self, op: Operation, results: list[Array], path: tuple[str, ...]) -> None:
-        self.calls.add(path)
         for i, expected in enumerate(results):
             actual = self.values.get((path, f"{self._names[op]}.{i}"))
             if actual is None:
@@ -242,27 +233,25 @@ class _Judge:
                 expected[...] = actual
 
 
-def symbolic_sizes(module: ModuleOp) -> list[str]:
-    """The symbols that the types of `@main`'s arguments leave open."""
-    function = find_function(module, "main")
-    found = {d for value in function.body.block.args for d in dims_of(value) if isinstance(d, str)}
-    return sorted(found)
-
-
 def check_lines(report: CheckReport) -> list[str]:
     """The report for people."""
     lines: list[str] = []
     for bucket in report.buckets:
         lines.append(f"{bucket.bucket}: {'all levels agree' if bucket.agrees else 'LEVELS DISAGREE'}")
         if (passes := bucket.passes) is not None:
-            lines.append(f"  tc before and after the passes: {passes.compared} operations compared")
-            lines += _details(passes.results, None if passes.agrees else passes.first)
-        lines.append(f"  tc and streams: {bucket.streams.compared} operations compared")
+            lines.append("  tc before and after the passes")
+            lines += _details(passes.results, passes.first)
+        lines.append(f"  tc and streams, {bucket.streams.compared} operations")
         lines += _details(bucket.streams.results, bucket.streams.first)
+        lines += [
+            f"    {name}, with the rounding of the whole model: rms error {m.rms_rel:.3g}, cosine {m.cosine:.6f}"
+            for name, m in bucket.streams.accumulated.items()
+            if not name.startswith("cache.")
+        ]
     return lines
 
 
-def _details(results: dict[str, Metrics], first: Disagreement | None) -> list[str]:
+def _details(results: Mapping[str, Metrics | Worth], first: Disagreement | Fault | None) -> list[str]:
     shown = {n: m for n, m in results.items() if not n.startswith("cache.") or not m.close}
     lines = [f"    {name}: {m}" for name, m in shown.items()]
     if first is not None:
