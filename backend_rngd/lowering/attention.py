@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space
@@ -346,8 +345,3 @@ def _pair_loops(pairs: list[tuple[int, int]]) -> tuple[PairLoops, int, int]:
             "attention pairs that end inside a batch row", "loops are rectangular", "use fewer heads"
         )
     return [(batches, 1, 0, heads), (heads, 0, 1, 1)], b0, h0
-
-
-def iota(count: int) -> np.ndarray:
-    """0, 1, 2, ... as f32."""
-    return np.arange(count, dtype=np.float32)

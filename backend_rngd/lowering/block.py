@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from xdsl.dialects import func
 from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import BufferType, RoutineOp, buffer_type
 from backend_rngd.isa.descriptors import Space
+from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.emitter import Emitter, hbm
 from backend_rngd.lowering.function import FunctionLowering
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form, Slot, Stored, Value, Weight, in_global
 from ir import expr as ex
-
-if TYPE_CHECKING:
-    from backend_rngd.lowering.lower import Program
 
 
 class BlockLowering(FunctionLowering):

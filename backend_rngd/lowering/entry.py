@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 from xdsl.dialects import func
@@ -23,9 +23,6 @@ from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.types import shape_of
 
-if TYPE_CHECKING:
-    pass
-
 
 class EntryLowering(FunctionLowering):
     """The entry function: inputs, weights by name, calls, outputs."""
@@ -35,6 +32,7 @@ class EntryLowering(FunctionLowering):
         f = self.function
         names = _names(f, "arg_names", "arg", len(f.body.block.args))
         self.held: dict[str, SSAValue] = {}
+        self.blocks: dict[str, BlockLowering] = {}
         for name, arg in zip(names, f.body.block.args, strict=True):
             self._argument(name, arg)
         returned = self._returned(f)
@@ -133,10 +131,10 @@ class EntryLowering(FunctionLowering):
         name = op.callee.string_value()
         function = self.parent.functions[name]
         operands = [self.env[o] for o in op.operands]
-        if name not in self.parent.blocks:
+        if name not in self.blocks:
             direct = [self._input_of(v) for v in operands]
-            self.parent.blocks[name] = BlockLowering(self.parent, function, operands, direct)
-        block = self.parent.blocks[name]
+            self.blocks[name] = BlockLowering(self.parent, function, operands, direct)
+        block = self.blocks[name]
         for i, (o, v) in enumerate(zip(op.operands, operands, strict=True)):
             if isinstance(v, Tensor):
                 self._fill_slot(block, i, o, v)

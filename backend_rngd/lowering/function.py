@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from xdsl.dialects import func
@@ -15,6 +14,7 @@ from backend_rngd.dialect import RoutineOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.attention import AttentionLowering
 from backend_rngd.lowering.attention_head import AttentionParams, Cache
+from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.contract import ContractLowering
 from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
@@ -29,9 +29,6 @@ from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.types import shape_of
-
-if TYPE_CHECKING:
-    from backend_rngd.lowering.lower import Program
 
 VIEWS = (tc.ReshapeOp, tc.TransposeOp, tc.SliceOp)
 
