@@ -117,7 +117,7 @@ def test_tokens_and_logits(built: Path, capsys: pytest.CaptureFixture[str]) -> N
         print("".join(f"  {d}\n" for d in seen.differences), end="")
     assert len(seen.ours) == len(PROMPTS) * TOKENS
     assert not seen.unexplained
-    assert len(seen.differences) <= 8  # rounding decides rarely
+    assert len(seen.differences) <= len(seen.ours) // 10  # rounding decides rarely
     assert ratio <= MARGIN
 
 
