@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 from xdsl.dialects import func
 from xdsl.dialects.builtin import ArrayAttr, StringAttr
-from xdsl.ir import SSAValue
+from xdsl.ir import SSAValue, Use
 
 from backend_rngd.dialect import CallOp
 from backend_rngd.isa.descriptors import Dtype, Space
@@ -21,7 +21,7 @@ from backend_rngd.lowering.values import NUMPY, Form, Stored, Value, Weight, dty
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
-from ir.types import shape_of
+from ir.types import axis_names, shape_of
 
 
 class EntryLowering(FunctionLowering):
@@ -72,18 +72,17 @@ class EntryLowering(FunctionLowering):
             strides = (rows.batch_stride * INPUT_PITCH, INPUT_PITCH)[: len(shape)]
             self.parent.out.inputs.append(Port(name, name, "i32", shape, strides))
             return
-        # A single op on its own: dense operands. Rank 3 and more: tokens first; the rest are weights.
-        if len(shape) >= 3 and name.startswith(("x", "arg", "q", "k", "v", "new")):
-            rows = RowSpace.make(shape[0], shape[1], options.slices)
-            strides, pitch = feature_dims(list(shape[2:]), dtype.bytes)
-            dims = [Dim("batch", shape[0]), Dim("length", shape[1])]
-            dims += [Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in zip(shape[2:], strides, strict=True)]
+        tokens = _token_dims(arg)
+        if tokens:
+            rows = RowSpace.make(shape[0], shape[1] if tokens == 2 else 1, options.slices)
+            strides, pitch = feature_dims(list(shape[tokens:]), dtype.bytes)
+            dims = [Dim("batch", shape[0]), Dim("length", rows.length)][:tokens]
+            sizes = zip(shape[tokens:], strides, strict=True)
+            dims += [Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in sizes]
             buffer = self.em.global_buffer(name, "hbm", rows.physical * pitch, "input")
             held = Tensor(buffer, Space.HBM, dtype, tuple(dims), rows, 0, pitch)
             self.env[arg] = load_rows(self.em, held, rows.local) if rows.local * pitch <= self.spill else held
-            self.parent.out.inputs.append(
-                Port(name, name, dtype.name.lower(), shape, (rows.batch_stride * pitch, pitch, *strides))
-            )
+            self.parent.out.inputs.append(Port(name, name, dtype.name.lower(), shape, port_strides(held)))
             return
         self._weight(arg, f"arg.{name}")
 
@@ -192,7 +191,12 @@ class EntryLowering(FunctionLowering):
         if isinstance(v, Stored):
             return
         t = self.tensor(value)
-        assert t.rows is not None
+        if t.rows is None:
+            raise UnsupportedError(
+                f"result {name}",
+                "it depends on no token, so it has no rows to be stored by",
+                "return a value of tokens",
+            )
         if t.space == Space.DM or self._global_of(t) != name:
             order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
             strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
@@ -209,6 +213,26 @@ class EntryLowering(FunctionLowering):
                 store_rows(self.em, t, held, t.rows.local)
             t = held
         self.parent.out.outputs.append(Port(name, name, t.dtype.name.lower(), t.shape, port_strides(t), t.base))
+
+
+def _token_dims(arg: SSAValue) -> int:
+    """How many leading dimensions of an argument are tokens: by its axis names, else two of three or more.
+
+    0 for parameters: tensors of lower rank, and those that are only multiplied with.
+    """
+    names = axis_names(arg)
+    if names[0] == "B":
+        return 2 if names[1:2] == ["S"] else 1
+
+    def multiplies(use: Use) -> bool:
+        op = use.operation
+        if not isinstance(op, tc.ContractOp) or use.index != 1:
+            return False
+        rule = op.rule()
+        return not set(rule.inputs[0]) & set(rule.inputs[1]) & set(rule.output)  # a batch axis: two activations
+
+    parameter = all(multiplies(u) for u in arg.uses)
+    return 0 if parameter or len(names) < 3 else 2
 
 
 def _names(f: func.FuncOp, attribute: str, prefix: str, count: int) -> list[str]:

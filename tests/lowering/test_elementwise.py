@@ -147,6 +147,27 @@ def test_last_token(b: int, s: int) -> None:
     np.testing.assert_array_equal(run({"x": values, "last": last})["y"], 2 * values[np.arange(b), last])
 
 
+def test_arguments_are_told_apart_by_their_axes() -> None:
+    """`B,_` are tokens without a length; a rank 3 operand that is only multiplied with is a parameter."""
+    h, y = '3x64xbf16, #tc.axes<"B,_">', '3x2x32xbf16, #tc.axes<"B,_,_">'
+    run = Run(
+        f"""func.func @main(%h: tensor<{h}>, %p: tensor<2x32x64xbf16>) -> tensor<{y}>
+    attributes {{arg_names = ["h", "p"], result_names = ["y"]}} {{
+  %y = tc.contract "b i, h d i -> b h d" (%h, %p) : tensor<{y}>
+  func.return %y : tensor<{y}>
+}}"""
+    )
+    rng = np.random.default_rng(0)
+    x, w = bf16(rng.standard_normal((3, 64))), bf16(rng.standard_normal((2, 32, 64)))
+    assert relative(run({"h": x, "p": w})["y"], np.einsum("bi,hdi->bhd", x, w)) < 3e-3
+
+
+def test_a_result_without_tokens_is_refused() -> None:
+    w = tensor_text((64,), "bf16")
+    with pytest.raises(UnsupportedError, match="token"):
+        check({"w": ((64,), "bf16")}, f'  %r = tc.map "exp(a)" over "h -> h" (%w) : {w}', ((64,), "bf16"), np.exp)
+
+
 def test_pieces_that_do_not_start_on_8_bytes_are_refused() -> None:
     x, half = ((1, 2, 12), "bf16"), tensor_text((1, 2, 6), "bf16")
     with pytest.raises(UnsupportedError, match="8 B"):
