@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -20,7 +21,7 @@ from ir.compare import Disagreement, Metrics, metrics, show_location
 from ir.interpreter import find_function, names_of, run
 from ir.text import parse_module
 from ir.types import numpy_dtype, shape_of
-from rngdc.compare_passes import Fault, PassComparison, Worth, compare_passes
+from rngdc.compare_passes import Fault, PassComparison, Weights, Worth, compare_passes
 from rngdc.probes import Key, ProbeReader
 from runtime_sim.runtime import Device, read_cache, write_cache
 
@@ -102,6 +103,7 @@ def check(
 ) -> CheckReport:
     """Compare the levels of every given bucket. The device must be loaded. Raises SimulationError."""
     artifact = device.artifact
+    weights = cache(artifact.weight)  # random ones take a while to make
     report = CheckReport(str(artifact.directory))
     source = None
     if (artifact.directory / "ir" / "model.mlir").is_file():
@@ -111,13 +113,13 @@ def check(
         inputs = sample_inputs(artifact, bucket, module, seed)
         if bucket.phase == "decode" and source is not None:
             progress(f"{bucket.name}: caches for decoding")
-            _fill_caches(artifact, source, inputs, seed)
+            _fill_caches(artifact, source, inputs, weights, seed)
         passes = None
         if source is not None:
             progress(f"{bucket.name}: tc before and after the passes")
-            passes = compare_passes(source, module, inputs, artifact.weight)
+            passes = compare_passes(source, module, inputs, weights)
         progress(f"{bucket.name}: streams")
-        streams = compare_streams(device, bucket, module, inputs)
+        streams = compare_streams(device, bucket, module, inputs, weights)
         report.buckets.append(BucketCheck(bucket.name, passes, streams))
     return report
 
@@ -158,7 +160,7 @@ def sample_inputs(artifact: Artifact, bucket: Bucket, module: ModuleOp, seed: in
     return inputs
 
 
-def _fill_caches(artifact: Artifact, source: ModuleOp, inputs: Inputs, seed: int) -> None:
+def _fill_caches(artifact: Artifact, source: ModuleOp, inputs: Inputs, weights: Weights, seed: int) -> None:
     """Caches as a prefill of random tokens leaves them: random numbers would make attention ill-conditioned."""
     starts = inputs["position_ids"][:, 0]
     batch, length = len(starts), min(CACHE_TOKENS, int(starts.max()))
@@ -171,29 +173,31 @@ def _fill_caches(artifact: Artifact, source: ModuleOp, inputs: Inputs, seed: int
         "position_ids": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
         **{name: value for name, value in inputs.items() if name.startswith("cache.")},
     }
-    results = run(source, prompt, artifact.weight)
+    results = run(source, prompt, weights)
     for name, value in results.items():
         if name.startswith("cache."):
             inputs[name] = np.array(value)
     inputs["position_ids"] = np.minimum(inputs["position_ids"], length)
 
 
-def compare_streams(device: Device, bucket: Bucket, module: ModuleOp, inputs: Inputs) -> StreamComparison:
+def compare_streams(
+    device: Device, bucket: Bucket, module: ModuleOp, inputs: Inputs, weights: Weights
+) -> StreamComparison:
     """Run a program with probes and judge every probed value, the outputs and the caches."""
     artifact = device.artifact
     caches = {c.name: c for c in artifact.manifest.caches}
     device.clear_caches()
-    for name, cache in caches.items():
+    for name, place in caches.items():
         if name in inputs:
-            write_cache(device.card, cache, inputs[name])
+            write_cache(device.card, place, inputs[name])
     reader = ProbeReader(artifact, bucket, device.unit)
     outputs = device.run(bucket, inputs, observer=reader)
-    for name, cache in caches.items():
+    for name, place in caches.items():
         if name in inputs:
-            outputs[name] = read_cache(device.card, cache, bucket.batch, bucket.attention_size)
-    plain = run(module, inputs, artifact.weight)
+            outputs[name] = read_cache(device.card, place, bucket.batch, bucket.attention_size)
+    plain = run(module, inputs, weights)
     judge = _Judge(module, reader.values)
-    exact = run(module, inputs, artifact.weight, observe=judge)
+    exact = run(module, inputs, weights, observe=judge)
     found = {name: value.reshape(exact[name].shape) for name, value in outputs.items() if name in exact}
     # Probed operations replace their values, so what is left of the difference is the last operation's own.
     results = {name: metrics(value, exact[name]) for name, value in found.items()}
