@@ -514,7 +514,15 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(f"error: {text}" for text in foreign), file=sys.stderr)
         raise SystemExit(2)
     arguments = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, _terminated)  # so that a build that is stopped removes its files
+    before = signal.signal(signal.SIGTERM, _terminated)  # so that a build that is stopped removes its files
+    try:
+        _run(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run the command; every error becomes a message and an exit status."""
     from backend_rngd.artifact.errors import ArtifactError
     from ir.errors import UserError
 
