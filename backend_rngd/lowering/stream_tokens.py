@@ -16,6 +16,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import (
     BROADCAST,
     DM_SLICE_STRIDE,
+    FLIT_BYTES,
     REDUCE,
     Commit,
     Contract,
@@ -34,7 +35,6 @@ CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (
 TRF_K = 1024  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
 PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
 GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
-BANK_ROW = 128  # bytes after which banks repeat: rows of results keep off its multiples (hardware.md 2.2)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TokensStream(ContractionMapping):
             for g, t in passes[first : first + batch]
         ]
         buffers = [em.alloc(CHANNELS * widest * 2, "weights") for _ in range(2)]
-        row = _row_bytes(max(g.per_slice for g in groups) * dtype.bytes)
+        row = _row_bytes(max(g.per_slice for g in groups) * dtype.bytes, em.machine.dm_banks * em.machine.dm_bank_bytes)
         finals = [em.alloc(count * row, "channels") for _ in range(min(2, len(groups)))]
         partial = CHANNELS * 4
         acc = [em.alloc(count * partial, "partial") for _ in range(batch)] if split else []
@@ -220,9 +220,12 @@ class TokensStream(ContractionMapping):
             em.dma(dm(target), hbm(result.buffer, result.base + group.start * width), loops, group.slices * run)
 
 
-def _row_bytes(nbytes: int) -> int:
-    """Bytes between rows of results: the ring writes 64 rows in a row, which must not hit one bank 64 times."""
-    return nbytes + 32 if nbytes % BANK_ROW == 0 else nbytes
+def _row_bytes(nbytes: int, banks: int) -> int:
+    """Bytes between rows of results; `banks`: bytes after which DM banks repeat.
+
+    The ring writes 64 rows one after the other, which must not hit one bank 64 times (hardware.md 2.2).
+    """
+    return nbytes + FLIT_BYTES if nbytes % banks == 0 else nbytes
 
 
 def channel_groups(rows: int, slices: int, limit: int) -> list[Group]:

@@ -49,7 +49,6 @@ class Weight:
     literal: np.ndarray[Any, Any] | None = None
     sizes: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
-    whole: bool = True
 
     @staticmethod
     def of(shape: tuple[int, ...], dtype: Dtype, bind: Bind, literal: np.ndarray[Any, Any] | None = None) -> Weight:
@@ -81,7 +80,7 @@ class Weight:
         return None if pending else self._view(list(shape), strides[::-1])
 
     def _view(self, sizes: Sequence[int], strides: Sequence[int]) -> Weight:
-        return Weight(self.shape, self.dtype, self.bind, self.literal, tuple(sizes), tuple(strides), self.whole)
+        return Weight(self.shape, self.dtype, self.bind, self.literal, tuple(sizes), tuple(strides))
 
     def matrix(self, rows: Sequence[int], columns: Sequence[int], pad: tuple[int, int]) -> tuple[SSAValue, int, int]:
         """Bind with view axes `rows` then `columns` flattened; returns (buffer, rows, columns) before padding."""
