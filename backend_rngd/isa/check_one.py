@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from backend_rngd.isa.check_pass import check_exec
+from backend_rngd.isa.check_sync import check_notify, check_wait
 from backend_rngd.isa.check_transfer import check_call, check_dma, check_load_trf, check_load_vrf, check_memset
-from backend_rngd.isa.descriptors import Context, Descriptor, Dma, Exec, LoadTrf, LoadVrf, Memset
+from backend_rngd.isa.descriptors import Context, Descriptor, Dma, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from backend_rngd.isa.rules import Report, Violation
 from backend_rngd.machine import Machine
 
@@ -29,6 +30,10 @@ def check(
         check_load_vrf(report, desc, where, absolute)
     elif isinstance(desc, Memset):
         check_memset(report, desc, where)
+    elif isinstance(desc, Notify):
+        check_notify(report, desc, where)
+    elif isinstance(desc, Wait):
+        check_wait(report, desc, where)
     else:
         check_call(report, desc, where)
     return report.violations

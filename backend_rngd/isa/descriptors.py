@@ -6,11 +6,20 @@ instruction belongs to one context and says in `after` which earlier instruction
 
 Addresses
 ---------
-* HBM: byte address = register + base. Registers hold 64 bits (hardware.md 4.3); register 0 is always 0.
+* HBM: byte address = register + base. Registers hold 64 bits (hardware.md 4.3); register 0 is always 0. Addresses are
+  virtual: every unit has a window of its own that starts at 0.
 * DM inside a Tensor Unit instruction: byte offset inside every slice (SPMD over slices).
 * DM inside a DMA: `slice * DM_SLICE_STRIDE + offset` (virtual stride between slices 4 MB, hardware.md 2.2).
 * TRF: a lane of an instruction that uses L lanes owns 65536 / L bytes; addresses are byte offsets inside a lane
   (fewer lanes give each lane more rows, hardware.md 2.2). VRF: byte offset in 8 KB.
+
+* Memory of other units (peer spaces): register + base = unit * UNIT_STRIDE + address in that unit's HBM window or DM.
+  Units are numbered as a group sees them: 0 .. N-1 the N units of the group, N .. 2N-1 the group of the next pipeline
+  stage, 2N .. 3N-1 that of the previous one. A peer address may name the own unit.
+
+All units of a group run the same stream (SPMD). What differs from unit to unit are values of *launch registers*, which
+the host sets before the entry: the own unit's number times UNIT_STRIDE, the place of its part inside a buffer, or sums
+of such.
 
 Sequencers enumerate *elements*: `loops` is outer to inner, each entry (size, stride in bytes); at most 8 entries after
 merging, each size <= 65536 (hardware.md 2.3).
@@ -22,6 +31,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 DM_SLICE_STRIDE = 1 << 22
+UNIT_STRIDE = 1 << 40  # between the memories of two units in a peer address
 FLIT_BYTES = 32
 
 
@@ -52,10 +62,17 @@ class Context(IntEnum):
 
 
 class Space(IntEnum):
-    """Memories a DMA can address."""
+    """Memories a DMA can address: the own ones, and those of any unit of the program (PEER_*)."""
 
     HBM = 0
     DM = 1
+    PEER_HBM = 2
+    PEER_DM = 3
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether addresses carry a unit number."""
+        return self in (Space.PEER_HBM, Space.PEER_DM)
 
 
 @dataclass(frozen=True)
@@ -348,7 +365,11 @@ class Memset:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One side of a DMA. HBM: register + base. DM: slice * 4 MB + offset in `base` (register must be 0)."""
+    """One side of a DMA. HBM: register + base. DM: slice * 4 MB + offset in `base` (register must be 0).
+
+    PEER_HBM, PEER_DM: register + base = unit * UNIT_STRIDE + an HBM or DM address of that unit. A stride of such a side
+    may be a number of units times UNIT_STRIDE plus a stride inside the memory: the transfer then becomes one descriptor
+    a unit (a homogeneous aggregate, hardware.md 3.1)."""
 
     space: Space
     base: int
@@ -378,6 +399,36 @@ class Dma:
 
 
 @dataclass(frozen=True)
+class Notify:
+    """Add 1 to `semaphore` of other units, after all earlier transfers of the DMA context are complete (notify on an
+    address, hardware.md 4.2).
+
+    Units are (register + base) / UNIT_STRIDE plus every sum of steps of `units`, loops of (size, stride in units); the
+    own unit is skipped. ranges: (DM offset, bytes) in every slice that is published: it must have been written before.
+    """
+
+    register: int
+    base: int
+    units: tuple[tuple[int, int], ...]
+    semaphore: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Block the DMA context until the unit's `semaphore` is at least `count`, then subtract `count`.
+
+    ranges: (DM offset, bytes) in every slice that other units have finished reading once this is complete.
+    arrived: (DM offset, bytes) that other units have written into this unit once this is complete.
+    """
+
+    semaphore: int
+    count: int
+    ranges: tuple[tuple[int, int], ...] = ()
+    arrived: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Call:
     """Run a routine. moves: (destination register, source register, immediate): reg[d] = reg[s] + imm, evaluated in
     the caller's registers; all other registers keep their values; the caller's registers are restored on return."""
@@ -386,7 +437,7 @@ class Call:
     moves: tuple[tuple[int, int, int], ...]
 
 
-Descriptor = Exec | LoadTrf | LoadVrf | Memset | Dma | Call
+Descriptor = Exec | LoadTrf | LoadVrf | Memset | Dma | Call | Notify | Wait
 
 
 @dataclass(frozen=True)

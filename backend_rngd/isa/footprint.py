@@ -7,8 +7,9 @@ instruction that uses L lanes owns bytes [l * 65536 / L, (l + 1) * 65536 / L).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from backend_rngd.isa.descriptors import (
     DM_SLICE_STRIDE,
@@ -24,9 +25,12 @@ from backend_rngd.isa.descriptors import (
     LoadTrf,
     LoadVrf,
     Memset,
+    Notify,
     Source,
     Space,
+    Wait,
 )
+from backend_rngd.isa.peers import split_address, split_unit_stride
 
 TRF_BYTES = 65536
 FLOAT_ALUS = frozenset({Alu.FP_FMA, Alu.FP_FPU, Alu.FP_EXP, Alu.FP_MUL0, Alu.FP_MUL1, Alu.FP_DIV})
@@ -40,8 +44,9 @@ Interval = tuple[int, int]
 class Access:
     """Bytes read or written by one instruction: disjoint half-open intervals in a memory.
 
-    space: "hbm", "dm", "trf" or "vrf". register: HBM only, the address register that is added. dtype: type of the
-    elements, if the instruction knows it and the intervals hold nothing else.
+    space: "hbm", "dm", "trf", "vrf" or "peer_hbm" (the HBM windows of units; registers are already added).
+    register: HBM only, the address register that is added. dtype: type of the elements, if the instruction knows it
+    and the intervals hold nothing else.
     """
 
     space: str
@@ -128,7 +133,57 @@ def slice_range(endpoint: Endpoint, loops: Iterable[tuple[int, int]]) -> Interva
     return low, high + 1
 
 
-def _endpoint(endpoint: Endpoint, loops: Iterable[tuple[int, int]], packet: int, write: bool) -> Access:
+Launch = Mapping[int, Sequence[int]]
+"""Launch registers: register -> its value in every unit of the group."""
+NO_LAUNCH: Launch = MappingProxyType({})
+
+
+def within_unit(
+    endpoint: Endpoint, loops: Iterable[tuple[int, int]], value: int = 0
+) -> tuple[Endpoint, list[tuple[int, int]]]:
+    """A peer side of a DMA as seen inside one unit: the endpoint in its HBM or DM and the strides without units.
+
+    value: contents of the side's register. Other sides are returned as they are.
+    """
+    if not endpoint.space.is_peer:
+        return endpoint, list(loops)
+    space = Space.HBM if endpoint.space == Space.PEER_HBM else Space.DM
+    inside = Endpoint(space, split_address(endpoint.base + value)[1])
+    return inside, [(size, split_unit_stride(stride)[1]) for size, stride in loops]
+
+
+def _peer_endpoint(
+    endpoint: Endpoint, loops: Sequence[tuple[int, int]], packet: int, write: bool, launch: Launch
+) -> Access:
+    """Bytes inside the units' memories, for any unit that executes the transfer.
+
+    The own unit may be among the peers: its DM counts as touched. Its HBM is only touched in the order of the DMA
+    context, so nothing waits for it.
+    """
+    values = {split_address(value)[1] for value in launch.get(endpoint.register, (0,))}
+    pieces: list[Interval] = []
+    for value in values:
+        inside, steps = within_unit(endpoint, loops, value)
+        pieces += _endpoint(inside, steps, packet, write, NO_LAUNCH).intervals
+    if endpoint.space == Space.PEER_DM:
+        return Access("dm", _joined(pieces), write)
+    return Access("peer_hbm", _joined(pieces), write)
+
+
+def _joined(pieces: Iterable[Interval]) -> tuple[Interval, ...]:
+    """The same bytes as sorted, disjoint intervals."""
+    out: list[Interval] = []
+    for low, high in sorted(pieces):
+        if out and low <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], high))
+        else:
+            out.append((low, high))
+    return tuple(out)
+
+
+def _endpoint(endpoint: Endpoint, loops: Sequence[tuple[int, int]], packet: int, write: bool, launch: Launch) -> Access:
+    if endpoint.space.is_peer:
+        return _peer_endpoint(endpoint, loops, packet, write, launch)
     if endpoint.space == Space.HBM:
         return Access("hbm", intervals(endpoint.base, loops, packet), write, endpoint.register)
     inside = [(size, split_stride(stride)[1]) for size, stride in loops]
@@ -147,14 +202,8 @@ def fetch_accesses(fetch: Fetch) -> list[Access]:
 
 def _lanes(inside: Iterable[Interval], lanes: int, write: bool, dtype: Dtype | None) -> Access:
     lane_bytes = TRF_BYTES // lanes
-    pieces = sorted((lane * lane_bytes + a, lane * lane_bytes + b) for lane in range(lanes) for a, b in inside)
-    out: list[Interval] = []
-    for a, b in pieces:
-        if out and a <= out[-1][1]:
-            out[-1] = (out[-1][0], max(b, out[-1][1]))
-        else:
-            out.append((a, b))
-    return Access("trf", tuple(out), write, 0, dtype)
+    pieces = [(lane * lane_bytes + a, lane * lane_bytes + b) for lane in range(lanes) for a, b in inside]
+    return Access("trf", _joined(pieces), write, 0, dtype)
 
 
 def contract_access(contract: Contract, dtype: Dtype) -> Access:
@@ -165,6 +214,12 @@ def contract_access(contract: Contract, dtype: Dtype) -> Access:
     return _lanes(intervals(contract.trf_base, loops, unit), contract.lanes, False, known)
 
 
+def _ranges(ranges: Iterable[Interval], write: bool) -> tuple[Access, ...]:
+    """One access for each (offset, bytes): what other units read counts as read, what they wrote as written, at the
+    place of the notify or wait that says so."""
+    return tuple(Access("dm", ((offset, offset + nbytes),), write) for offset, nbytes in ranges)
+
+
 def stream_elements(fetch: Fetch) -> int:
     """Elements of one tensor of a fetch, a slice."""
     total = 1
@@ -173,9 +228,13 @@ def stream_elements(fetch: Fetch) -> int:
     return total
 
 
-def footprint(desc: Descriptor) -> tuple[Access, ...]:
-    """Every access of an instruction. Bytes of a gather's or scatter's indirect side are not known here: that side
-    counts as the whole memory from its base on (HBM) and its direct bytes otherwise. A call touches nothing itself."""
+def footprint(desc: Descriptor, launch: Launch = NO_LAUNCH) -> tuple[Access, ...]:
+    """Every access of an instruction, for any unit that executes it.
+
+    launch: values of the launch registers (peer sides of transfers; a register without values counts as 0). Bytes of a
+    gather's or scatter's indirect side are not known here: that side counts as the whole memory from its base on (HBM)
+    and its direct bytes otherwise. A call touches nothing itself.
+    """
     if isinstance(desc, Exec):
         out = fetch_accesses(desc.fetch)
         if desc.contract is not None:
@@ -192,8 +251,8 @@ def footprint(desc: Descriptor) -> tuple[Access, ...]:
         source = [(n, a) for n, a, _ in desc.loops]
         destination = [(n, b) for n, _, b in desc.loops]
         out = [
-            _endpoint(desc.source, source, desc.packet, False),
-            _endpoint(desc.destination, destination, desc.packet, True),
+            _endpoint(desc.source, source, desc.packet, False, launch),
+            _endpoint(desc.destination, destination, desc.packet, True, launch),
         ]
         if desc.index is not None:
             steps = [(n, i) for (n, _, _), i in zip(desc.loops, desc.index.strides, strict=True)]
@@ -209,5 +268,9 @@ def footprint(desc: Descriptor) -> tuple[Access, ...]:
         return (*fetch_accesses(desc.fetch), Access("vrf", ((desc.base, desc.base + nbytes),), True, 0, dtype))
     if isinstance(desc, Memset):
         return (Access("dm", ((desc.base, desc.base + desc.bytes),), True),)
+    if isinstance(desc, Notify):
+        return _ranges(desc.ranges, False)
+    if isinstance(desc, Wait):
+        return (*_ranges(desc.ranges, False), *_ranges(desc.arrived, True))
     assert isinstance(desc, Call)
     return ()

@@ -72,6 +72,11 @@ RULES: dict[str, str] = {
     "dma-alignment": "8 B for addresses and sizes between HBM and DM and for DM writes (B:dma-engine)",
     "dma-register": "registers 0 to 63, and only HBM addresses use one (FT:hal_pert_isa)",
     "gather": "gather reads HBM into DM, scatter writes DM to HBM, indices are aligned words in HBM (B:dma-engine)",
+    # Notify, wait
+    "semaphore": "a unit has a limited number of semaphores (chosen)",
+    "notify-units": "a notify names whole units, each once (canonical)",
+    "wait-count": "a wait consumes at least one notification",
+    "sync-range": "ranges of a notify or wait are aligned to 8 B, ascending and do not touch (canonical)",
     # Streams
     "header": "units have 64, 128 or 256 slices; names, locations and routines are consistent",
     "call": "calls name a routine that has instructions, never recursively, and set registers once",

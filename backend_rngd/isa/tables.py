@@ -23,7 +23,8 @@ from backend_rngd.isa.text import KINDS
 
 Tables = dict[str, np.ndarray]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 2 added notify and wait
 _KIND_LIST = tuple(KINDS.values())
 
 
@@ -243,8 +244,9 @@ def decode(tables: Tables) -> Stream:
         header = json.loads(bytes(tables["header"]))
     except (KeyError, ValueError) as e:
         raise TableError(f"not a stream: {e}") from None
-    if header.get("format") != FORMAT_VERSION:
-        raise TableError(f"stream format {header.get('format')}, this version reads {FORMAT_VERSION}")
+    if header.get("format") not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise TableError(f"stream format {header.get('format')}, this version reads {known}")
     reader = _Reader(tables)
     contexts = list(Context)
     try:

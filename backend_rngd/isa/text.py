@@ -32,8 +32,10 @@ from backend_rngd.isa.descriptors import (
     LoadTrf,
     LoadVrf,
     Memset,
+    Notify,
     Routine,
     Stream,
+    Wait,
 )
 
 KINDS: dict[str, type[Descriptor]] = {
@@ -43,6 +45,8 @@ KINDS: dict[str, type[Descriptor]] = {
     "memset": Memset,
     "dma": Dma,
     "call": Call,
+    "notify": Notify,
+    "wait": Wait,
 }
 NAME_OF_KIND: dict[type[Descriptor], str] = {kind: name for name, kind in KINDS.items()}
 

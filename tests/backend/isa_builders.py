@@ -31,6 +31,7 @@ from backend_rngd.isa.descriptors import (
     LoadVrf,
     Memset,
     Mode,
+    Notify,
     Op,
     Operand,
     Routine,
@@ -40,6 +41,7 @@ from backend_rngd.isa.descriptors import (
     Switch,
     SwitchKind,
     VectorOp,
+    Wait,
 )
 
 SLICES = 64
@@ -133,6 +135,8 @@ CONTEXT_OF: dict[type, Context] = {
     LoadVrf: Context.SUB,
     Memset: Context.SUB,
     Dma: Context.DMA,
+    Notify: Context.DMA,
+    Wait: Context.DMA,
 }
 
 

@@ -116,7 +116,7 @@ def test_comments_and_blank_lines_are_skipped() -> None:
 
 def test_other_versions_are_refused() -> None:
     tables = encode(stream([instruction(load())]))
-    header = bytes(tables["header"]).replace(b'"format": 1', b'"format": 9')
+    header = bytes(tables["header"]).replace(b'"format": 2', b'"format": 9')
     with pytest.raises(TableError, match="stream format 9"):
         decode(tables | {"header": np.frombuffer(header, np.uint8)})
     with pytest.raises(TableError, match="not a stream"):
