@@ -114,7 +114,14 @@ class Machine(BaseModel):
     dma_dm_misaligned_factor: float
     dma_unaligned_piece_factor: float
     pcie_bytes_per_cycle: int
+    pcie_peer_bytes_per_cycle: int
+    pcie_latency_cycles: int
+    dm_cross_cluster_bytes_per_cycle: int
     registers: int
+
+    notify_issue_cycles: int
+    notify_cluster_cycles: int
+    semaphores: int
 
     power_idle_watts: float
     power_pe_watts: float
@@ -128,6 +135,16 @@ class Machine(BaseModel):
     def slices_per_chip(self) -> int:
         """All slices of a chip."""
         return self.slices_per_pe * self.pes_per_chip
+
+    @property
+    def pes_per_cluster(self) -> int:
+        """PEs of a cluster; they share a switch ring."""
+        return self.pes_per_chip // self.clusters_per_chip
+
+    @property
+    def dm_port_bytes_per_cycle(self) -> float:
+        """Port of a PE's data memory: all its data-memory networks together, reads and writes share it."""
+        return float(self.dmn_bytes_per_cycle * self.slices_per_pe // self.slices_per_dmn)
 
     @property
     def trf_lane_bytes(self) -> int:

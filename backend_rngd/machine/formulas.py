@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from backend_rngd.isa.descriptors import (
-    DM_SLICE_STRIDE,
     Alu,
     Context,
-    Dma,
     Exec,
     Fetch,
     LaneMode,
     LoadTrf,
     LoadVrf,
     Memset,
-    Space,
 )
 from backend_rngd.isa.shape import (
     access_bytes,
@@ -34,6 +32,53 @@ from backend_rngd.isa.shape import (
     time_broadcast,
 )
 from backend_rngd.machine.description import Machine
+from backend_rngd.machine.transfers import (
+    OWN,
+    DmaWork,
+    Reach,
+    dma_cycles,
+    dma_requests,
+    dma_startup,
+    dma_time,
+    dma_work,
+    slices_touched,
+)
+
+__all__ = [
+    "NARROW",
+    "OWN",
+    "DmaWork",
+    "PassTime",
+    "Reach",
+    "best_collective",
+    "collect_flits",
+    "collective_algorithms",
+    "collective_time",
+    "commit_cycles",
+    "contraction_cycles",
+    "dma_cycles",
+    "dma_requests",
+    "dma_startup",
+    "dma_time",
+    "dma_work",
+    "exec_cycles",
+    "fetch_cycles",
+    "fetch_time",
+    "inter_slice_reduce_cycles",
+    "lane_folder_flits",
+    "load_trf_cycles",
+    "load_vrf_cycles",
+    "mac_utilisation",
+    "macs",
+    "memset_cycles",
+    "packet_reducer_latency",
+    "slices_touched",
+    "switch_cycles",
+    "sync_time",
+    "transpose_cycles",
+    "unit_cycles",
+    "vector_cycles",
+]
 
 
 # Engines -------------------------------------------------------------------------------------------------------------
@@ -202,114 +247,115 @@ def macs(desc: Exec) -> int:
     return packets * multiplier_elements(desc.contract, shape.dtype) * desc.contract.lanes * desc.slices
 
 
-# DMA -----------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class DmaWork:
-    """What a transfer asks of the engine and the memories.
+# Collectives ---------------------------------------------------------------------------------------------------------
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Algorithm = Literal["one_shot", "two_phase", "hierarchical"]
 
-    read_requests, write_requests: of at most 256 B, one a cycle. hbm_lines: 256 B lines moved in HBM in all.
-    partial_writes: HBM write requests that cover part of a granule (read-modify-write). misaligned: a slice's piece
-    starts off a 256 B boundary of HBM.
+
+def collective_algorithms(kind: CollectiveKind, units: int, cards: int) -> tuple[Algorithm, ...]:
+    """Algorithms that exist for a group. Other cards are reached through HBM only, so several cards need a hierarchy.
+
+    one_shot: every unit reads what it needs of all others and adds it itself. two_phase: an all-reduce as
+    reduce-scatter and all-gather. hierarchical: inside every card, then between units of equal rank, then inside again.
     """
-
-    read_requests: int
-    write_requests: int
-    hbm_read_bytes: int
-    hbm_write_bytes: int
-    hbm_lines: int
-    partial_writes: int
-    misaligned: bool
-    serial: bool  # reads and writes share one memory port
+    if units % cards:
+        raise ValueError(f"{units} units on {cards} cards: every card needs the same number")
+    if cards > 1:
+        return ("hierarchical",)
+    return ("one_shot", "two_phase") if kind == "all_reduce" and units > 1 else ("one_shot",)
 
 
-def dma_requests(packets: int, packet_bytes: int, request_bytes: int = 256) -> int:
-    """Requests of `packets` runs of `packet_bytes` bytes."""
-    return packets * -(-packet_bytes // request_bytes)
+def sync_time(units: int, cards: int, machine: Machine) -> float:
+    """Cycles from the first notify of `units` units on `cards` cards that are equally far to the last one's arrival."""
+    local = units // cards
+    latency = machine.notify_cluster_cycles
+    if local > machine.pes_per_cluster:
+        latency = machine.cluster_sync_cycles
+    if cards > 1:
+        latency = machine.pcie_latency_cycles
+    return (units - 1) * machine.notify_issue_cycles + latency
 
 
-def _lines(base: int, strides: list[int], packets: int, packet: int, line: int) -> int:
-    """256 B lines touched by the runs of one side in HBM; exact when every run starts at the same offset in a line."""
-    if all(s % line == 0 for s in strides):
-        return packets * -(-(base % line + packet) // line)
-    step = math.gcd(line, base, *strides)
-    offsets = range(base % step, line, step)
-    crossings = sum(-(-(o + packet) // line) for o in offsets)
-    return round(packets * crossings / len(offsets))
-
-
-def dma_work(desc: Dma, machine: Machine) -> DmaWork:
-    """Requests and bytes of a transfer (register values are taken as multiples of a line)."""
-    packets = math.prod(n for n, _, _ in desc.loops)
-    requests = dma_requests(packets, desc.packet, machine.dma_request_bytes)
-    line = machine.hbm_line_bytes
-    read_hbm = desc.source.space == Space.HBM
-    write_hbm = desc.destination.space == Space.HBM
-    lines = partial = 0
-    misaligned = False
-    if read_hbm:
-        strides = [a for _, a, _ in desc.loops] if desc.index is None or desc.index.scatter else [line]
-        lines += _lines(desc.source.base, strides, packets, desc.packet, line)
-        misaligned = desc.source.base % line != 0 or any(s % line for s in strides)
-    if write_hbm:
-        strides = [b for _, _, b in desc.loops]
-        lines += _lines(desc.destination.base, strides, packets, desc.packet, line)
-        misaligned = misaligned or desc.destination.base % line != 0 or any(s % line for s in strides)
-        granule = machine.hbm_write_granule_bytes
-        if any(x % granule for x in (desc.destination.base, desc.packet, *strides)):
-            partial = requests
-    moved = packets * desc.packet
-    return DmaWork(
-        requests,
-        requests,
-        moved if read_hbm else 0,
-        moved if write_hbm else 0,
-        lines,
-        partial,
-        misaligned,
-        read_hbm == write_hbm,
-    )
-
-
-def dma_cycles(
-    read_requests: int,
-    write_requests: int,
-    serial: bool,
+def collective_time(
+    kind: CollectiveKind,
+    algorithm: Algorithm,
+    nbytes: int,
+    units: int,
+    cards: int,
     machine: Machine,
-    engines: int = 1,
-    channel_requests: int = 0,
-    row_conflicts: bool = False,
+    element_bytes: int = 2,
+    replicate: bool = True,
 ) -> float:
-    """Start-up + requests at one a cycle an engine; HBM to HBM and DM to DM pay reads and writes one after the other.
+    """Cycles of a collective of a group whose units reach it at the same time and that has the card for itself.
 
-    channel_requests: requests of the busiest HBM channel, which takes 5.33 cycles for each (a row switch if
-    `row_conflicts`).
+    nbytes: the whole value: an all-reduce's operand, an all-gather's result, a reduce-scatter's operand. units are
+    those of the whole group, cards the cards they are spread over evenly. replicate: whether the result must reach
+    every slice (tokens of a decode step), by a pass round the ring of slices. Raises ValueError for an algorithm that
+    does not exist for the group (`collective_algorithms`).
     """
-    rate = machine.dma_engine_bytes_per_cycle / machine.dma_request_bytes
-    requests = read_requests + write_requests if serial else max(read_requests, write_requests)
-    per_line = machine.hbm_line_bytes / machine.hbm_channel_bytes_per_cycle
-    channel = channel_requests * (machine.hbm_row_switch_cycles if row_conflicts else per_line)
-    return machine.dma_startup_cycles + max(requests / (rate * engines), channel)
+    if algorithm not in collective_algorithms(kind, units, cards):
+        raise ValueError(f"no {algorithm} {kind} over {units} units on {cards} cards")
+    if units == 1:
+        return 0.0
+    last = _ring(nbytes, machine) if replicate and kind != "reduce_scatter" else 0.0
+    local = units // cards
+    sync = sync_time(local, 1, machine) if local > 1 else 0.0
+    if algorithm == "one_shot":
+        if kind == "all_gather":
+            return sync + _pull(nbytes, local, machine) + last
+        copies = nbytes * units if kind == "all_reduce" else nbytes
+        return sync + _pull(copies, local, machine) + _add(copies, element_bytes, machine) + last
+    if algorithm == "two_phase":
+        scatter = _pull(nbytes, local, machine) + _add(nbytes, element_bytes, machine)
+        return 2 * sync + scatter + _pull(nbytes, local, machine) + last
+    # Through the cards' links: a unit exchanges its 1/local part with the units of equal rank on the other cards.
+    part = nbytes / local
+    between = sync_time(cards, cards, machine)
+    gather = sync + _pull(nbytes, local, machine) if local > 1 else 0.0
+    if kind == "all_gather":
+        return between + _exchange(nbytes * (cards - 1) / cards, local, machine) + gather + last
+    inside = sync + _pull(nbytes, local, machine) + _add(nbytes, element_bytes, machine) if local > 1 else 0.0
+    exchanged = nbytes * (cards - 1) if kind == "all_reduce" else nbytes * (cards - 1) / cards
+    summed = part * cards if kind == "all_reduce" else part
+    middle = between + _exchange(exchanged, local, machine) + _add(summed, element_bytes, machine)
+    return inside + middle + (gather + last if kind == "all_reduce" else 0.0)
 
 
-def dma_time(desc: Dma, machine: Machine, engines: int = 1) -> float:
-    """Cycles of a transfer that has HBM for itself: the engine's rate, the channels' rate and partial writes."""
-    work = dma_work(desc, machine)
-    channel = work.hbm_lines / machine.hbm_channels / machine.hbm_efficiency
-    cycles = dma_cycles(
-        work.read_requests, work.write_requests, work.serial, machine, engines, channel_requests=math.ceil(channel)
-    )
-    if work.misaligned and desc.packet < machine.hbm_line_bytes:
-        cycles = machine.dma_startup_cycles + (cycles - machine.dma_startup_cycles) * machine.dma_unaligned_piece_factor
-    # A read-modify-write holds its channel; the channels work side by side.
-    per_line = machine.hbm_line_bytes / machine.hbm_channel_bytes_per_cycle
-    rmw = work.partial_writes * per_line * machine.hbm_unaligned_write_factor / machine.hbm_channels
-    return max(cycles, machine.dma_startup_cycles + rmw)
+def best_collective(
+    kind: CollectiveKind, nbytes: int, units: int, cards: int, machine: Machine, replicate: bool = True
+) -> tuple[Algorithm, float]:
+    """The fastest algorithm and its cycles."""
+    times = {
+        a: collective_time(kind, a, nbytes, units, cards, machine, replicate=replicate)
+        for a in collective_algorithms(kind, units, cards)
+    }
+    return min(times.items(), key=lambda item: item[1])
 
 
-def slices_touched(desc: Dma) -> int:
-    """Slices on the DM side of a transfer (0 if there is none): distinct multiples of 4 MB in its strides."""
-    for endpoint, column in ((desc.destination, 2), (desc.source, 1)):
-        if endpoint.space == Space.DM:
-            counts = [loop[0] for loop in desc.loops if abs(loop[column]) >= DM_SLICE_STRIDE // 2]
-            return math.prod(counts)
-    return 0
+def _pull(nbytes: float, units: int, machine: Machine) -> float:
+    """One command that reads `nbytes`, spread evenly over the DM of `units` units of a card."""
+    near = min(units, machine.pes_per_cluster) / units
+    cycles = 2 * near * nbytes / machine.dma_engine_bytes_per_cycle
+    cycles += (1 - near) * nbytes / min(machine.dma_engine_bytes_per_cycle, machine.dm_cross_cluster_bytes_per_cycle)
+    return machine.dma_startup_cycles + (units - 1) * machine.dma_descriptor_cycles + cycles
+
+
+def _exchange(nbytes: float, local: int, machine: Machine) -> float:
+    """A store of a unit's part to its HBM and a load from other cards; `nbytes` enter every card for its `local` units
+    together."""
+    store = machine.dma_startup_cycles + nbytes / local / machine.dma_engine_bytes_per_cycle
+    link = machine.pcie_latency_cycles + nbytes / machine.pcie_peer_bytes_per_cycle
+    return store + machine.dma_startup_cycles + link
+
+
+def _add(nbytes: float, element_bytes: int, machine: Machine) -> float:
+    """One pass over `nbytes`, spread over the slices, on the float path of the vector engine."""
+    elements = math.ceil(nbytes / element_bytes / machine.slices_per_pe)
+    return machine.pass_issue_cycles + math.ceil(elements / machine.vector_narrow)
+
+
+def _ring(nbytes: float, machine: Machine) -> float:
+    """One pass that takes a value spread over the slices of a unit to all of them."""
+    slices = machine.slices_per_pe
+    flits = math.ceil(nbytes / slices / machine.flit_bytes)
+    return machine.pass_issue_cycles + slices * machine.switch_fill_cycles_per_hop + switch_cycles(slices, flits, 1)
