@@ -117,9 +117,7 @@ def _outline(
     inside = set(ops)
     inputs = list(dict.fromkeys(v for op in ops for v in op.operands if v.owner not in inside))
     inputs += [v for v in passed if v not in inputs]
-    outputs = [
-        v for op in ops for v in op.results if any(use.operation not in inside for use in v.uses)
-    ]
+    outputs = [v for op in ops for v in op.results if any(use.operation not in inside for use in v.uses)]
     block = Block(arg_types=[v.type for v in inputs])
     for value, arg in zip(inputs, block.args, strict=True):
         arg.name_hint = value.name_hint

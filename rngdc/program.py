@@ -19,6 +19,7 @@ from backend_rngd.machine import Machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from ir.errors import Problem, UserError
+from passes.outline import outline
 from rngdc.buckets import BucketSpec
 
 Step = Callable[[str, BucketSpec], None]
@@ -79,6 +80,7 @@ def compile_programs(
     problems: list[Problem] = []
     for bucket, module in modules.items():
         step("lower", bucket)
+        outline(module)
         try:
             programs.append(Program(bucket, module, lower(module, machine, options)))
         except UserError as error:

@@ -9,7 +9,7 @@ from xdsl.dialects import func
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
 
-from backend_rngd.dialect import RoutineOp
+from backend_rngd.dialect import CallOp, RoutineOp
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
@@ -27,9 +27,34 @@ class Program:
         self.options = options
         self.out = Lowered(ModuleOp([]))
         self.functions = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, func.FuncOp)}
-        self.main = RoutineOp("main", [])
-        self.out.module.body.block.add_op(self.main)
+        self.main = self.routine("main")
         self.forms: dict[str, list[Form]] = {}
+
+    # Routines ------------------------------------------------------------
+    def routine(self, name: str) -> RoutineOp:
+        """The routine `name`, added to the module if it is new."""
+        for op in self.out.module.body.block.ops:
+            if isinstance(op, RoutineOp) and op.sym_name.data == name:
+                return op
+        made = RoutineOp(name, [])
+        self.out.module.body.block.add_op(made)
+        return made
+
+    def _prologue(self) -> RoutineOp:
+        """The routine that runs before all others: `prepare` if the entry is made of calls, else the entry."""
+        entry = self.functions.get("main") or next(iter(self.functions.values()))
+        if not any(isinstance(op, func.CallOp) for op in entry.body.block.ops):
+            return self.main
+        prepare = self.routine("prepare")
+        if "prepare" not in self.functions and not any(
+            isinstance(op, CallOp) and op.callee.string_value() == "prepare" for op in self.main.block.ops
+        ):
+            call, block = CallOp("prepare", [], "prepare"), self.main.block
+            if block.first_op is None:
+                block.add_op(call)
+            else:
+                block.insert_op_before(call, block.first_op)
+        return prepare
 
     # Globals ------------------------------------------------------------
     def weight_global(self, em: Emitter, name: str, dtype: Dtype, form: Form) -> SSAValue:
@@ -45,12 +70,12 @@ class Program:
         return em.global_buffer(image, "hbm", nbytes, "weight")
 
     def iota(self, em: Emitter, keys: int) -> SSAValue:
-        """DM global with 0, 1, 2, ... f32 in every slice, loaded by the entry routine before anything else."""
+        """DM global with 0, 1, 2, ... f32 in every slice, loaded before anything else."""
         count = round_up(keys, 64)
         name = f"iota.{count}"
         buffer = em.global_buffer(f"dm.{name}", "dm", count * 4, "scratch")
         if name not in self.out.constants:
-            block = self.main.body.block
+            block = self._prologue().block
             rest = list(block.ops)
             for op in rest:
                 op.detach()

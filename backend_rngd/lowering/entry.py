@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -12,13 +13,13 @@ from xdsl.ir import SSAValue, Use
 from backend_rngd.dialect import CallOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.block import BlockLowering
-from backend_rngd.lowering.emitter import hbm
 from backend_rngd.lowering.function import FunctionLowering
-from backend_rngd.lowering.move import load_rows, store_rows
+from backend_rngd.lowering.handover import add_handover
+from backend_rngd.lowering.move import load_rows
 from backend_rngd.lowering.program import INPUT_PITCH, Port
+from backend_rngd.lowering.slots import Slots
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
 from backend_rngd.lowering.values import NUMPY, Form, Stored, Value, Weight, dtype_of, port_strides
-from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.types import axis_names, shape_of
@@ -31,16 +32,25 @@ class EntryLowering(FunctionLowering):
         """Lower the function."""
         f = self.function
         names = _names(f, "arg_names", "arg", len(f.body.block.args))
-        self.held: dict[str, SSAValue] = {}
         self.blocks: dict[str, BlockLowering] = {}
+        returned = self._returned(f)
         for name, arg in zip(names, f.body.block.args, strict=True):
             self._argument(name, arg)
-        returned = self._returned(f)
-        self.results = {v: n for v, n in returned}
+        self.slots = Slots(f, {v: n for v, n in returned if not n.startswith("cache.")}, self._inputs(f))
+        if not self.slots.calls:
+            self.outputs = {v: n for v, n in returned}
         values = self.walk()
         self.em.location = "outputs"
         for value, (_, name) in zip(values, returned, strict=True):
             self._output(value, name)
+        if self.slots.calls:
+            add_handover(self.parent, self.slots.handed_over())
+
+    def _inputs(self, f: func.FuncOp) -> dict[SSAValue, str]:
+        """Arguments that blocks read in place."""
+        ports = {port.buffer for port in self.parent.out.inputs}
+        named = {arg: self._global_of(self.env[arg]) for arg in f.body.block.args}
+        return {arg: name for arg, name in named.items() if name in ports}
 
     def _returned(self, f: func.FuncOp) -> list[tuple[SSAValue, str]]:
         op = f.body.block.last_op
@@ -112,31 +122,14 @@ class EntryLowering(FunctionLowering):
 
         self.env[op.result] = Weight.of(tuple(values.shape), dtype, bind, values)
 
-    def op_tc_contract(self, op: tc.ContractOp) -> None:
-        """Contraction engine, see `contract.py`."""
-        uses = list(op.results[0].uses)
-        final = op.results[0]
-        if len(uses) == 1 and self._epilogue(op)[1] is not None:
-            final = uses[0].operation.results[0]
-        through = _returned_view(final)
-        if through in self.results and len(list(final.uses)) == 1:
-            self._contract(op, self.results[through])
-        else:
-            self._contract(op, None)
-
     # Calls ------------------------------------------------------------
     def op_func_call(self, op: func.CallOp) -> None:
-        """Fill the block's activation slots, call its routine with HBM addresses."""
+        """Call a block's routine with HBM addresses; activations lie where the caller and the block expect them."""
         name = op.callee.string_value()
-        function = self.parent.functions[name]
         operands = [self.env[o] for o in op.operands]
         if name not in self.blocks:
-            direct = [self._input_of(v) for v in operands]
-            self.blocks[name] = BlockLowering(self.parent, function, operands, direct)
+            self.blocks[name] = BlockLowering(self.parent, self.parent.functions[name], operands, self.slots, op)
         block = self.blocks[name]
-        for i, (o, v) in enumerate(zip(op.operands, operands, strict=True)):
-            if isinstance(v, Tensor):
-                self._fill_slot(block, i, o, v)
         arguments: list[SSAValue] = []
         for i, form in block.parameters:
             v = operands[i]
@@ -150,40 +143,17 @@ class EntryLowering(FunctionLowering):
                 assert isinstance(source, Stored)
                 self.env[result] = Stored(source.buffer, tuple(shape_of(result)))
             else:
-                self.env[result] = block.result_tensor(i, self.em)
+                self.env[result] = replace(r, buffer=self._seen_here(result, r))
+
+    def _seen_here(self, result: SSAValue, t: Tensor) -> SSAValue:
+        """The buffer of a call's result as a value of this routine."""
+        name = self.slots.outputs.get(result) or self.slots.name(result)
+        return self.em.global_buffer(name, t.space.name.lower(), self.em.declared_bytes(name), "activation")
 
     def _global_of(self, v: Value) -> str | None:
         if not isinstance(v, Tensor):
             return None
         return next((n for n, b in self.em.known_globals().items() if b is v.buffer), None)
-
-    def _input_of(self, v: Value) -> str | None:
-        """The program input that a value is, if it is one: blocks then read it in place."""
-        name = self._global_of(v)
-        return name if name in {port.buffer for port in self.parent.out.inputs} else None
-
-    def _fill_slot(self, block: BlockLowering, i: int, value: SSAValue, v: Tensor) -> None:
-        slot = block.slots[i]
-        if slot.direct is not None:
-            if self._global_of(v) != slot.direct:
-                raise AssertionError("a block argument that was a global in the first call is another value now")
-            return
-        if self.held.get(slot.name) is value:
-            return
-        target = block.slot_tensor(i, self.em)
-        if v.buffer is not target.buffer:
-            names = [f"d{n}" for n in range(len(v.dims))]
-            if v.space == Space.HBM:
-                assert v.rows is not None
-                self.em.dma(
-                    hbm(v.buffer, v.base),
-                    hbm(target.buffer, target.base),
-                    [(v.rows.physical, v.pitch, target.pitch)],
-                    round_up(v.row_bytes, 8),
-                )
-            else:
-                self.vector.map(ex.Input(0), [v], [names], names, v.dtype, target=target)
-        self.held[slot.name] = value
 
     # Outputs ------------------------------------------------------------
     def _output(self, value: SSAValue, name: str) -> None:
@@ -191,27 +161,8 @@ class EntryLowering(FunctionLowering):
         if isinstance(v, Stored):
             return
         t = self.tensor(value)
-        if t.rows is None:
-            raise UnsupportedError(
-                f"result {name}",
-                "it depends on no token, so it has no rows to be stored by",
-                "return a value of tokens",
-            )
-        if t.space == Space.DM or self._global_of(t) != name:
-            order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
-            strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
-            dims = list(t.dims)
-            for i, s in zip(order, strides, strict=True):
-                dims[i] = Dim("feature", t.dims[i].size, s)
-            buffer = self.em.global_buffer(name, "hbm", t.rows.physical * pitch, "output")
-            held = Tensor(buffer, Space.HBM, t.dtype, tuple(dims), t.rows, 0, pitch)
-            if t.space == Space.HBM:
-                self.em.dma(
-                    hbm(t.buffer, t.base), hbm(buffer), [(t.rows.physical, t.pitch, pitch)], round_up(t.row_bytes, 8)
-                )
-            else:
-                store_rows(self.em, t, held, t.rows.local)
-            t = held
+        if not self.slots.calls:
+            t = self.output(t, name)
         self.parent.out.outputs.append(Port(name, name, t.dtype.name.lower(), t.shape, port_strides(t), t.base))
 
 
@@ -247,12 +198,3 @@ def _bound(v: Value, form: Form | None) -> SSAValue:
     assert isinstance(v, Weight)
     assert form is not None
     return v.bind(form)
-
-
-def _returned_view(value: SSAValue) -> SSAValue:
-    """Follow single-use reshapes from a value towards the return."""
-    while True:
-        uses = list(value.uses)
-        if len(uses) != 1 or not isinstance(uses[0].operation, tc.ReshapeOp):
-            return value
-        value = uses[0].operation.results[0]

@@ -20,7 +20,7 @@ from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
-from backend_rngd.lowering.move import load_rows
+from backend_rngd.lowering.move import load_rows, move_rows
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
 from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, product
@@ -51,6 +51,7 @@ class FunctionLowering:
         self.offset_images: dict[tuple[SSAValue, int], SSAValue] = {}
         self.limits: dict[tuple[SSAValue, bool, RowSpace], Tensor] = {}
         self.fused: set[Operation] = set()
+        self.outputs: dict[SSAValue, str] = {}  # values that the program returns, with the name of their HBM buffer
         self.index = 0
 
     # Values ------------------------------------------------------------
@@ -181,6 +182,36 @@ class FunctionLowering:
             start += p.dims[axis].size
         self.env[op.results[0]] = target
 
+    def output(self, t: Tensor, name: str) -> Tensor:
+        """`t` in the HBM buffer of program output `name`."""
+        if t.rows is None:
+            raise UnsupportedError(
+                f"result {name}",
+                "it depends on no token, so it has no rows to be stored by",
+                "return a value of tokens",
+            )
+        if t.space == Space.HBM and self.em.known_globals().get(name) is t.buffer:
+            return t
+        order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
+        strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
+        dims = list(t.dims)
+        for i, s in zip(order, strides, strict=True):
+            dims[i] = Dim("feature", t.dims[i].size, s)
+        buffer = self.em.global_buffer(name, "hbm", t.rows.physical * pitch, "output")
+        held = Tensor(buffer, Space.HBM, t.dtype, tuple(dims), t.rows, 0, pitch)
+        self.move(t, held)
+        return held
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy rows of `source` to `target`, which may lie in another memory."""
+        if source.buffer is target.buffer and source.base == target.base:
+            return
+        if source.space == target.space == Space.DM:
+            names = [f"d{n}" for n in range(len(source.dims))]
+            self.vector.map(ex.Input(0), [source], [names], names, source.dtype, target=target)
+        else:
+            move_rows(self.em, source, target)
+
     # Arithmetic ------------------------------------------------------------
     def op_tc_map(self, op: tc.MapOp) -> None:
         """Vector-engine passes."""
@@ -215,8 +246,13 @@ class FunctionLowering:
         )
 
     def op_tc_contract(self, op: tc.ContractOp) -> None:
-        """Contraction engine, see `contract.py`."""
-        self._contract(op, None)
+        """Contraction engine, see `contract.py`. A result that the program returns goes straight to its output."""
+        final = op.results[0]
+        if self._epilogue(op)[1] is not None:
+            final = next(iter(final.uses)).operation.results[0]
+        through = _returned_view(final)
+        direct = through in self.outputs and len(list(final.uses)) == 1
+        self._contract(op, self.outputs[through] if direct else None)
 
     def _contract(self, op: tc.ContractOp, output: str | None) -> Tensor:
         rule = op.rule()
@@ -438,3 +474,12 @@ def _location(op: Operation) -> str:
     """`layer path|operation`, shown by the disassembler, the trace and every error."""
     path = op.attributes.get("path")
     return f"{path.data if isinstance(path, StringAttr) else ''}|{op.name}"
+
+
+def _returned_view(value: SSAValue) -> SSAValue:
+    """Follow single-use reshapes from a value towards the return."""
+    while True:
+        uses = list(value.uses)
+        if len(uses) != 1 or not isinstance(uses[0].operation, tc.ReshapeOp):
+            return value
+        value = uses[0].operation.results[0]

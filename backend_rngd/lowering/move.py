@@ -66,6 +66,22 @@ def store_rows(em: Emitter, source: Tensor, target: Tensor, rows: int) -> None:
     em.dma(dm(source.buffer, source.base), hbm(target.buffer, target.base), [*row_loops, *loops], packet)
 
 
+def move_rows(em: Emitter, source: Tensor, target: Tensor) -> None:
+    """Copy all rows between HBM and DM, or inside HBM; both sides have the same rows and logical shape."""
+    rows = target.rows
+    assert rows is not None
+    if source.space == Space.DM:
+        store_rows(em, source, target, rows.local)
+        return
+    loops, packet = _feature_loops(source, target)
+    if target.space == Space.HBM:
+        em.dma(place_of(source), place_of(target), [(rows.physical, source.pitch, target.pitch), *loops], packet)
+        return
+    across = 0 if rows.replicated else rows.local * source.pitch
+    row_loops = [(em.slices, across, DM_SLICE_STRIDE), (rows.local, source.pitch, target.pitch)]
+    em.dma(place_of(source), place_of(target), [*row_loops, *loops], packet)
+
+
 def ring_broadcast(
     em: Emitter,
     source: SSAValue,

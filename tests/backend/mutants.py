@@ -21,6 +21,7 @@ from backend_rngd.machine import load_machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from ir.text import parse_module
+from passes.outline import outline
 from runtime_sim.errors import SimulationError
 from runtime_sim.functional import Card, Unit
 
@@ -126,6 +127,7 @@ class Program:
 
     def __init__(self, name: str, positions: list[int], prefetch: bool = True) -> None:
         module = parse_module((DATA / name).read_text("utf-8"))
+        outline(module)
         self.lowered: Lowered = lower(module, MACHINE, LoweringOptions(cache_capacity=32, cache_batch=2))
         self.top = place(self.lowered.module, MACHINE, prefetch=prefetch)
         schedule(self.lowered.module)

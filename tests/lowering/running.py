@@ -20,6 +20,7 @@ from backend_rngd.machine import load_machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from ir.text import parse_module
+from passes.outline import outline
 from runtime_sim.functional import Card, Unit
 
 Array = NDArray[Any]
@@ -42,6 +43,7 @@ class Run:
 
     def __init__(self, module: ModuleOp | str, **options: Any) -> None:
         self.module = parse_module(module) if isinstance(module, str) else module
+        outline(self.module)
         self.module.verify()
         self.lowered: Lowered = lower(self.module, MACHINE, LoweringOptions(**options))
         self.lowered.module.verify()

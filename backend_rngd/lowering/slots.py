@@ -1,0 +1,94 @@
+"""Where the activations lie that `@main` passes between its calls: one buffer for all values that take the same place.
+
+The result of layer i and the operand of layer i + 1 are the same operand of one routine, so they share a buffer: a
+layer reads its input there and leaves its result there, and `@main` copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xdsl.dialects import func
+from xdsl.ir import SSAValue
+
+from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.tensor import Tensor
+from backend_rngd.lowering.values import in_global
+from ir.errors import UnsupportedError
+
+Key = SSAValue | tuple[str, str, int]
+
+
+class Slots:
+    """Names of the shared buffers of `@main`, and the layout that their first writer chose."""
+
+    def __init__(self, main: func.FuncOp, outputs: Mapping[SSAValue, str], inputs: Mapping[SSAValue, str]) -> None:
+        """`outputs`: values that the program returns; `inputs`: its arguments that calls read in place."""
+        self.calls = [op for op in main.body.block.ops if isinstance(op, func.CallOp)]
+        self.outputs = dict(outputs)
+        self._parent: dict[Key, Key] = {}
+        self._names: dict[Key, str] = {}
+        self._layout: dict[str, Tensor] = {}
+        for call in self.calls:
+            name = call.callee.string_value()
+            for i, value in enumerate(call.operands):
+                self._join(value, (name, "operand", i))
+            for i, value in enumerate(call.results):
+                self._join(value, (name, "result", i))
+        for table in (inputs, self.outputs):
+            for value, name in table.items():
+                root = self._root(value)
+                if self._names.setdefault(root, name) != name:
+                    raise UnsupportedError(
+                        f"program value {name}",
+                        f"it would share a buffer with {self._names[root]}, because a layer passes one on as the other",
+                        "return a computed value instead",
+                    )
+        self._check_lives()
+
+    def name(self, value: SSAValue) -> str:
+        """The buffer of a value."""
+        root = self._root(value)
+        return self._names.setdefault(root, f"x{len(self._names)}")
+
+    def place(self, value: SSAValue, like: Tensor, em: Emitter) -> Tensor:
+        """The tensor of `value` seen from the routine of `em`; `like` gives the layout to the first who asks."""
+        name = self.name(value)
+        return in_global(self._layout.setdefault(name, like), name, em)
+
+    def known(self, value: SSAValue) -> Tensor | None:
+        """The layout of a value's buffer, if it has been chosen."""
+        return self._layout.get(self.name(value))
+
+    def handed_over(self) -> dict[str, Tensor]:
+        """Buffers that go from one layer to the next: what a pipeline stage sends to the following one."""
+        outlined = {"prepare", "embed", "head"}
+        layers = [c for c in self.calls if c.callee.string_value() not in outlined]
+        made = {self.name(v) for c in layers for v in c.results if self.known(v) is not None}
+        return {name: self._layout[name] for name in sorted(made) if name not in self.outputs.values()}
+
+    def _check_lives(self) -> None:
+        """A value may be overwritten by the next one in its buffer only when nothing reads it any more."""
+        order = {call: i for i, call in enumerate(self.calls)}
+        written: dict[Key, list[int]] = {}
+        for call in self.calls:
+            for value in call.results:
+                written.setdefault(self._root(value), []).append(order[call])
+        for call in self.calls:
+            for value in call.results:
+                uses = [order[u.operation] for u in value.uses if isinstance(u.operation, func.CallOp)]
+                following = [i for i in written[self._root(value)] if i > order[call]]
+                if uses and following and max(uses) > min(following):
+                    raise UnsupportedError(
+                        f"result of {call.callee.string_value()}",
+                        "a later layer reads it after the next layer has written its own result",
+                        "pass it through the layers",
+                    )
+
+    def _join(self, a: Key, b: Key) -> None:
+        self._parent[self._root(a)] = self._root(b)
+
+    def _root(self, key: Key) -> Key:
+        while self._parent.setdefault(key, key) is not key:
+            key = self._parent[key]
+        return key
