@@ -32,6 +32,7 @@ from backend_rngd.artifact.schema import (
     Version,
     WeightSource,
 )
+from backend_rngd.artifact.shards import ShardError, cut, join, local_shape
 from backend_rngd.artifact.store import Artifact, ArtifactWriter, open_artifact
 from backend_rngd.artifact.weights import placed, read_weight
 
@@ -55,8 +56,12 @@ __all__ = [
     "Placement",
     "Pooling",
     "Port",
+    "ShardError",
     "Version",
     "WeightSource",
+    "cut",
+    "join",
+    "local_shape",
     "open_artifact",
     "placed",
     "read_weight",

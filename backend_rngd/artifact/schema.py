@@ -20,7 +20,7 @@ class Version(_Record):
     minor: int
 
 
-VERSION = Version(major=1, minor=0)
+VERSION = Version(major=1, minor=1)
 
 
 class Compiler(_Record):
@@ -59,12 +59,15 @@ class Model(_Record):
 
 
 class Parallel(_Record):
-    """How many processing elements work on a layer, how many cards on the model, and the slices of a unit."""
+    """How many units work on a layer (`tensor`, fixed), the preferred number of stages (`pipeline`), and the slices of
+    a unit. `units` execute the streams of a bucket (those of one stage); `mesh` names the axes of a layer's units, such
+    as `kv=4,r=2`, for the shard texts (empty: one unit)."""
 
     tensor: int
     pipeline: int
     units: int
     slices: int
+    mesh: str = ""
 
 
 class WeightSource(_Record):
@@ -83,7 +86,8 @@ class WeightSource(_Record):
 
 
 class Placement(_Record):
-    """An image of a weight in HBM: permute its axes, reshape to (rows, columns), pad both with zeros, cast, write."""
+    """An image of a weight in HBM: cut by `shard` (see shards.py), permute the axes, reshape to (rows, columns), pad
+    both with zeros, cast, write."""
 
     name: str
     address: int
@@ -93,15 +97,20 @@ class Placement(_Record):
     reshape: tuple[int, int]
     pad: tuple[int, int]
     dtype: str
+    shard: str = ""
 
 
 class Constant(_Record):
-    """Literal bytes at `offset` of constants.bin that lie in HBM at `address`."""
+    """Literal bytes at `offset` of constants.bin that lie in HBM at `address`.
+
+    `per_unit`: every unit has its own; those of unit u lie at `offset` + u * `bytes`.
+    """
 
     name: str
     address: int
     offset: int
     bytes: int
+    per_unit: bool = False
 
 
 class LinkedFile(_Record):
@@ -123,7 +132,10 @@ class HbmMap(_Record):
 
 
 class Cache(_Record):
-    """Keys or values of a layer: dense bf16 [batch, heads, capacity, width]; a program uses a leading part."""
+    """Keys or values of a layer: dense bf16 [batch, heads, capacity, width]; a program uses a leading part.
+
+    `heads` are those of a unit; dimension 1 of `shard` says how those of all units are cut.
+    """
 
     name: str
     address: int
@@ -133,6 +145,7 @@ class Cache(_Record):
     heads: int
     capacity: int
     width: int
+    shard: str = ""
 
 
 class Port(_Record):
@@ -147,7 +160,10 @@ class Port(_Record):
 
 
 class Bucket(_Record):
-    """One program. `row_registers`: bytes of a cache row -> register that selects the first batch row."""
+    """One program. `row_registers`: bytes of a cache row -> register that selects the first batch row.
+
+    `launch`: register -> its value on every unit of a layer, set before the program starts.
+    """
 
     name: str
     phase: Literal["prefill", "decode", "encode", "function"]
@@ -161,6 +177,7 @@ class Bucket(_Record):
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     row_registers: dict[int, int]
+    launch: dict[int, tuple[int, ...]] = Field(default_factory=dict[int, tuple[int, ...]])
 
 
 class Manifest(_Record):

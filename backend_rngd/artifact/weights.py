@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from backend_rngd.artifact.errors import ArtifactError, ArtifactProblem
 from backend_rngd.artifact.schema import Placement, WeightSource
+from backend_rngd.artifact.shards import ShardError, cut
 
 Array = NDArray[Any]
 
@@ -71,10 +72,17 @@ def _random(source: WeightSource, dtype: np.dtype[Any]) -> Array:
     return values.astype(dtype)
 
 
-def placed(array: Array, placement: Placement) -> Array:
-    """The image of a weight as it lies in HBM: a contiguous array of exactly `placement.bytes` bytes."""
+def placed(array: Array, placement: Placement, mesh: str = "", unit: int = 0) -> Array:
+    """The image of a weight as it lies in the HBM of a unit: a contiguous array of exactly `placement.bytes` bytes.
+
+    Raises ArtifactError if the shard or the size does not fit the weight.
+    """
+    try:
+        part = cut(array, placement.shard, mesh, unit)
+    except ShardError as error:
+        raise ArtifactError([ArtifactProblem(f"weight {placement.weight}", str(error), "build it again")]) from error
     rows, columns = placement.reshape
-    matrix = array.transpose(placement.permute).reshape(rows, columns)
+    matrix = part.transpose(placement.permute).reshape(rows, columns)
     padded = [-(-n // multiple) * multiple for n, multiple in zip(placement.reshape, placement.pad, strict=True)]
     image = np.zeros(padded, DTYPES[placement.dtype])
     image[:rows, :columns] = matrix

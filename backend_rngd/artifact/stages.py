@@ -1,0 +1,208 @@
+"""Pipeline stages of a program: its entry cut at calls, and what each stage needs in HBM.
+
+The entry of a stream calls `prepare`, `embed`, the blocks of the layers and `head`, in this order. A stage runs
+[prepare][embed or receive][its blocks][head or send]; the routines are the same in every stage. The number of stages
+is chosen when an artifact is loaded; the number of units of a layer is not.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from backend_rngd.artifact.errors import ArtifactError, ArtifactProblem
+from backend_rngd.artifact.schema import Cache, HbmMap, Placement
+from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Routine, Stream
+from backend_rngd.isa.footprint import footprint
+
+PREPARE, EMBED, HEAD, RECEIVE, SEND = "prepare", "embed", "head", "receive", "send"
+Span = tuple[int, int]
+
+
+def _refuse(what: str, why: str, fix: str) -> ArtifactError:
+    return ArtifactError([ArtifactProblem(what, why, fix)])
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The blocks [start, end) of every stage."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return len(self.spans)
+
+
+def blocks_of(stream: Stream) -> tuple[int, ...]:
+    """Instruction indices of the entry's calls of blocks, in order; empty if the entry is not made of calls only."""
+    entry = stream.routines[0].instructions
+    if not all(isinstance(i.what, Call) for i in entry):
+        return ()
+    special = {PREPARE, EMBED, HEAD, RECEIVE, SEND}
+    return tuple(i for i, item in enumerate(entry) if _callee(stream, item) not in special)
+
+
+def _callee(stream: Stream, item: Instruction) -> str:
+    assert isinstance(item.what, Call)
+    return stream.routines[item.what.routine].name
+
+
+def balance(costs: Sequence[float], stages: int) -> Cuts:
+    """Contiguous spans, none empty, whose largest sum of costs is as small as can be (the earliest such cuts).
+
+    Raises ArtifactError if there are fewer blocks than stages.
+    """
+    n = len(costs)
+    if not 1 <= stages <= n:
+        what = f"{stages} pipeline stages"
+        raise _refuse(what, f"the program has {n} blocks to share out", f"choose 1 to {max(n, 1)}")
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best = [0.0, *sums[1:]]  # smallest largest cost of the first i blocks in k stages; k = 1
+    choice: list[list[int]] = []
+    for k in range(2, stages + 1):
+        now = [float("inf")] * (n + 1)
+        cut = [0] * (n + 1)
+        for i in range(k, n + 1):
+            for j in range(k - 1, i):
+                worst = max(best[j], sums[i] - sums[j])
+                if worst < now[i]:
+                    now[i], cut[i] = worst, j
+        best = now
+        choice.append(cut)
+    ends = [n]
+    for cut in reversed(choice):
+        ends.append(cut[ends[-1]])
+    ends.reverse()
+    starts = [0, *ends[:-1]]
+    return Cuts(tuple(zip(starts, ends, strict=True)))
+
+
+def stage_stream(stream: Stream, cuts: Cuts, stage: int) -> Stream:
+    """The stream with the entry of one stage. With one stage it is the stream itself.
+
+    Raises ArtifactError if the program cannot be cut.
+    """
+    if cuts.stages == 1:
+        return stream
+    entry = stream.routines[0].instructions
+    blocks = blocks_of(stream)
+    names = {r.name: i for i, r in enumerate(stream.routines)}
+    if len(blocks) != cuts.spans[-1][1] or RECEIVE not in names or SEND not in names:
+        why = "its entry is not made of calls of blocks, or it cannot receive and send"
+        raise _refuse(f"{cuts.stages} pipeline stages", why, "build it again, or use one stage")
+    first, last = cuts.spans[stage]
+    mine = set(blocks[first:last])
+    items: list[tuple[int, Instruction]] = []  # (position in the entry, call)
+    for i, item in enumerate(entry):
+        name = _callee(stream, item)
+        if name == EMBED and stage > 0:
+            items.append((i, _call(names[RECEIVE], item)))
+        elif name == HEAD and stage < cuts.stages - 1:
+            items.append((i, _call(names[SEND], item)))
+        elif name in (PREPARE, EMBED, HEAD) or i in mine:
+            items.append((i, item))
+    kept = [i for i, _ in items]
+    calls: list[Instruction] = []
+    for _, item in items:
+        # a wait for the first n calls of the entry becomes one for those of them that are kept
+        waits = bisect_right(kept, item.after.call - 1)
+        calls.append(replace(item, after=replace(item.after, call=min(waits, len(calls)))))
+    return replace(stream, routines=(Routine(stream.routines[0].name, tuple(calls)), *stream.routines[1:]))
+
+
+def _call(routine: int, model: Instruction) -> Instruction:
+    return Instruction(Context.CONTROL, After(call=model.after.call), Call(routine, ()), model.location)
+
+
+def touched(stream: Stream) -> tuple[Span, ...]:
+    """HBM ranges of the unit's own window that a run touches: sorted, disjoint.
+
+    Registers that the host or a launch sets count as 0, which is right for caches (they select a row inside one). The
+    indirect side of a gather counts from its base to its direct end.
+    """
+    summaries = [_accesses(r) for r in stream.routines]
+    spans: set[Span] = set()
+
+    def walk(routine: int, registers: dict[int, int]) -> None:
+        for register, low, high in summaries[routine]:
+            shift = registers.get(register, 0)
+            spans.add((low + shift, high + shift))
+        for item in stream.routines[routine].instructions:
+            if isinstance(item.what, Call):
+                inside = {d: registers.get(s, 0) + value for d, s, value in item.what.moves}
+                walk(item.what.routine, {**registers, **inside})
+
+    walk(0, {})
+    return _merged(spans)
+
+
+def _accesses(routine: Routine) -> tuple[tuple[int, int, int], ...]:
+    """(register, first byte, byte after the last) of every access to HBM of a routine itself."""
+    out = {
+        (access.register, low, high)
+        for item in routine.instructions
+        for access in footprint(item.what)
+        if access.space == "hbm"
+        for low, high in access.intervals
+    }
+    return tuple(out)
+
+
+def _merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    out: list[Span] = []
+    for low, high in sorted(spans):
+        if out and low <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], high))
+        else:
+            out.append((low, high))
+    return tuple(out)
+
+
+def overlaps(spans: Sequence[Span], low: int, high: int) -> bool:
+    """Whether sorted disjoint spans contain any byte of [low, high)."""
+    at = bisect_right(spans, (low, high)) - 1
+    return any(a < high and low < b for a, b in spans[max(at, 0) : at + 2])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a unit of a stage holds in HBM: images of weights, caches, and bytes by kind (whole pages of the map).
+
+    `shared_bytes` (weights and constants) never change and exist once for all replicas on a card; `own_bytes` (caches
+    and the area of temporaries) do not.
+    """
+
+    placements: tuple[Placement, ...]
+    caches: tuple[Cache, ...]
+    shared_bytes: int
+    own_bytes: int
+
+
+def needs(
+    streams: Sequence[Stream], placements: Sequence[Placement], caches: Sequence[Cache], hbm: HbmMap, page: int
+) -> Needs:
+    """What the streams of a stage (one a bucket) touch of the artifact's map."""
+    spans = _merged(span for stream in streams for span in touched(stream))
+    held = tuple(p for p in placements if overlaps(spans, p.address, p.address + p.bytes))
+    kept = tuple(c for c in caches if overlaps(spans, c.address, c.address + c.bytes))
+
+    def pages(sizes: Iterable[int]) -> int:
+        return sum(-(-n // page) * page for n in sizes)
+
+    shared = pages(p.bytes for p in held) + hbm.constants
+    return Needs(held, kept, shared, pages(c.bytes for c in kept) + pages([hbm.total - hbm.shared]))
+
+
+def block_costs(stream: Stream, placements: Sequence[Placement]) -> list[float]:
+    """Cost of every block of a program for `balance`: bytes of the weights it reads (the time of decoding)."""
+    out: list[float] = []
+    for index in blocks_of(stream):
+        entry = Routine("", (stream.routines[0].instructions[index],))
+        spans = touched(replace(stream, routines=(entry, *stream.routines[1:])))
+        out.append(float(sum(p.bytes for p in placements if overlaps(spans, p.address, p.address + p.bytes))) or 1.0)
+    return out
