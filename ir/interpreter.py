@@ -57,6 +57,10 @@ class TcFunctions(InterpreterFunctions):
             raise kernels.KernelError(f"no argument gives the size of {unbound[0]}")
         return [size.factor for size in sizes]
 
+    def between_units(self, op: tc.CollectiveOp) -> PythonValues:
+        """One unit alone has no result here; `ir.spmd` computes these operations for all units together."""
+        raise kernels.KernelError(f"{op.name} needs all units; run the module with ir.spmd.run_spmd")
+
     @impl(tc.WeightOp)
     def _weight(self, interpreter: Interpreter, op: tc.WeightOp, args: PythonValues) -> PythonValues:
         value = self.weights(op.fqn.data)
@@ -125,6 +129,26 @@ class TcFunctions(InterpreterFunctions):
     @impl(tc.ConcatOp)
     def _concat(self, interpreter: Interpreter, op: tc.ConcatOp, args: PythonValues) -> PythonValues:
         return (np.concatenate(args, axis=op.axis.value.data),)
+
+    @impl(tc.AllReduceOp)
+    def _all_reduce(self, interpreter: Interpreter, op: tc.AllReduceOp, args: PythonValues) -> PythonValues:
+        return self.between_units(op)
+
+    @impl(tc.AllGatherOp)
+    def _all_gather(self, interpreter: Interpreter, op: tc.AllGatherOp, args: PythonValues) -> PythonValues:
+        return self.between_units(op)
+
+    @impl(tc.ReduceScatterOp)
+    def _reduce_scatter(self, interpreter: Interpreter, op: tc.ReduceScatterOp, args: PythonValues) -> PythonValues:
+        return self.between_units(op)
+
+    @impl(tc.LocalSliceOp)
+    def _local_slice(self, interpreter: Interpreter, op: tc.LocalSliceOp, args: PythonValues) -> PythonValues:
+        return self.between_units(op)
+
+    @impl(tc.AxisIndexOp)
+    def _axis_index(self, interpreter: Interpreter, op: tc.AxisIndexOp, args: PythonValues) -> PythonValues:
+        return self.between_units(op)
 
     @impl_terminator(func.ReturnOp)
     def _return(

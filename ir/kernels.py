@@ -192,3 +192,9 @@ def _softmax(scores: Array, sinks: Array | None) -> Array:
     if sinks is not None:
         total += np.exp(sinks - top)
     return np.divide(scores, np.where(total == 0, np.float32(1), total), out=scores)
+
+
+def all_reduce(parts: Sequence[Array], kind: str) -> Array:
+    """The sum or maximum of the arrays of a group of units, in f32, rounded once to their dtype."""
+    wide = np.stack([to_f32(p) for p in parts])
+    return round_to(wide.max(axis=0) if kind == "max" else wide.sum(axis=0), parts[0].dtype)

@@ -10,6 +10,16 @@ from __future__ import annotations
 from xdsl.ir import Dialect
 
 from ir.dialects.tc_base import TcOp, TensorResult, element_rule, own_axes, verify_expression
+from ir.dialects.tc_collectives import (
+    COLLECTIVE_KINDS,
+    AllGatherOp,
+    AllReduceOp,
+    AxisIndexOp,
+    CollectiveOp,
+    ExchangeOp,
+    LocalSliceOp,
+    ReduceScatterOp,
+)
 from ir.dialects.tc_compute import (
     REDUCE_KINDS,
     AttentionOp,
@@ -19,6 +29,7 @@ from ir.dialects.tc_compute import (
     MapOp,
     ReduceOp,
 )
+from ir.dialects.tc_mesh import ARG_SHARDS, MESH, PLAN, mesh_of, module_of
 from ir.dialects.tc_values import (
     MAX_CONSTANT,
     ConcatOp,
@@ -31,17 +42,28 @@ from ir.dialects.tc_values import (
 from ir.types import AxesAttr
 
 __all__ = [
+    "ARG_SHARDS",
+    "COLLECTIVE_KINDS",
     "MAX_CONSTANT",
+    "MESH",
+    "PLAN",
     "REDUCE_KINDS",
+    "AllGatherOp",
+    "AllReduceOp",
     "AttentionOp",
     "AxesAttr",
+    "AxisIndexOp",
+    "CollectiveOp",
     "ConcatOp",
     "ConstantOp",
     "ContractOp",
+    "ExchangeOp",
     "GatherOp",
     "KvUpdateOp",
+    "LocalSliceOp",
     "MapOp",
     "ReduceOp",
+    "ReduceScatterOp",
     "ReshapeOp",
     "SliceOp",
     "Tc",
@@ -50,6 +72,8 @@ __all__ = [
     "TransposeOp",
     "WeightOp",
     "element_rule",
+    "mesh_of",
+    "module_of",
     "own_axes",
     "verify_expression",
 ]
@@ -69,6 +93,11 @@ Tc = Dialect(
         TransposeOp,
         SliceOp,
         ConcatOp,
+        AllReduceOp,
+        AllGatherOp,
+        ReduceScatterOp,
+        LocalSliceOp,
+        AxisIndexOp,
     ],
     [AxesAttr],
 )

@@ -2,8 +2,8 @@
 
 A `SYNTAX` string lists what an operation prints, in order, between its name and `: type`:
 `operands` is `(%a, %b)` followed by optional operands as `name(%x)`; `x` is the only operand; `name:kind` is a property
-(text kinds stand alone, numbers follow their name); any other word is printed as it is. Operand types are not printed:
-values are defined above their use.
+(text kinds stand alone, numbers follow their name, `option` is a text behind its name, or absent); any other word is
+printed as it is. Operand types are not printed: values are defined above their use.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class TcSyntax(IRDLOperation):
                 operands = [_value(parser)]
             elif not kind:
                 parser.parse_keyword(name)
+            elif kind == "option":
+                if parser.parse_optional_keyword(name) is not None:
+                    properties[name] = StringAttr(parser.parse_str_literal())
             else:
                 properties[name] = _parse_property(parser, name, kind)
                 if kind == "typed":
@@ -77,6 +80,8 @@ class TcSyntax(IRDLOperation):
         typed: Attribute | None = None
         for word in self.SYNTAX.split():
             name, _, kind = word.partition(":")
+            if kind == "option" and name not in self.properties:
+                continue
             printer.print_string(" ")
             if word == "operands":
                 self._print_operands(printer)
@@ -176,6 +181,9 @@ def _parse_property(parser: Parser, name: str, kind: str) -> Attribute:
 def _print_property(printer: Printer, name: str, kind: str, value: Attribute) -> None:
     match value:
         case StringAttr() if kind == "str":
+            printer.print_string_literal(value.data)
+        case StringAttr() if kind == "option":
+            printer.print_string(f"{name} ")
             printer.print_string_literal(value.data)
         case StringAttr():
             printer.print_string(value.data)

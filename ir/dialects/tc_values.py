@@ -22,6 +22,7 @@ from xdsl.ir import Operation, SSAValue
 from xdsl.irdl import (
     irdl_op_definition,
     operand_def,
+    opt_prop_def,
     prop_def,
     result_def,
     traits_def,
@@ -32,8 +33,10 @@ from xdsl.utils.exceptions import VerifyException
 
 from ir.axes import Dim, Rule, reshape_rule
 from ir.dialects.tc_base import TcOp, TensorResult, own_axes
+from ir.dialects.tc_mesh import PLAN, mesh_of
 from ir.dialects.tc_syntax import literal, numbers
 from ir.errors import RuleError
+from ir.placement import PlacementError, Shard
 from ir.types import NUMPY_DTYPES, dims_of, elem_of, is_float, shape_of
 
 MAX_CONSTANT = 4096
@@ -44,19 +47,28 @@ MAX_CONSTANT = 4096
 class WeightOp(TcOp):
     """A parameter or buffer by name. Its bytes live outside the IR, so that text and memory do not grow with the model.
 
+    `shard` says which part of it a unit holds (`ir.placement.Shard`); without it every unit holds all of it. In a
+    partitioned module the type is that of the part.
+
     ```mlir
-    %w = tc.weight "model.layers.0.mlp.up_proj.weight" : tensor<1536x576xbf16>
+    %w = tc.weight "model.layers.0.mlp.up_proj.weight" shard "1536@tp, 576" : tensor<1536x576xbf16>
     ```
     """
 
     name = "tc.weight"
     fqn = prop_def(StringAttr)
+    shard = opt_prop_def(StringAttr)
     result = result_def(TensorType)
     traits = traits_def(Pure())
-    SYNTAX: ClassVar[str] = "fqn:str"
+    SYNTAX: ClassVar[str] = "fqn:str shard:option"
 
-    def __init__(self, name: str, type: TensorResult) -> None:
-        super().__init__(properties={"fqn": StringAttr(name)}, result_types=[type])
+    def __init__(self, name: str, type: TensorResult, shard: str = "") -> None:
+        properties = {"fqn": StringAttr(name)} | ({"shard": StringAttr(shard)} if shard else {})
+        super().__init__(properties=properties, result_types=[type])
+
+    def placement(self) -> Shard | None:
+        """The parsed `shard`, None for a whole weight. Raises PlacementError."""
+        return Shard.parse(self.shard.data) if self.shard is not None else None
 
     @override
     def rule(self) -> Rule:
@@ -68,6 +80,23 @@ class WeightOp(TcOp):
             raise VerifyException("a weight needs a name")
         if -1 in shape_of(self.result):
             raise VerifyException("a weight has static sizes")
+        try:
+            self._verify_shard()
+        except PlacementError as error:
+            raise VerifyException(str(error)) from None
+
+    def _verify_shard(self) -> None:
+        """Whether the type is that of the part (in a partitioned module) or of the whole (in a planned one)."""
+        placement = self.placement()
+        if placement is None:
+            return
+        mesh = mesh_of(self)
+        plan = mesh or mesh_of(self, PLAN)
+        if plan is not None:
+            placement.check(plan)
+        want = placement.shape if mesh is None else placement.local_shape(mesh)
+        if shape_of(self.result) != want:
+            raise VerifyException(f"placement '{placement}' gives shape {want}, not {shape_of(self.result)}")
 
 
 @irdl_op_definition
