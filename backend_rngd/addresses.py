@@ -15,10 +15,12 @@ from backend_rngd.dialect import (
     GetGlobalOp,
     GlobalOp,
     InstructionOp,
+    LaunchOp,
     LoadTrfOp,
     LoadVrfOp,
     MemsetOp,
     RoutineOp,
+    bytes_of,
     space_of,
 )
 from backend_rngd.isa.descriptors import (
@@ -36,6 +38,7 @@ from backend_rngd.isa.descriptors import (
 )
 from backend_rngd.isa.shape import widest_packet
 from backend_rngd.place import global_name
+from backend_rngd.sync_ops import SyncOp, descriptor_with_ranges
 
 FIRST_ROW_REGISTER = 1
 FIRST_ARGUMENT_REGISTER = 8
@@ -55,8 +58,9 @@ class AddressBook:
     def __init__(self, module: ModuleOp) -> None:
         """Reads globals; gives a row register to every distinct row size of the caches.
 
-        Raises ValueError if there are more than seven row sizes or a global has no address.
+        Raises ValueError if there are more than seven row sizes, or launch registers do not fit together.
         """
+        self.launch = _launch_registers(module)
         self.globals = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, GlobalOp)}
         rows = sorted({op.row_bytes.value.data for op in self.globals.values() if op.row_bytes is not None})
         if FIRST_ROW_REGISTER + len(rows) > FIRST_ARGUMENT_REGISTER:
@@ -109,6 +113,8 @@ class AddressBook:
             if fetch.packet != (widest := widest_packet(fetch)):
                 fetch = replace(fetch, packet=widest)
             return LoadVrf(vector.slices, fetch, vector.base + self.of(op.target).offset)
+        if isinstance(op, SyncOp):
+            return self._sync(op)
         memset = cast(Memset, desc)
         return replace(memset, base=memset.base + self.of(cast(MemsetOp, op).target).offset)
 
@@ -141,7 +147,36 @@ class AddressBook:
 
     def _endpoint(self, endpoint: Endpoint, buffer: SSAValue) -> Endpoint:
         at = self.of(buffer)
-        return Endpoint(endpoint.space, endpoint.base + at.offset, at.register if space_of(buffer) == "hbm" else 0)
+        register = at.register if space_of(buffer) == "hbm" else 0
+        if endpoint.space.is_peer and endpoint.register:
+            if register:
+                raise ValueError(
+                    f"a peer address with the buffer in register {register} and the unit in register"
+                    f" {endpoint.register}: there is one register, make the buffer a global without batch rows"
+                )
+            register = endpoint.register
+        return Endpoint(endpoint.space, endpoint.base + at.offset, register)
+
+    def _sync(self, op: SyncOp) -> Descriptor:
+        """DM operands become ranges; HBM needs none."""
+        ranges: dict[str, list[tuple[int, int]]] = {role: [] for role in op.ROLES}
+        for role, value in op.roles():
+            if space_of(value) == "dm":
+                ranges[role].append((self.of(value).offset, bytes_of(value)))
+        return descriptor_with_ranges(op, ranges)
+
+
+def _launch_registers(module: ModuleOp) -> dict[int, tuple[int, ...]]:
+    """Register -> value by unit."""
+    out: dict[int, tuple[int, ...]] = {}
+    for op in module.body.block.ops:
+        if isinstance(op, LaunchOp):
+            if op.number in out:
+                raise ValueError(f"launch register {op.number} is given twice")
+            out[op.number] = op.value_list
+    if len({len(values) for values in out.values()}) > 1:
+        raise ValueError("launch registers have values for different numbers of units")
+    return out
 
 
 def _fetch(fetch: Fetch, base: int, second: int | None) -> Fetch:

@@ -53,6 +53,7 @@ from backend_rngd.attributes import (
     space_of,
 )
 from backend_rngd.instructions import CONTEXTS, DmaOp, ExecOp, InstructionOp, LoadTrfOp, LoadVrfOp, MemsetOp
+from backend_rngd.sync_ops import LaunchOp, NotifyOp, WaitOp
 
 __all__ = [
     "CONTEXTS",
@@ -69,11 +70,14 @@ __all__ = [
     "GetGlobalOp",
     "GlobalOp",
     "InstructionOp",
+    "LaunchOp",
     "LoadTrfOp",
     "LoadVrfOp",
     "MemsetOp",
+    "NotifyOp",
     "ProbeOp",
     "RoutineOp",
+    "WaitOp",
     "buffer_type",
     "bytes_of",
     "space_of",
@@ -336,6 +340,21 @@ class ProbeOp(IRDLOperation):
 
 RNGD = Dialect(
     "rngd",
-    [GlobalOp, GetGlobalOp, AllocOp, ExecOp, LoadTrfOp, LoadVrfOp, MemsetOp, DmaOp, RoutineOp, CallOp, ProbeOp],
+    [
+        GlobalOp,
+        GetGlobalOp,
+        LaunchOp,
+        AllocOp,
+        ExecOp,
+        LoadTrfOp,
+        LoadVrfOp,
+        MemsetOp,
+        DmaOp,
+        NotifyOp,
+        WaitOp,
+        RoutineOp,
+        CallOp,
+        ProbeOp,
+    ],
     [BufferType, DescriptorAttr, AfterAttr],
 )

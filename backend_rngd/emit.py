@@ -49,15 +49,21 @@ class Probe:
 
 @dataclass(frozen=True)
 class Emitted:
-    """Streams of the units and what the host must know to use them."""
+    """The stream of all units of a group and what the host must know to use it."""
 
-    streams: tuple[Stream, ...]
+    streams: tuple[Stream, ...]  # one: units differ in launch registers only
     globals: dict[str, GlobalPlace]
     probes: tuple[Probe, ...]
     locations: tuple[str, ...]
     row_registers: dict[int, int] = field(default_factory=dict[int, int])  # bytes of a batch row -> register
     buffers: tuple[BufferSpan, ...] = ()  # DM buffers, for `check_stream`
     scratch: tuple[int, int] = (0, 0)  # address and bytes of the area of HBM locals
+    launch: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])  # register -> value by unit
+
+    @property
+    def units(self) -> int:
+        """Units of the group."""
+        return max((len(values) for values in self.launch.values()), default=1)
 
     def check(self, machine: Machine) -> list[Violation]:
         """Every broken rule of the streams, with the memory map and the registers of this program."""
@@ -66,7 +72,7 @@ class Emitted:
             regions.append(self.scratch)
         out: list[Violation] = []
         for stream in self.streams:
-            out += check_stream(stream, machine, regions, self.row_registers.values(), self.buffers)
+            out += check_stream(stream, machine, regions, self.row_registers.values(), self.buffers, self.launch)
         return out
 
 
@@ -78,18 +84,12 @@ class _Locations:
         return self.numbers.setdefault(text, len(self.numbers))
 
 
-def emit(module: ModuleOp, machine: Machine, units: int = 1, slices: int | None = None) -> Emitted:
-    """The streams of a module that went through `place` and `schedule`.
+def emit(module: ModuleOp, machine: Machine, slices: int | None = None) -> Emitted:
+    """The stream of a module that went through `place` and `schedule`; all units of a group run it (SPMD).
 
     slices: slices of the unit (default: one PE). Routine 0 of the stream is `@main`. Raises ValueError if something is
-    not placed or scheduled, UnsupportedError for more than one unit.
+    not placed or scheduled, UnsupportedError if a routine has more arguments than there are registers.
     """
-    if units != 1:
-        raise UnsupportedError(
-            f"a program for {units} units",
-            "tensor parallelism is not built yet, so streams of several units would all compute the same",
-            "build for one unit (--tensor-parallel-size within one PE group)",
-        )
     book = AddressBook(module)
     found = [op for op in module.body.block.ops if isinstance(op, RoutineOp)]
     found.sort(key=lambda op: op.sym_name.data != ENTRY)
@@ -111,7 +111,7 @@ def emit(module: ModuleOp, machine: Machine, units: int = 1, slices: int | None 
     for op in found:
         spans += _buffers(op, numbers[op.sym_name.data], book)
     rows = dict(book.row_registers)
-    return Emitted((stream,), places, tuple(probes), names, rows, tuple(spans), _scratch(found))
+    return Emitted((stream,), places, tuple(probes), names, rows, tuple(spans), _scratch(found), dict(book.launch))
 
 
 def _scratch(routines: list[RoutineOp]) -> tuple[int, int]:
@@ -151,10 +151,11 @@ def _routine(
     locations: _Locations,
     probes: list[Probe],
 ) -> Routine:
-    if FIRST_ARGUMENT_REGISTER + len(op.block.args) > machine.registers:
+    end = min([machine.registers, *book.launch])
+    if FIRST_ARGUMENT_REGISTER + len(op.block.args) > end:
         raise UnsupportedError(
             f"routine @{op.sym_name.data} with {len(op.block.args)} buffers",
-            f"arguments lie in registers {FIRST_ARGUMENT_REGISTER} to {machine.registers - 1}",
+            f"arguments lie in registers {FIRST_ARGUMENT_REGISTER} to {end - 1}",
             "pass fewer buffers (pack small weights of a block into one)",
         )
     out: list[Instruction] = []

@@ -97,17 +97,14 @@ class InstructionOp(IRDLOperation):
         """Memory of each operand role."""
         return {"source": "dm", "second": "dm", "target": "dm", "trf": "trf", "vrf": "vrf"}
 
-    def print(self, printer: Printer) -> None:
-        """One line: context, text, operands by role, dependencies, location."""
+    def print_head(self, printer: Printer) -> None:
+        """Context and text, up to the operands."""
         printer.print_string(" " + cast(StringAttr, self.properties["context"]).data + " ")
         printer.print_string_literal(format_descriptor(self.descriptor))
         printer.print_string(" (")
-        for i, (role, value) in enumerate(self.roles()):
-            if i:
-                printer.print_string(" -> " if role in ("target", "destination") else ", ")
-            if role not in ("source", "target", "destination"):
-                printer.print_string(role + " ")
-            printer.print_ssa_value(value)
+
+    def print_tail(self, printer: Printer) -> None:
+        """Dependencies and location, from the end of the operands."""
         printer.print_string(")")
         if "after" in self.properties and (text := format_after(cast(AfterAttr, self.properties["after"]).data)):
             printer.print_string(" ")
@@ -115,6 +112,17 @@ class InstructionOp(IRDLOperation):
         if location := cast(StringAttr, self.properties["location"]).data:
             printer.print_string(" at ")
             printer.print_string_literal(location)
+
+    def print(self, printer: Printer) -> None:
+        """One line: context, text, operands by role, dependencies, location."""
+        self.print_head(printer)
+        for i, (role, value) in enumerate(self.roles()):
+            if i:
+                printer.print_string(" -> " if role in ("target", "destination") else ", ")
+            if role not in ("source", "target", "destination"):
+                printer.print_string(role + " ")
+            printer.print_ssa_value(value)
+        self.print_tail(printer)
 
     @classmethod
     def parse(cls, parser: Parser) -> InstructionOp:
@@ -136,23 +144,32 @@ class InstructionOp(IRDLOperation):
             parser.parse_punctuation("->")
             operands[last].append(parse_buffer(parser))
         parser.parse_punctuation(")")
-        text = parser.parse_optional_str_literal()
-        location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
+        after, location = parse_tail(parser)
         op = cls.build(
             operands=[operands[role] for role in cls.ROLES]
             if len(cls.ROLES) > 2
             else [operands[r][0] for r in cls.ROLES],
-            properties=_properties(desc, context, location),
+            properties=descriptor_properties(desc, context, location),
         )
-        if text is not None:
-            try:
-                op.properties["after"] = AfterAttr(parse_after(text))
-            except TextError as e:
-                parser.raise_error(str(e))
+        if after is not None:
+            op.properties["after"] = after
         return op
 
 
-def _properties(desc: Descriptor, context: str, location: str) -> dict[str, Attribute]:
+def parse_tail(parser: Parser) -> tuple[AfterAttr | None, str]:
+    """Dependencies and location behind the operands."""
+    text = parser.parse_optional_str_literal()
+    location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
+    if text is None:
+        return None, location
+    try:
+        return AfterAttr(parse_after(text)), location
+    except TextError as e:
+        parser.raise_error(str(e))
+
+
+def descriptor_properties(desc: Descriptor, context: str, location: str) -> dict[str, Attribute]:
+    """Properties that every instruction operation has."""
     return {"desc": DescriptorAttr(desc), "context": shared_string(context), "location": shared_string(location)}
 
 
@@ -185,7 +202,9 @@ class ExecOp(InstructionOp):
         context: str = "main",
         location: str = "",
     ):
-        super().__init__(operands=[source, second, trf, vrf, target], properties=_properties(desc, context, location))
+        super().__init__(
+            operands=[source, second, trf, vrf, target], properties=descriptor_properties(desc, context, location)
+        )
 
     def verify_(self) -> None:
         """Register-file operands are there exactly when the descriptor uses them."""
@@ -213,7 +232,7 @@ class LoadTrfOp(InstructionOp):
     target = operand_def(BufferType)
 
     def __init__(self, desc: LoadTrf, source: SSAValue, target: SSAValue, context: str = "sub", location: str = ""):
-        super().__init__(operands=[source, target], properties=_properties(desc, context, location))
+        super().__init__(operands=[source, target], properties=descriptor_properties(desc, context, location))
 
     def expected_spaces(self) -> dict[str, str]:
         """DM to TRF."""
@@ -231,7 +250,7 @@ class LoadVrfOp(InstructionOp):
     target = operand_def(BufferType)
 
     def __init__(self, desc: LoadVrf, source: SSAValue, target: SSAValue, context: str = "sub", location: str = ""):
-        super().__init__(operands=[source, target], properties=_properties(desc, context, location))
+        super().__init__(operands=[source, target], properties=descriptor_properties(desc, context, location))
 
     def expected_spaces(self) -> dict[str, str]:
         """DM to VRF."""
@@ -248,12 +267,15 @@ class MemsetOp(InstructionOp):
     target = operand_def(BufferType)
 
     def __init__(self, desc: Memset, target: SSAValue, context: str = "sub", location: str = ""):
-        super().__init__(operands=[target], properties=_properties(desc, context, location))
+        super().__init__(operands=[target], properties=descriptor_properties(desc, context, location))
 
 
 @irdl_op_definition
 class DmaOp(InstructionOp):
-    """A tensor DMA between HBM and DM buffers; `index` is the HBM buffer of byte offsets of a gather or scatter."""
+    """A tensor DMA between HBM and DM buffers; `index` is the HBM buffer of byte offsets of a gather or scatter.
+
+    The buffer of a peer side stands for the buffer at the same address in other units: a global.
+    """
 
     name = "rngd.dma"
     KIND: ClassVar[type] = Dma
@@ -272,12 +294,14 @@ class DmaOp(InstructionOp):
         context: str = "dma",
         location: str = "",
     ):
-        super().__init__(operands=[source, index, destination], properties=_properties(desc, context, location))
+        super().__init__(
+            operands=[source, index, destination], properties=descriptor_properties(desc, context, location)
+        )
 
     def expected_spaces(self) -> dict[str, str]:
         """As the endpoints say."""
         desc = cast(Dma, self.descriptor)
-        names = {Space.HBM: "hbm", Space.DM: "dm"}
+        names = {Space.HBM: "hbm", Space.DM: "dm", Space.PEER_HBM: "hbm", Space.PEER_DM: "dm"}
         return {"source": names[desc.source.space], "destination": names[desc.destination.space], "index": "hbm"}
 
     def touched(self) -> list[tuple[str, SSAValue]]:

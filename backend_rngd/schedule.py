@@ -42,7 +42,7 @@ def schedule(module: ModuleOp) -> dict[str, Waits]:
 
 def _routine(routine: RoutineOp, book: AddressBook) -> Waits:
     found = [op for op in routine.block.ops if isinstance(op, (InstructionOp, CallOp))]
-    accesses = [footprint(book.absolute(op)) if isinstance(op, InstructionOp) else () for op in found]
+    accesses = [footprint(book.absolute(op), book.launch) if isinstance(op, InstructionOp) else () for op in found]
     hazards = Hazards(accesses)
     counts = [0, 0, 0]
     calls = 0

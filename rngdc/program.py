@@ -114,7 +114,7 @@ def compile_programs(
         schedule(module)
         dump("schedule", program.bucket, module)
         step("emit", program.bucket)
-        program.emitted = emit(module, machine, 1, slices)
+        program.emitted = emit(module, machine, slices)
         program.record = _record(program)
     if problems:
         raise UserError(problems)

@@ -31,7 +31,7 @@ from backend_rngd.isa.descriptors import (
     Space,
     Stream,
 )
-from backend_rngd.isa.footprint import Access, footprint, slice_range
+from backend_rngd.isa.footprint import NO_LAUNCH, Access, Launch, footprint, slice_range, within_unit
 from backend_rngd.isa.hazards import CONTEXTS, Hazards
 from backend_rngd.isa.rules import Violation
 from backend_rngd.isa.shape import access_bytes
@@ -87,6 +87,7 @@ def check_stream(
     hbm_regions: Sequence[tuple[int, int]] | None = None,
     host_registers: Iterable[int] = HOST_REGISTERS,
     buffers: Sequence[BufferSpan] | None = None,
+    launch: Launch = NO_LAUNCH,
 ) -> list[Violation]:
     """Every broken rule of a stream, warnings included (see `errors`).
 
@@ -94,6 +95,7 @@ def check_stream(
     hbm_regions: (address, bytes) of the buffers of the memory map; None leaves HBM bounds to the card's size.
     host_registers: registers that the host sets before the entry (row registers of caches).
     buffers: where DM buffers lie and when they live; with them every DM access must stay inside one that is alive.
+    launch: launch registers with their value in every unit of the group; all units run this stream.
     """
     out: list[Violation] = []
     place = _Place(out, stream)
@@ -108,7 +110,7 @@ def check_stream(
             out += [replace(v, routine=where.routine, index=index, location=where.location) for v in found]
     if order is None or errors(out):
         return out  # footprints of illegal instructions mean nothing
-    footprints = [[footprint(i.what) for i in r.instructions] for r in stream.routines]
+    footprints = [[footprint(i.what, launch) for i in r.instructions] for r in stream.routines]
     stashes = any(_stashes(i) for r in stream.routines for i in r.instructions)
     for number, (routine, touched) in enumerate(zip(stream.routines, footprints, strict=True)):
         if buffers is not None:
@@ -190,9 +192,10 @@ def _check_unit(
         where.add("slices", f"{what.slices} slices on a unit of {slices}")
     if isinstance(what, Dma):
         sides = ((what.source, 1), (what.destination, 2))
-        for endpoint, column in sides:
+        for side, column in sides:
+            endpoint, loops = within_unit(side, [(loop[0], loop[column]) for loop in what.loops])
             if endpoint.space == Space.DM:
-                last = slice_range(endpoint, [(loop[0], loop[column]) for loop in what.loops])[1]
+                last = slice_range(endpoint, loops)[1]
                 if last > slices:
                     where.add("slices", f"slice {last - 1} of a unit of {slices}")
     if stashes:

@@ -17,11 +17,13 @@ from backend_rngd.isa.descriptors import (
     Memset,
     Space,
 )
-from backend_rngd.isa.footprint import intervals, slice_range, split_stride
+from backend_rngd.isa.footprint import intervals, slice_range, split_stride, within_unit
+from backend_rngd.isa.peers import split_address
 from backend_rngd.isa.rules import Report, check_loops, extent, writes_twice
 from backend_rngd.isa.shape import widest_packet
 
 ARGUMENT_ALIGNMENT = 8
+MAX_UNITS = 1 << 16  # of a group and its neighbours; more is a mistake in an address
 
 
 def check_load_trf(report: Report, desc: LoadTrf, context: Context | None) -> None:
@@ -117,7 +119,12 @@ def check_dma(report: Report, desc: Dma, context: Context | None, absolute: bool
         return
     steps = desc.index.strides if desc.index is not None else (0,) * len(desc.loops)
     columns = [(*loop, step) for loop, step in zip(desc.loops, steps, strict=True)]
-    check_loops(report, "DMA", columns)
+    sides = (
+        ("read", desc.source, *within_unit(desc.source, [(n, a) for n, a, _ in desc.loops])),
+        ("write", desc.destination, *within_unit(desc.destination, [(n, b) for n, _, b in desc.loops])),
+    )
+    inside = zip(sides[0][3], sides[1][3], steps, strict=True)
+    check_loops(report, "DMA", columns, [(a, b, step) for (_, a), (_, b), step in inside])
     packet = desc.packet
     if not 1 <= packet <= machine.dma_packet_max_bytes:
         report.add("dma-packet", f"packet of {packet} B")
@@ -126,29 +133,36 @@ def check_dma(report: Report, desc: Dma, context: Context | None, absolute: bool
         run = packet * columns[-1][0]
         if run <= machine.dma_packet_max_bytes:
             report.add("dma-packet", f"packets of {packet} B in a run of {run} B")
-    sides = (
-        ("read", desc.source, [(n, a) for n, a, _ in desc.loops]),
-        ("write", desc.destination, [(n, b) for n, _, b in desc.loops]),
-    )
-    mixed = desc.source.space != desc.destination.space
-    for what, endpoint, loops in sides:
-        if endpoint.space == Space.DM:
-            _check_dm(report, what, endpoint, loops, packet)
-            if endpoint.register:
-                report.add("dma-register", f"register {endpoint.register} of a DM address")
+    mixed = sides[0][2].space != sides[1][2].space
+    for what, endpoint, within, loops in sides:
+        if endpoint.space.is_peer:
+            _check_peer(report, what, endpoint)
+        if within.space == Space.DM:
+            _check_dm(report, what, within, loops, packet)
+        elif within.register == 0 and extent(within.base, loops, packet)[0] < 0:
+            report.add("bounds", f"DMA {what} of HBM below 0")
+        if endpoint.space == Space.DM and endpoint.register:
+            report.add("dma-register", f"register {endpoint.register} of a DM address")
         elif not 0 <= endpoint.register < machine.registers:
             report.add("dma-register", f"register {endpoint.register}")
-        elif endpoint.register == 0 and extent(endpoint.base, loops, packet)[0] < 0:
-            report.add("bounds", f"DMA {what} of HBM below 0")
-        aligned = mixed or (endpoint.space == Space.DM and what == "write")
+        aligned = mixed or (within.space == Space.DM and what == "write")
         unit = machine.dma_alignment_bytes
-        if aligned and (endpoint.base % unit or packet % unit or any(s % unit for _, s in loops)):
+        if aligned and (within.base % unit or packet % unit or any(s % unit for _, s in loops)):
             report.add("dma-alignment", f"{what} of {packet} B at {endpoint.base} with loops {loops}")
     scatter = desc.index is not None and desc.index.scatter
-    if not scatter and writes_twice(sides[1][2], packet):
+    writes = [(n, b) for n, _, b in desc.loops]
+    if not scatter and writes_twice(writes, packet):
         report.add("write-twice", f"DMA loops {desc.loops}")
-    if absolute and not mixed and desc.index is None:
-        _check_dma_overlap(report, desc, sides[0][2], sides[1][2])
+    peers = desc.source.space.is_peer or desc.destination.space.is_peer
+    if absolute and not mixed and not peers and desc.index is None:
+        _check_dma_overlap(report, desc, [(n, a) for n, a, _ in desc.loops], writes)
+
+
+def _check_peer(report: Report, what: str, endpoint: Endpoint) -> None:
+    """The unit number of a peer side whose register is 0; the registers' values are looked at in streams."""
+    unit, _ = split_address(endpoint.base)
+    if endpoint.base < 0 or unit >= MAX_UNITS:
+        report.add("peer", f"DMA {what} of unit {unit}")
 
 
 def _check_dma_overlap(report: Report, desc: Dma, read: list[tuple[int, int]], write: list[tuple[int, int]]) -> None:

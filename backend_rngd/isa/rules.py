@@ -72,7 +72,8 @@ RULES: dict[str, str] = {
     "dma-alignment": "8 B for addresses and sizes between HBM and DM and for DM writes (B:dma-engine)",
     "dma-register": "registers 0 to 63, and only HBM addresses use one (FT:hal_pert_isa)",
     "gather": "gather reads HBM into DM, scatter writes DM to HBM, indices are aligned words in HBM (B:dma-engine)",
-    # Notify, wait
+    # Other units
+    "peer": "a peer address names a unit of the program and an address in its map",
     "semaphore": "a unit has a limited number of semaphores (chosen)",
     "notify-units": "a notify names whole units, each once (canonical)",
     "wait-count": "a wait consumes at least one notification",
@@ -130,20 +131,28 @@ class Report:
         return not self.violations
 
 
-def check_loops(report: Report, what: str, loops: Sequence[tuple[int, ...]]) -> None:
-    """Sequencer limits of entries (size, stride, ...): count, sizes, strides, canonical form."""
+def check_loops(
+    report: Report,
+    what: str,
+    loops: Sequence[tuple[int, ...]],
+    strides: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Sequencer limits of entries (size, stride, ...): count, sizes, strides, canonical form.
+
+    strides: those of every entry that must fit the stride field, if not all of the entry's (peer sides: without units).
+    """
     machine = report.machine
     if len(loops) > machine.max_loops:
         report.add("loop-count", f"{what} has {len(loops)} loops")
     limit = 1 << (machine.max_stride_bits - 1)
     before: tuple[int, ...] | None = None
-    for entry in loops:
+    for number, entry in enumerate(loops):
         size = entry[0]
         if size == 1:
             report.add("loop-one", f"{what} has a loop of size 1")
         elif not 1 < size <= machine.max_loop_size:
             report.add("loop-size", f"{what} has a loop of size {size}")
-        for stride in entry[1:]:
+        for stride in entry[1:] if strides is None else strides[number]:
             if not -limit <= stride < limit:
                 report.add("stride-range", f"{what} has a stride of {stride}")
         if before is not None and before[0] * size <= machine.max_loop_size:
