@@ -1,64 +1,54 @@
-"""`rngdc build`: resolve, capture, simplify; for each bucket specialise, lower, place, schedule, emit; artifact."""
+"""`rngdc build`: resolve, capture, simplify; specialise, shard, lower, place, schedule, emit each bucket."""
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from backend_rngd.artifact import (
-    Artifact,
-    ArtifactError,
-    ArtifactWriter,
-    Compiler,
-    LinkedFile,
-    MachineId,
-    Manifest,
-    Model,
-    Parallel,
-    WeightSource,
-)
-from backend_rngd.artifact.store import link
+from backend_rngd.artifact import ArtifactError, ArtifactWriter, Manifest, Model, Parallel
 from backend_rngd.machine import Machine, load_machine
 from ir.errors import Problem, UserError
-from rngdc import __version__
-from rngdc.buckets import BucketRequest, BucketSpec, choose
+from rngdc.buckets import BucketSpec, choose
 from rngdc.model_files import copy_model_files, eos_ids, pooling
+from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages
+from rngdc.write import weight_sources, write_programs
 
 if TYPE_CHECKING:
     from xdsl.dialects.builtin import ModuleOp
 
+    from frontend.capture import Captured
     from frontend.resolve import ModelSource
-    from ir.weights import WeightTable
     from rngdc.program import Programs
 
 Progress = Callable[[str], None]
-BUCKET_FIELDS = {"name", "phase", "batch", "input_length", "attention_size", "instructions"}
-WEIGHT_MODES = r"link|copy|none|random(:\d+)?"
 
 
 @dataclass
-class BuildOptions:
-    """What `rngdc build` was asked for. `weights`: link, copy, random[:SEED] or none."""
+class Clock:
+    """Wall seconds by stage, and by bucket and step."""
 
-    model: str
-    output: Path
-    buckets: BucketRequest
-    tensor_parallel_size: int = 1
-    weights: str = "link"
-    auto_bfloat16_cast: bool = False
-    trust_remote_code: bool = False
-    revision: str | None = None
-    num_hidden_layers: int | None = None
-    overwrite: bool = False
-    dump_ir: Path | None = None
-    machine: str = "rngd"
+    started: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict[str, float])
+    steps: dict[str, dict[str, float]] = field(default_factory=dict[str, "dict[str, float]"])
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        """Count the time of a block."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
 
 
 @dataclass
@@ -68,6 +58,8 @@ class BuildReport:
     artifact: str
     manifest: Manifest
     seconds: dict[str, float]
+    steps: dict[str, dict[str, float]]
+    """Seconds of each bucket by step."""
     notes: list[str]
     peak_bytes: dict[str, int]
     peak_memory_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -80,6 +72,7 @@ class BuildReport:
             "model": m.model.id,
             "architecture": m.model.architecture,
             "num_layers": m.model.num_layers,
+            "parallel": m.parallel.model_dump(),
             "weights": m.weights_mode,
             "buckets": [
                 {"name": b.name, "phase": b.phase, "batch": b.batch, "input_length": b.input_length,
@@ -96,59 +89,26 @@ class BuildReport:
 
 def build(options: BuildOptions, progress: Progress, problems: list[Problem] | None = None) -> BuildReport:
     """Build an artifact. Raises UserError with every problem found (`problems`: those the caller has found already)."""
-    started = time.perf_counter()
-    seconds: dict[str, float] = {}
-    notes: list[str] = []
-    problems = list(problems or [])
-    machine = load_machine(options.machine)
-    writer = _check_options(options, problems)
-    progress("resolving the model")
-    source, buckets = _resolve(options, problems, notes)
-    if problems or source is None or writer is None:
-        raise UserError(problems)
-
-    def timed(stage: str, begun: float) -> None:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
-
-    timed("resolve", started)
-    progress(f"capturing {source.name}")
-    begun = time.perf_counter()
-    from frontend.capture import capture
-
-    mode = "link" if options.weights == "copy" else options.weights
-    captured = capture(source, num_hidden_layers=options.num_hidden_layers, weights=mode)
-    notes += captured.info.notes
-    timed("capture", begun)
-
-    from ir.text import print_module
-    from passes.opt import run_pipeline
-    from passes.pipeline import simplify_stage, specialise_stage
-
-    captured_text = print_module(captured.module)
-    progress("simplifying")
-    begun = time.perf_counter()
-    dumps = options.dump_ir
-    cast_allowed = options.auto_bfloat16_cast
-    run_pipeline(captured.module, simplify_stage(cast_allowed), dumps / "model" if dumps else None)
-    modules: dict[BucketSpec, ModuleOp] = {}
-    for bucket in buckets:
-        module = captured.module.clone()
-        kv = None if captured.info.kind == "encoder" else bucket.attention_size
-        stage = specialise_stage(bucket.batch, bucket.input_length, kv)
-        run_pipeline(module, stage, dumps / bucket.name if dumps else None)
-        modules[bucket] = module
-    timed("passes", begun)
-
-    begun = time.perf_counter()
-    programs = compile_modules(modules, machine, progress, dumps)
-    timed("backend", begun)
-    begun = time.perf_counter()
-    with writer:
+    clock, notes, machine = Clock(), list[str](), load_machine(options.machine)
+    with clock.stage("resolve"):
+        problems = list(problems or [])
+        check_options(options, machine, problems)
+        _check_built(options, problems)
+        writer = _writer(options, problems)
+        source, buckets = resolve(options, problems, notes, progress)
+        if problems or source is None or writer is None:
+            raise UserError(problems)
+    captured, captured_text = front(options, source, notes, clock, progress)
+    with clock.stage("passes"):
+        modules = bucket_modules(options, captured, buckets, progress)
+    with clock.stage("backend"):
+        programs = compile_modules(modules, machine, progress, options.dump_ir, clock.steps)
+    with clock.stage("write"), writer:
         progress("writing the artifact")
         (writer.directory / "ir" / "model.mlir").write_text(captured_text, "utf-8")
         has_tokenizer = bool(source.tokenizer_files)
         notes += copy_model_files(source.directory, writer.directory, has_tokenizer, options.trust_remote_code)
-        weights, linked = _weights(captured.weights, options.weights, writer.directory, progress)
+        weights, linked = weight_sources(captured.weights, options.weights, writer.directory, progress)
         model = Model(
             id=source.name,
             architecture=source.architecture_class or source.model_type,
@@ -160,16 +120,68 @@ def build(options: BuildOptions, progress: Progress, problems: list[Problem] | N
             eos_ids=eos_ids(source.directory, source.config),
             pooling=pooling(source.directory) if captured.info.kind == "encoder" else None,
         )
-        manifest = write_programs(writer, programs, machine, model, options.weights, weights, linked)
-    timed("write", begun)
-    seconds["total"] = time.perf_counter() - started
-    return BuildReport(str(options.output), manifest, seconds, notes, programs.peak)
+        parallel = Parallel(
+            tensor=options.parallel.tensor,
+            pipeline=options.parallel.pipeline,
+            units=options.parallel.tensor,
+            slices=machine.slices_per_pe,
+        )
+        manifest = write_programs(
+            writer, programs, machine, model, parallel, options.weights, weights, linked, options.name
+        )
+    seconds = clock.stages | {"total": clock.total()}
+    return BuildReport(str(options.output), manifest, seconds, clock.steps, notes, programs.peak)
+
+
+def front(
+    options: BuildOptions, source: ModelSource, notes: list[str], clock: Clock, progress: Progress
+) -> tuple[Captured, str]:
+    """The captured model, simplified in place, and its text before that."""
+    progress(f"capturing {source.name}")
+    with clock.stage("capture"):
+        from frontend.capture import capture
+
+        mode = "link" if options.weights == "copy" else options.weights
+        captured = capture(source, num_hidden_layers=options.num_hidden_layers, weights=mode)
+        notes += captured.info.notes
+    with clock.stage("passes"):
+        from ir.text import print_module
+        from passes.opt import run_pipeline
+        from passes.pipeline import simplify_stage
+
+        text = print_module(captured.module)
+        progress("simplifying")
+        dumps = options.dump_ir / "model" if options.dump_ir else None
+        run_pipeline(captured.module, simplify_stage(options.auto_bfloat16_cast), dumps)
+    return captured, text
+
+
+def bucket_modules(
+    options: BuildOptions, captured: Captured, buckets: list[BucketSpec], progress: Progress
+) -> dict[BucketSpec, ModuleOp]:
+    """The module of every bucket: sizes put in, and with tensor parallelism the part of one processing element."""
+    from passes.opt import run_pipeline
+    from passes.pipeline import specialise_stage
+
+    modules: dict[BucketSpec, ModuleOp] = {}
+    for bucket in buckets:
+        progress(f"{bucket.name}: passes")
+        module = captured.module.clone()
+        kv = None if captured.info.kind == "encoder" else bucket.attention_size
+        stage = specialise_stage(bucket.batch, bucket.input_length, kv)
+        run_pipeline(module, stage, options.dump_ir / bucket.name if options.dump_ir else None)
+        modules[bucket] = module
+    return modules
 
 
 def compile_modules(
-    modules: dict[BucketSpec, ModuleOp], machine: Machine, progress: Progress, dumps: Path | None = None
+    modules: dict[BucketSpec, ModuleOp],
+    machine: Machine,
+    progress: Progress,
+    dumps: Path | None = None,
+    seconds: dict[str, dict[str, float]] | None = None,
 ) -> Programs:
-    """Streams of all buckets, verified; `dumps` gets the `rngd` modules as numbered files."""
+    """Streams of all buckets, verified; `dumps` gets the `rngd` modules as numbered files, `seconds` the times."""
     from ir.text import print_module
     from rngdc.program import compile_programs
 
@@ -182,7 +194,18 @@ def compile_modules(
         rest = {"lower": "rngd-hoist,rngd-place,rngd-schedule", "hoist": "rngd-place,rngd-schedule"}.get(step, "")
         (directory / name).write_text(f"// rngdc opt -p '{rest}' {name}\n{print_module(module)}", "utf-8")
 
+    current: list[tuple[str, str, float]] = []
+
+    def close() -> None:
+        if current and seconds is not None:
+            name, bucket, begun = current.pop()
+            times = seconds.setdefault(bucket, {})
+            times[name] = times.get(name, 0.0) + time.perf_counter() - begun
+        current.clear()
+
     def step(name: str, bucket: BucketSpec) -> None:
+        close()
+        current.append((name, bucket.name, time.perf_counter()))
         progress(f"{bucket.name}: {name}")
 
     programs = compile_programs(modules, machine, machine.slices_per_pe, step, dump)
@@ -195,55 +218,17 @@ def compile_modules(
             raise AssertionError(
                 f"{program.bucket.name}: the compiler made {len(errors)} illegal instructions:\n{listed}"
             )
+    close()
     return programs
 
 
-def write_programs(
-    writer: ArtifactWriter,
-    programs: Programs,
-    machine: Machine,
-    model: Model,
-    mode: str,
-    weights: list[WeightSource],
-    linked: list[LinkedFile],
-) -> Manifest:
-    """Write streams, IR, probes and constants, and finish the artifact."""
-    from backend_rngd.isa.tables import save_npz
-    from ir.text import print_module
-
-    for program in programs.programs:
-        assert program.emitted is not None and program.record is not None
-        save_npz(program.emitted.streams[0], writer.directory / program.record.stream)
-        (writer.directory / program.record.ir).write_text(print_module(program.tc), "utf-8")
-        (writer.directory / program.record.debug).write_text(json.dumps(program.probes) + "\n", "utf-8")
-    (writer.directory / "constants.bin").write_bytes(programs.constant_bytes)
-    return writer.finish(
-        Manifest(
-            compiler=Compiler(version=__version__),
-            machine=MachineId(name=machine.name, digest=machine.digest()),
-            model=model,
-            parallel=Parallel(tensor=1, pipeline=1, units=1, slices=machine.slices_per_pe),
-            weights_mode=mode,
-            weights=tuple(weights),
-            placements=tuple(programs.placements),
-            constants=tuple(programs.constants),
-            linked=tuple(linked),
-            hbm=programs.hbm,
-            caches=tuple(programs.caches),
-            buckets=tuple(p.record for p in programs.programs if p.record is not None),
-        )
-    )
+def _check_built(options: BuildOptions, problems: list[Problem]) -> None:
+    if options.parallel.tensor > 1 and not problems:
+        why = "streams for several processing elements are not built yet"
+        problems.append(Problem(f"-tp {options.parallel.tensor}", why, "use -tp 1"))
 
 
-def _check_options(options: BuildOptions, problems: list[Problem]) -> ArtifactWriter | None:
-    if options.tensor_parallel_size != 1:
-        why = "tensor parallelism is not built yet: a model runs on one processing element"
-        problems.append(Problem(f"-tp {options.tensor_parallel_size}", why, "use -tp 1, or leave it out"))
-    if not re.fullmatch(WEIGHT_MODES, options.weights):
-        why = "weights are linked, copied, random or left out"
-        problems.append(Problem(f"--weights {options.weights!r}", why, "use link, copy, random[:SEED] or none"))
-    if options.num_hidden_layers is not None and options.num_hidden_layers < 1:
-        problems.append(Problem(f"--num-layers {options.num_hidden_layers}", "a model has layers", "use 1 or more"))
+def _writer(options: BuildOptions, problems: list[Problem]) -> ArtifactWriter | None:
     try:
         return ArtifactWriter(options.output, options.overwrite)
     except ArtifactError as error:
@@ -251,12 +236,13 @@ def _check_options(options: BuildOptions, problems: list[Problem]) -> ArtifactWr
         return None
 
 
-def _resolve(
-    options: BuildOptions, problems: list[Problem], notes: list[str]
+def resolve(
+    options: BuildOptions, problems: list[Problem], notes: list[str], progress: Progress
 ) -> tuple[ModelSource | None, list[BucketSpec]]:
     """The model and the buckets to build; appends every problem of both."""
     from frontend.resolve import resolve_model
 
+    progress("resolving the model")
     local = options.model.startswith((".", "/", "~"))
     need_weights = options.weights in ("link", "copy") and (local or not problems)
     source: ModelSource | None = None
@@ -273,6 +259,7 @@ def _resolve(
     timing_only = options.weights == "none"
     if source is not None:
         kind, positions = source.architecture.kind, source.max_positions
+        _check_depth(options, source.text_config, problems)
         return source, choose(options.buckets, kind, positions, problems, notes, timing_only)
     # The model cannot be used, but its buckets may be wrong as well: say so at once.
     config = _config_anyway(options.model)
@@ -280,8 +267,20 @@ def _resolve(
     positions = next(
         (config[k] for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)), None
     )
+    _check_depth(options, config, problems)
     choose(options.buckets, kind, positions, problems, notes, timing_only)
     return None, []
+
+
+def _check_depth(options: BuildOptions, config: dict[str, Any], problems: list[Problem]) -> None:
+    """Layers and stages against the depth that the config states."""
+    depth = next((config[k] for k in ("num_hidden_layers", "n_layer") if isinstance(config.get(k), int)), None)
+    asked = options.num_hidden_layers
+    if depth is not None and asked is not None and asked > depth:
+        why = f"the model has {depth} layers"
+        problems.append(Problem(f"--num-hidden-layers {asked}", why, f"use 1 to {depth}"))
+    layers = depth if asked is None or depth is None else min(asked, depth)
+    check_stages(options.parallel, layers, problems)
 
 
 def _config_anyway(model: str) -> dict[str, Any]:
@@ -292,69 +291,9 @@ def _config_anyway(model: str) -> dict[str, Any]:
     return cast("dict[str, Any]", data) if isinstance(data, dict) else {}
 
 
-def _weights(
-    table: WeightTable, mode: str, directory: Path, progress: Progress
-) -> tuple[list[WeightSource], list[LinkedFile]]:
-    """Where the artifact finds every weight of the model; mode `copy` writes them into it."""
-    if mode == "copy":
-        table = _copied(table, directory, progress)
-    sources: list[WeightSource] = []
-    files: dict[str, None] = {}
-    for ref in table.values():
-        inline = None
-        if ref.inline is not None:
-            inline = base64.b64encode(ref.inline.tobytes()).decode("ascii")
-        file = ref.file
-        if file is not None and mode == "link":
-            file = str(Path(file).absolute())
-            files[file] = None
-        sources.append(
-            WeightSource(
-                name=ref.name,
-                dtype=ref.dtype,
-                shape=ref.shape,
-                file=file,
-                offset=ref.offset or 0,
-                inline=inline,
-                seed=ref.seed,
-            )  # fmt: skip
-        )
-    linked: list[LinkedFile] = []
-    for file in files:
-        progress(f"checksum of {Path(file).name}")
-        linked.append(link(Path(file)))
-    return sources, linked
+def single_unit(machine: Machine) -> Parallel:
+    """The parallel record of what runs on one processing element."""
+    return Parallel(tensor=1, pipeline=1, units=1, slices=machine.slices_per_pe)
 
 
-def _copied(table: WeightTable, directory: Path, progress: Progress) -> WeightTable:
-    from dataclasses import replace
-
-    from ir.weights import WeightTable, safetensors_refs, write_safetensors
-
-    target = directory / "weights" / "model.safetensors"
-    target.parent.mkdir()
-    progress("copying the weights")
-    write_safetensors(target, {name: table.load(name) for name, ref in table.items() if ref.file is not None})
-    copied = {ref.name: replace(ref, file="weights/model.safetensors") for ref in safetensors_refs(target)}
-    return WeightTable({name: copied.get(name, ref) for name, ref in table.items()}, base=directory)
-
-
-def report_artifact(artifact: Artifact) -> dict[str, Any]:
-    """A summary of an artifact, for `rngdc inspect`."""
-    m = artifact.manifest
-    return {
-        "artifact": str(artifact.directory),
-        "format": m.version.model_dump(),
-        "compiler": m.compiler.model_dump(),
-        "machine": m.machine.model_dump(),
-        "model": m.model.model_dump(mode="json"),
-        "parallel": m.parallel.model_dump(),
-        "weights": {"mode": m.weights_mode, "tensors": len(m.weights), "images": len(m.placements)},
-        "hbm_bytes": m.hbm.model_dump(),
-        "buckets": [
-            {**b.model_dump(mode="json", include=BUCKET_FIELDS),
-             "inputs": {p.name: [p.dtype, *p.shape] for p in b.inputs},
-             "outputs": {p.name: [p.dtype, *p.shape] for p in b.outputs}}
-            for b in m.buckets
-        ],
-    }  # fmt: skip
+__all__ = ["BuildOptions", "BuildReport", "ParallelOptions", "build", "compile_modules", "single_unit"]

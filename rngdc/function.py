@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def build_function(path: Path, out: Path, progress: Progress, machine_name: str = "rngd") -> Artifact:
     """Build the function of `path` into the new directory `out`, with random weights. Raises UserError."""
-    from rngdc.build import compile_modules, write_programs
+    from rngdc.build import compile_modules, single_unit
+    from rngdc.write import write_programs
 
     module = read_module(path)
     function = _entry(module, path)
@@ -48,7 +49,7 @@ def build_function(path: Path, out: Path, progress: Progress, machine_name: str 
         max_positions=None,
     )  # fmt: skip
     with ArtifactWriter(out) as writer:
-        write_programs(writer, programs, machine, model, "random:0", weights, [])
+        write_programs(writer, programs, machine, model, single_unit(machine), "random:0", weights, [])
     return open_artifact(out)
 
 

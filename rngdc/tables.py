@@ -1,11 +1,37 @@
-"""Tables of `rngdc inspect`."""
+"""What `rngdc inspect` shows: as JSON and as tables."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from backend_rngd.artifact import Artifact, Port
+
+BUCKET_FIELDS = {"name", "phase", "batch", "input_length", "attention_size", "instructions"}
+
+
+def report_artifact(artifact: Artifact) -> dict[str, Any]:
+    """A summary of an artifact, for `rngdc inspect --json`."""
+    m = artifact.manifest
+    return {
+        "artifact": str(artifact.directory),
+        "name": m.name,
+        "format": m.version.model_dump(),
+        "compiler": m.compiler.model_dump(),
+        "machine": m.machine.model_dump(),
+        "model": m.model.model_dump(mode="json"),
+        "parallel": m.parallel.model_dump(),
+        "weights": {"mode": m.weights_mode, "tensors": len(m.weights), "images": len(m.placements)},
+        "hbm_bytes": m.hbm.model_dump(),
+        "buckets": [
+            {**b.model_dump(mode="json", include=BUCKET_FIELDS),
+             "inputs": {p.name: [p.dtype, *p.shape] for p in b.inputs},
+             "outputs": {p.name: [p.dtype, *p.shape] for p in b.outputs}}
+            for b in m.buckets
+        ],
+    }  # fmt: skip
 
 
 def inspect_tables(artifact: Artifact) -> list[RenderableType]:
@@ -14,7 +40,8 @@ def inspect_tables(artifact: Artifact) -> list[RenderableType]:
     head = Table(show_header=False, box=None)
     head.add_column(style="bold")
     head.add_column()
-    rows = {
+    rows = {"name": m.name} if m.name else {}
+    rows |= {
         "model": f"{m.model.id} ({m.model.architecture}, {m.model.num_layers} layers)",
         "format": f"{m.version.major}.{m.version.minor}, {m.compiler.name} {m.compiler.version}",
         "machine": f"{m.machine.name} {m.machine.digest[:12]}",

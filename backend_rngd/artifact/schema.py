@@ -162,11 +162,13 @@ class Port(_Record):
 class Bucket(_Record):
     """One program. `row_registers`: bytes of a cache row -> register that selects the first batch row.
 
+    A `chunk` reads `input_length` tokens of a prompt behind those that are in the caches. A program without `logits`
+    among its outputs only fills the caches.
     `launch`: register -> its value on every unit of a layer, set before the program starts.
     """
 
     name: str
-    phase: Literal["prefill", "decode", "encode", "function"]
+    phase: Literal["prefill", "chunk", "decode", "encode", "function"]
     batch: int
     input_length: int
     attention_size: int
@@ -181,10 +183,14 @@ class Bucket(_Record):
 
 
 class Manifest(_Record):
-    """artifact.json. `files` maps each other file of the directory to its SHA-256; `digest` covers the manifest."""
+    """artifact.json. `files` maps each other file of the directory to its SHA-256; `digest` covers the manifest.
+
+    `name` is the user's for the artifact, empty if none was given.
+    """
 
     format: str = FORMAT
     version: Version = VERSION
+    name: str = ""
     compiler: Compiler
     machine: MachineId
     model: Model

@@ -31,10 +31,10 @@ def test_everything_wrong_is_reported_at_once(rngdc: Command, tmp_path: Path) ->
     out = tmp_path / "out"
     out.mkdir()
     ran = rngdc(
-        "build", model, out, "-pb", "1", "-pb", "0,4", "-pb", "1,65", "-db", "a,b", "-tp", "4", "--weights", "some"
+        "build", model, out, "-pb", "1", "-pb", "0,4", "-pb", "1,65", "-db", "a,b", "-tp", "3", "--weights", "some"
     )
     refused(
-        ran, "'1' cannot be understood", "'0,4'", "'a,b'", "-tp 4", "--weights 'some'", f"{out} exists",
+        ran, "'1' cannot be understood", "'0,4'", "'a,b'", "-tp 3", "--weights 'some'", f"{out} exists",
         "-pb 1,65 is too long", "--auto-bfloat16-cast", "without a decode bucket",
     )  # fmt: skip
     assert problems(ran) == 9

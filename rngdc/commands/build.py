@@ -1,0 +1,288 @@
+"""`rngdc build`: from a model to an artifact."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rngdc.commands.app import Json, app, refuse, step_texts
+from rngdc.options import DEFAULT_PIPELINE_PARALLEL, DEFAULT_TENSOR_PARALLEL, BuildOptions, ParallelOptions
+
+if TYPE_CHECKING:
+    from ir.errors import Problem
+    from rngdc.build import BuildReport
+
+_NOT_SETTINGS = {"config", "json", "help"}
+
+
+def _configure(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Make the settings of the file the defaults of the other options."""
+    if value is not None:
+        from rngdc.config_file import read_config
+
+        names = {str(p.name) for p in ctx.command.params} - _NOT_SETTINGS
+        ctx.default_map = {**(ctx.default_map or {}), **read_config(value, names)}
+    return value
+
+
+@app.command(
+    epilog="""\b
+[bold]Examples[/]
+
+rngdc build ./SmolLM2-135M-Instruct ./smollm2 -pb 1,128 -db 1,512\n
+rngdc build meta-llama/Llama-3.1-8B ./llama -tp 8 -pb 1,512 -db 4,2048 --weights none\n
+rngdc build ./all-MiniLM-L6-v2 ./minilm -pb 1,128 --auto-bfloat16-cast --weights copy\n
+rngdc build meta-llama/Llama-3.1-70B -tp 8 -pp 4 --dry-run\n
+rngdc build --config llama.yaml -tp 4"""
+)
+def build(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub id, or a local directory or .gguf file (starting with . / or ~).",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Directory to create.", show_default=False)
+    ] = None,
+    max_seq_len_to_capture: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Longest sequence, prompt and answer together.",
+            show_default="2048, or the model's positions if there are fewer; with buckets, the longest",
+        ),
+    ] = None,
+    prefill_buckets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prefill-buckets",
+            "-pb",
+            metavar="B,S",
+            help="Batch, input length of a prefill program. Repeatable.",
+            show_default="1 and the longest sequence, if no bucket is given",
+        ),
+    ] = None,
+    decode_buckets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--decode-buckets",
+            "-db",
+            metavar="B,S",
+            help="Batch, attention size of a decode program. Repeatable.",
+            show_default="1 and the longest sequence, if no bucket is given",
+        ),
+    ] = None,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Read longer prompts in chunks of N tokens.", show_default="no chunks"),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "-tp",
+            metavar="N",
+            help="Processing elements of a layer: 1, 2, 4, 8 on a card; 16, 32 over cards.",
+        ),
+    ] = DEFAULT_TENSOR_PARALLEL,
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel-size",
+            "-pp",
+            metavar="N",
+            help="Stages that the layers are divided into. A preference: loading may choose another.",
+        ),
+    ] = DEFAULT_PIPELINE_PARALLEL,
+    tensor_parallel_plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with placements of weights.", show_default="the model's own"),
+    ] = None,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Norms and residuals on a part of the tokens each.")
+    ] = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="link: refer to the model's files with checksums. copy: make the artifact self-contained. "
+            "random\\[:SEED]: random numbers. none: for timing only; like random, needs just config.json.",
+        ),
+    ] = "link",
+    auto_bfloat16_cast: Annotated[
+        bool, typer.Option("--auto-bfloat16-cast", help="Compute an fp16 or fp32 checkpoint in bfloat16.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default="main")
+    ] = None,
+    num_hidden_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--num-hidden-layers", "--num-layers", metavar="N", help="Only the first N layers.", show_default="all"
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the artifact.", show_default="the model's")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an artifact.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Options from a YAML file, `option: value` a line; the command line wins.",
+            callback=_configure,
+            is_eager=True,
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, print buckets, memory and estimated times; write nothing."),
+    ] = False,
+    build_report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write where the time and memory went: .json, or text.", show_default=False),
+    ] = None,
+    suggest_buckets: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Print buckets for requests of these lengths (prompt,output a line), and exit.",
+            show_default=False,
+        ),
+    ] = None,
+    dump_ir: Annotated[
+        Path | None,
+        typer.Option(
+            "--dump-ir", metavar="DIR", help="Write the IR after every pass to numbered files.", show_default=False
+        ),
+    ] = None,
+    print_pipeline: Annotated[
+        bool, typer.Option("--print-pipeline", help="Print the passes that would run, and exit.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Compile a model: one capture, one program a bucket, an artifact in OUT.
+
+    All problems are reported at once, before any work, and a build that fails leaves nothing behind.
+    """
+    from ir.errors import UserError
+    from rngdc.buckets import BucketRequest, parse_pairs
+    from rngdc.console import out as stdout
+
+    problems: list[Problem] = []
+    request = BucketRequest(
+        parse_pairs("-pb", prefill_buckets or [], problems), parse_pairs("-db", decode_buckets or [], problems),
+        max_seq_len_to_capture, prefill_chunk_size,
+    )  # fmt: skip
+    parallel = ParallelOptions(
+        tensor_parallel_size, pipeline_parallel_size, tensor_parallel_plan, sequence_parallel
+    )  # fmt: skip
+    if suggest_buckets is not None:
+        _suggest(suggest_buckets, json)
+        return
+    if print_pipeline:
+        if problems:
+            raise UserError(problems)
+        stdout.print(_pipeline_text(auto_bfloat16_cast, parallel), markup=False)
+        return
+    if model is None:
+        refuse("no model was given", "there is nothing to build", "rngdc build MODEL OUT, see `rngdc build --help`")
+    if output is None:
+        if not dry_run:
+            refuse("no output was given", "the artifact needs a directory", f"rngdc build {model} OUT")
+        output = Path(f"{Path(model).name}-artifact")
+    if model.startswith((".", "/", "~")):  # a download shows its own progress, a local model only ours
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    options = BuildOptions(
+        model=model,
+        output=output,
+        buckets=request,
+        parallel=parallel,
+        weights=weights,
+        auto_bfloat16_cast=auto_bfloat16_cast,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        num_hidden_layers=num_hidden_layers,
+        name=name,
+        overwrite=overwrite,
+        dump_ir=dump_ir,
+    )
+    if dry_run:
+        _dry_run(options, problems, json)
+        return
+    from rngdc.build import build as run_build
+
+    with step_texts() as show:
+        report = run_build(options, show, problems)
+    _show(report, build_report, json)
+
+
+def _show(report: BuildReport, build_report: Path | None, json: str | None) -> None:
+    """Print what was built, and write the reports."""
+    from rngdc.build_report import write_build_report
+    from rngdc.console import err, print_notes, write_json
+    from rngdc.console import out as stdout
+
+    print_notes(report.notes)
+    if build_report is not None:
+        write_build_report(report, build_report)
+    if json is not None:
+        write_json(report.to_json(), json)
+    if json != "-":
+        for bucket in report.manifest.buckets:
+            stdout.print(f"{bucket.name}: {bucket.instructions:,} instructions")
+        stdout.print(f"{report.artifact}: {report.manifest.hbm.total / 1e6:,.1f} MB of HBM a processing element")
+    err.print(
+        f"built in {report.seconds['total']:.1f} s, {report.peak_memory_bytes / 1e9:.2f} GB of memory at the peak"
+    )
+
+
+def _dry_run(options: BuildOptions, problems: list[Problem], json: str | None) -> None:
+    from rngdc.console import out as stdout
+    from rngdc.console import print_notes, write_json
+    from rngdc.dry_run import dry_run
+
+    with step_texts() as show:
+        plan = dry_run(options, show, problems)
+    print_notes(plan.notes)
+    if json is not None:
+        write_json(plan.to_json(), json)
+    if json != "-":
+        for item in plan.tables():
+            stdout.print(item)
+
+
+def _suggest(path: Path, json: str | None) -> None:
+    from rngdc.console import out as stdout
+    from rngdc.console import write_json
+    from rngdc.suggest import read_lengths, suggest
+
+    suggestion = suggest(read_lengths(path))
+    if json is not None:
+        write_json(suggestion.to_json(), json)
+    if json != "-":
+        for line in suggestion.lines():
+            stdout.print(line, markup=False)
+
+
+def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions) -> str:
+    from passes.pipeline import simplify_stage, spec, specialise_stage
+
+    lines: list[Any] = [
+        "capture      frontend.capture",
+        f"simplify     {spec(simplify_stage(auto_bfloat16_cast))}",
+        f"specialise   {spec(specialise_stage(1, 512, 512))}  (for each bucket)",
+        "map          rngd-lower",
+        "place        rngd-hoist,rngd-place",
+        "schedule     rngd-schedule",
+        "emit         backend_rngd.emit, isa.legality",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""`rngdc run`, `rngdc simulate` and `rngdc check`: what the streams of an artifact do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rngdc.commands.app import (
+    ArtifactPath,
+    BucketNames,
+    Json,
+    ModeOption,
+    Target,
+    app,
+    named_buckets,
+    open_path,
+    open_target,
+    refuse,
+    step_texts,
+    timing_mode,
+)
+
+if TYPE_CHECKING:
+    from backend_rngd.artifact import Artifact
+
+
+@app.command(
+    epilog="""\b
+[bold]Examples[/]
+
+rngdc run ./smollm2 --chat --prompt "What is the capital of France?"\n
+rngdc run ./smollm2 --prompt-file story.txt --max-tokens 100 --json -\n
+rngdc run ./minilm --prompt "A man is eating food." --json -"""
+)
+def run(
+    artifact: ArtifactPath,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue or to embed.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(metavar="ID,ID,...", help="The prompt as token ids.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after N tokens.")] = 32,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after a stop token.")] = False,
+    mode: ModeOption = "documented",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Also find reads of memory that nothing wrote (slower).")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Generate text, or embed it, on the simulated card. The tokens come from the instruction streams alone."""
+    from rngdc.console import bar, err, write_json
+    from rngdc.console import out as stdout
+    from runtime_sim.generate import embed, generate
+    from runtime_sim.runtime import Device
+
+    opened = open_path(artifact)
+    model = opened.manifest.model
+    ids, text_model = _prompt(opened, prompt, prompt_file, prompt_ids, chat)
+    device = Device(opened, timing_mode(mode), strict)
+    with bar() as progress:
+        loading = progress.add_task("loading weights", total=None)
+        device.load(lambda done, total: progress.update(loading, completed=done, total=total))
+        if model.kind == "encoder":
+            working = progress.add_task("embedding", total=1)
+            embedding = embed(device, ids)
+            progress.advance(working)
+            report: dict[str, Any] = {
+                "artifact": str(artifact),
+                "mode": mode,
+                "prompt_ids": embedding.prompt_ids,
+                "embedding": [float(x) for x in embedding.vector],
+                "time_us": embedding.seconds * 1e6,
+            }
+            shown = (
+                "[" + ", ".join(f"{x:.4f}" for x in embedding.vector[:8]) + f", ...] ({len(embedding.vector)} numbers)"
+            )
+            timing = f"simulated: {report['time_us']:,.0f} us"
+        else:
+            answering = progress.add_task("answering", total=max_tokens)
+            stop = () if ignore_eos else model.eos_ids
+
+            def advance(row: int, token: int, logits: object) -> None:
+                progress.advance(answering)
+
+            (row,) = generate(device, [ids], max_tokens, stop, advance)
+            progress.update(answering, total=len(row.token_ids))
+            kept = row.token_ids[:-1] if row.finish == "eos" else row.token_ids
+            shown = text_model.decode(kept) if text_model is not None else " ".join(map(str, row.token_ids))
+            report = {
+                "artifact": str(artifact),
+                "mode": mode,
+                "prompt_ids": row.prompt_ids,
+                "token_ids": row.token_ids,
+                "text": shown if text_model is not None else None,
+                "finish": row.finish,
+                "ttft_us": row.ttft_us,
+                "tpot_us": row.tpot_us,
+            }
+            timing = f"simulated: first token {row.ttft_us:,.0f} us"
+            if row.tpot_us is not None:
+                timing += f", then {row.tpot_us:,.0f} us a token ({1e6 / row.tpot_us:,.0f} tokens/s)"
+    if json is not None:
+        write_json(report, json)
+    if json != "-":
+        stdout.print(shown, markup=False)
+    err.print(timing)
+
+
+@app.command(
+    epilog="""\b
+[bold]Examples[/]
+
+rngdc simulate ./smollm2\n
+rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json\n
+rngdc simulate matmul.mlir --json -"""
+)
+def simulate(
+    target: Target,
+    bucket: BucketNames = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a trace for the Perfetto viewer (needs one bucket).")
+    ] = None,
+    mode: ModeOption = "documented",
+    json: Json = None,
+) -> None:
+    """Tell how long each program takes and where the time goes. Needs no weights."""
+    from rngdc.console import out as stdout
+    from rngdc.console import write_json
+    from rngdc.report import simulate_report, simulate_table
+    from runtime_sim.runtime import Device
+
+    timing = timing_mode(mode)
+    with open_target(target) as opened:
+        buckets = named_buckets(opened, bucket)
+        if trace is not None and len(buckets) != 1:
+            refuse(
+                f"--trace with {len(buckets)} buckets", "a trace shows one program", f"add --bucket {buckets[0].name}"
+            )
+        device = Device(opened, timing)
+        with step_texts() as show:
+            for b in buckets:
+                show(f"timing {b.name}")
+                device.time(b)
+        report = simulate_report(device, buckets)
+        if trace is not None:
+            from runtime_sim.trace import write_trace
+
+            write_trace(device.time(buckets[0]), trace)
+        if target.suffix == ".mlir":
+            report["artifact"] = str(target)
+    if json is not None:
+        write_json(report, json)
+    if json != "-":
+        stdout.print(simulate_table(report))
+
+
+@app.command(
+    epilog="""\b
+[bold]Examples[/]
+
+rngdc check ./smollm2\n
+rngdc check ./smollm2 --bucket prefill_b1_s128_kv128 --json -\n
+rngdc check attention.mlir"""
+)
+def check(
+    target: Target,
+    bucket: BucketNames = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the inputs.")] = 0,
+    json: Json = None,
+) -> None:
+    """Run every level on the same inputs: tc before the passes, tc after, and the streams. Exit 1 if two disagree.
+
+    The first operation that disagrees is named, with its place in the model.
+    """
+    from rngdc.check import check as run_check
+    from rngdc.check import check_lines
+    from rngdc.console import out as stdout
+    from rngdc.console import write_json
+    from runtime_sim.runtime import Device
+
+    with open_target(target) as opened, step_texts() as show:
+        device = Device(opened, checks=True)
+        show("loading weights")
+        device.load()
+        report = run_check(device, named_buckets(opened, bucket), seed, show)
+    if target.suffix == ".mlir":
+        report.artifact = str(target)
+    if json is not None:
+        write_json(report.to_json(), json)
+    if json != "-":
+        for line in check_lines(report):
+            stdout.print(line, markup=False)
+    if not report.agrees:
+        raise typer.Exit(1)
+
+
+def _prompt(
+    artifact: Artifact, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, chat: bool
+) -> tuple[list[int], Any]:
+    """(token ids, tokenizer or None); exactly one of the three sources must be given."""
+    from ir.errors import Problem, UserError
+    from rngdc.text import TextModel
+
+    given = [x for x in (prompt, prompt_file, prompt_ids) if x is not None]
+    if len(given) != 1:
+        what = "no prompt was given" if not given else "more than one prompt was given"
+        refuse(what, "a run has one prompt", "use one of --prompt, --prompt-file and --prompt-ids")
+    if prompt_ids is not None:
+        fields = prompt_ids.replace(",", " ").split()
+        if bad := [f for f in fields if not f.isdecimal()]:
+            raise UserError([Problem(f"--prompt-ids {bad[0]!r}", "a token id is a number", "write them as 1,2,3")])
+        has_text = (artifact.directory / "tokenizer.json").is_file()
+        return [int(f) for f in fields], TextModel(artifact.directory) if has_text else None
+    model = TextModel(artifact.directory)
+    if prompt_file is not None:
+        try:
+            prompt = prompt_file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError([Problem(f"{prompt_file} cannot be read", str(error), "check the path")]) from error
+    assert prompt is not None
+    return (model.chat(prompt) if chat else model.encode(prompt)), model

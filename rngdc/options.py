@@ -1,0 +1,107 @@
+"""What `rngdc build` can be asked for, and every check that needs no model or only its config."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backend_rngd.machine import Machine
+from ir.errors import Problem
+from rngdc.buckets import BucketRequest
+
+DEFAULT_TENSOR_PARALLEL = 1
+DEFAULT_PIPELINE_PARALLEL = 1
+MAX_CARDS_OF_A_LAYER = 4
+"""Cards that one layer may be spread over: tensor parallelism over PCIe gains nothing beyond."""
+WEIGHT_MODES = r"link|copy|none|random(:\d+)?"
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a model is spread.
+
+    `tensor`: processing elements (PEs) that share every layer, fixed by the build. `pipeline`: stages of layers, a
+    preference that loading may change. `plan`: a file with the user's placements, see docs/parallelism.md.
+    `sequence`: norms and residuals work on a part of the tokens each.
+    """
+
+    tensor: int = DEFAULT_TENSOR_PARALLEL
+    pipeline: int = DEFAULT_PIPELINE_PARALLEL
+    plan: Path | None = None
+    sequence: bool = False
+
+
+@dataclass
+class BuildOptions:
+    """What `rngdc build` was asked for. `weights`: link, copy, random[:SEED] or none."""
+
+    model: str
+    output: Path
+    buckets: BucketRequest
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    weights: str = "link"
+    auto_bfloat16_cast: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    num_hidden_layers: int | None = None
+    name: str = ""
+    overwrite: bool = False
+    dump_ir: Path | None = None
+    machine: str = "rngd"
+    dry_run: bool = False
+
+
+def tensor_parallel_sizes(machine: Machine) -> tuple[list[int], list[int]]:
+    """(sizes on a card, sizes over several cards) that `-tp` takes: powers of two; above a card, whole cards."""
+    powers = [1 << i for i in range((machine.pes_per_chip * MAX_CARDS_OF_A_LAYER).bit_length())]
+    return [n for n in powers if n <= machine.pes_per_chip], [n for n in powers if n > machine.pes_per_chip]
+
+
+def check_options(options: BuildOptions, machine: Machine, problems: list[Problem]) -> None:
+    """Append a problem for every option whose value cannot be used whatever the model is."""
+    _check_parallel(options.parallel, machine, problems)
+    if not re.fullmatch(WEIGHT_MODES, options.weights):
+        why = "weights are linked, copied, random or left out"
+        problems.append(Problem(f"--weights {options.weights!r}", why, "use link, copy, random[:SEED] or none"))
+    if options.num_hidden_layers is not None and options.num_hidden_layers < 1:
+        what = f"--num-hidden-layers {options.num_hidden_layers}"
+        problems.append(Problem(what, "a model has layers", "use 1 or more"))
+    if options.name and not re.fullmatch(r"[\w .@/+-]{1,200}", options.name):
+        why = "a name has letters, digits, spaces and . _ - + @ /, at most 200 of them"
+        problems.append(Problem(f"--name {options.name!r}", why, "choose another name"))
+
+
+def _check_parallel(parallel: ParallelOptions, machine: Machine, problems: list[Problem]) -> None:
+    card, cards = tensor_parallel_sizes(machine)
+    if parallel.tensor not in (*card, *cards):
+        pes = machine.pes_per_chip
+        if parallel.tensor > cards[-1]:
+            why = f"a layer is spread over at most {MAX_CARDS_OF_A_LAYER} cards of {pes} processing elements"
+        else:
+            why = "the processing elements of a layer are a power of two"
+        fix = f"use {_listed(card)} on a card, or {_listed(cards)} over several"
+        if parallel.tensor > cards[-1]:
+            fix += "; more cards serve a larger model as pipeline stages (-pp)"
+        problems.append(Problem(f"-tp {parallel.tensor}", why, fix))
+    if parallel.pipeline < 1:
+        problems.append(Problem(f"-pp {parallel.pipeline}", "a model has at least one stage", "use 1 or more"))
+    if parallel.plan is not None and not parallel.plan.is_file():
+        why = "there is no such file"
+        what = f"--tensor-parallel-plan {parallel.plan}"
+        problems.append(Problem(what, why, "give a YAML file as docs/parallelism.md describes it"))
+    for flag, given in (("--tensor-parallel-plan", parallel.plan), ("--sequence-parallel", parallel.sequence)):
+        if given and parallel.tensor == 1:
+            why = "with one processing element a layer is not spread"
+            problems.append(Problem(f"{flag} with -tp 1", why, "raise -tp, or leave the option out"))
+
+
+def check_stages(parallel: ParallelOptions, layers: int | None, problems: list[Problem]) -> None:
+    """Append a problem if the model has fewer layers than the pipeline has stages."""
+    if layers is not None and parallel.pipeline > layers:
+        why = f"the model has {layers} layers, and a stage holds at least one"
+        problems.append(Problem(f"-pp {parallel.pipeline}", why, f"use 1 to {layers}"))
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes[:-1])) + f" or {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])

@@ -1,0 +1,110 @@
+"""Writing an artifact: streams, IR, probes, constants, and where every weight comes from."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backend_rngd.artifact import (
+    ArtifactWriter,
+    Compiler,
+    LinkedFile,
+    MachineId,
+    Manifest,
+    Model,
+    Parallel,
+    WeightSource,
+)
+from backend_rngd.artifact.store import link
+from backend_rngd.machine import Machine
+from rngdc import __version__
+
+if TYPE_CHECKING:
+    from ir.weights import WeightTable
+    from rngdc.program import Programs
+
+Progress = Callable[[str], None]
+
+
+def write_programs(
+    writer: ArtifactWriter,
+    programs: Programs,
+    machine: Machine,
+    model: Model,
+    parallel: Parallel,
+    mode: str,
+    weights: list[WeightSource],
+    linked: list[LinkedFile],
+    name: str = "",
+) -> Manifest:
+    """Write streams, IR, probes and constants, and finish the artifact."""
+    from backend_rngd.isa.tables import save_npz
+    from ir.text import print_module
+
+    for program in programs.programs:
+        assert program.emitted is not None and program.record is not None
+        save_npz(program.emitted.streams[0], writer.directory / program.record.stream)
+        (writer.directory / program.record.ir).write_text(print_module(program.tc), "utf-8")
+        (writer.directory / program.record.debug).write_text(json.dumps(program.probes) + "\n", "utf-8")
+    (writer.directory / "constants.bin").write_bytes(programs.constant_bytes)
+    return writer.finish(
+        Manifest(
+            name=name,
+            compiler=Compiler(version=__version__),
+            machine=MachineId(name=machine.name, digest=machine.digest()),
+            model=model,
+            parallel=parallel,
+            weights_mode=mode,
+            weights=tuple(weights),
+            placements=tuple(programs.placements),
+            constants=tuple(programs.constants),
+            linked=tuple(linked),
+            hbm=programs.hbm,
+            caches=tuple(programs.caches),
+            buckets=tuple(p.record for p in programs.programs if p.record is not None),
+        )
+    )
+
+
+def weight_sources(
+    table: WeightTable, mode: str, directory: Path, progress: Progress
+) -> tuple[list[WeightSource], list[LinkedFile]]:
+    """Where the artifact finds every weight of the model; mode `copy` writes them into it."""
+    if mode == "copy":
+        table = _copied(table, directory, progress)
+    sources: list[WeightSource] = []
+    files: dict[str, None] = {}
+    for ref in table.values():
+        inline = None
+        if ref.inline is not None:
+            inline = base64.b64encode(ref.inline.tobytes()).decode("ascii")
+        file = ref.file
+        if file is not None and mode == "link":
+            file = str(Path(file).absolute())
+            files[file] = None
+        sources.append(
+            WeightSource(
+                name=ref.name, dtype=ref.dtype, shape=ref.shape, file=file, offset=ref.offset or 0, inline=inline,
+                seed=ref.seed,
+            )
+        )  # fmt: skip
+    linked: list[LinkedFile] = []
+    for file in files:
+        progress(f"checksum of {Path(file).name}")
+        linked.append(link(Path(file)))
+    return sources, linked
+
+
+def _copied(table: WeightTable, directory: Path, progress: Progress) -> WeightTable:
+    from ir.weights import WeightTable, safetensors_refs, write_safetensors
+
+    target = directory / "weights" / "model.safetensors"
+    target.parent.mkdir()
+    progress("copying the weights")
+    write_safetensors(target, {name: table.load(name) for name, ref in table.items() if ref.file is not None})
+    copied = {ref.name: replace(ref, file="weights/model.safetensors") for ref in safetensors_refs(target)}
+    return WeightTable({name: copied.get(name, ref) for name, ref in table.items()}, base=directory)
