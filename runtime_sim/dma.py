@@ -1,4 +1,7 @@
-"""The tensor DMA: strided copies between HBM and DM, with gather and scatter by byte offsets from HBM."""
+"""The tensor DMA: strided copies between HBM and DM, with gather and scatter by byte offsets from HBM.
+
+Transfers that name other units (`peers.py`) consist of transfers of this module, one for each unit.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from numpy.typing import NDArray
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dma, Endpoint, Space
 from runtime_sim.errors import SimulationError
+from runtime_sim.memory import Hbm, RowMemory
 from runtime_sim.nest import illegal
 from runtime_sim.views import GRANULE, Footprint, count, nd, offsets
 
@@ -29,10 +33,10 @@ def slice_and_offset(address: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Side:
-    """One endpoint: where its bytes are in the backing array."""
+    """One endpoint: the unit whose memory it is, and where its bytes are in the backing array."""
 
+    unit: Unit
     endpoint: Endpoint
-    memory: NDArray[np.uint8]
     base: int
     strides: tuple[int, ...]
     start: tuple[int, int] = (0, 0)  # DM only: slice and byte offset of the base
@@ -43,29 +47,46 @@ class _Side:
         """Whether the endpoint is DM."""
         return self.endpoint.space is Space.DM
 
+    @property
+    def dm(self) -> RowMemory:
+        """DM of the side's unit."""
+        return self.unit.dm
+
+    @property
+    def window(self) -> Hbm:
+        """HBM of the side's unit."""
+        return self.unit.window
+
     def address(self, unit: Unit) -> int:
-        """Offset of the first byte in the backing array."""
+        """Offset of the first byte in the backing array, with the registers of the unit that executes the transfer."""
         return self.base if self.in_dm else self.base + unit.registers[self.endpoint.register]
+
+    def memory(self, address: int) -> NDArray[np.uint8]:
+        """The backing array of an address."""
+        return self.dm.bytes if self.in_dm else self.window.part(address, 1).hbm
 
 
 class DmaPlan:
-    """A transfer. Views into DM are fixed; views into HBM are cached per register value."""
+    """A transfer. Views into DM are fixed; views into HBM are cached per register value.
 
-    def __init__(self, op: Dma, unit: Unit) -> None:
+    source, target: units whose memories the two sides are in, the executing unit by default.
+    """
+
+    def __init__(self, op: Dma, unit: Unit, source: Unit | None = None, target: Unit | None = None) -> None:
         if not 1 <= op.packet <= 4096:
             raise illegal(f"DMA packet of {op.packet} bytes", "1 to 4096")
         self.op = op
         self.sizes = [n for n, _, _ in op.loops]
-        self.source = self._side(op.source, [s for _, s, _ in op.loops], unit, "DMA read")
-        self.target = self._side(op.destination, [d for _, _, d in op.loops], unit, "DMA write")
+        self.source = self._side(op.source, [s for _, s, _ in op.loops], source or unit, "DMA read")
+        self.target = self._side(op.destination, [d for _, _, d in op.loops], target or unit, "DMA write")
         self._cache: dict[tuple[int, int], tuple[Array, Array]] = {}
-        self._checked: set[tuple[int, int, int]] = set()
+        self._checked: set[tuple[int, int, int, int]] = set()
         if op.index is not None and len(op.index.strides) != len(op.loops):
             raise illegal(f"index has {len(op.index.strides)} strides for {len(op.loops)} loops")
 
     def _side(self, endpoint: Endpoint, strides: list[int], unit: Unit, what: str) -> _Side:
         if endpoint.space is Space.HBM:
-            return _Side(endpoint, unit.card.hbm, endpoint.base, tuple(strides))
+            return _Side(unit, endpoint, endpoint.base, tuple(strides))
         if endpoint.register:
             raise illegal(f"{what}: a DM endpoint takes no register")
         dm = unit.dm
@@ -85,7 +106,7 @@ class DmaPlan:
                 )
             dm.check(low, high + self.op.packet, what)
         strides_in_memory = tuple(slices * dm.pitch + rest for slices, rest in steps)
-        return _Side(endpoint, dm.bytes, first * dm.pitch + offset, strides_in_memory, (first, offset), tuple(steps))
+        return _Side(unit, endpoint, first * dm.pitch + offset, strides_in_memory, (first, offset), tuple(steps))
 
     # Checks ----------------------------------------------------------------------------------------------------------
     def check(self, unit: Unit) -> None:
@@ -93,27 +114,27 @@ class DmaPlan:
         source, target = self.source.address(unit), self.target.address(unit)
         if self.op.index is not None:
             return  # addresses depend on data: checked while running
-        key = (unit.generation, source, target)
+        key = (self.source.unit.generation, self.target.unit.generation, source, target)
         if key in self._checked:
             return
-        self._check_read(unit, self.source, source)
-        self._mark_write(unit, self.target, target)
+        self._check_read(self.source, source)
+        self._mark_write(self.target, target)
         self._checked.add(key)
 
-    def _footprint(self, side: _Side, address: int) -> Footprint:
+    def footprint(self, side: _Side, address: int) -> Footprint:
         return Footprint.of(address, list(zip(self.sizes, side.strides, strict=True)), self.op.packet)
 
-    def _check_read(self, unit: Unit, side: _Side, address: int) -> None:
+    def _check_read(self, side: _Side, address: int) -> None:
         if side.in_dm:
-            for rows, footprint in self._rows(side):
-                missing = unit.dm.first_unwritten(footprint, rows)
+            for rows, footprint in self.rows(side):
+                missing = side.dm.first_unwritten(footprint, rows)
                 if missing is not None:
                     raise _uninitialised(f"DM slice {missing[0]} byte {missing[1]}")
             return
-        footprint = self._footprint(side, address)
+        footprint = self.footprint(side, address)
         low, high = _span(footprint)
-        unit.card.check_range(low, high - low)
-        for view in footprint.bits(unit.card.hbm_written[None, :]):
+        home = side.window.part(low, high - low)
+        for view in footprint.bits(home.hbm_written[None, :]):
             if not view.all():
                 where = np.argwhere(~view)[0]
                 at = (
@@ -123,18 +144,18 @@ class DmaPlan:
                 )
                 raise _uninitialised(f"HBM byte {at}")
 
-    def _mark_write(self, unit: Unit, side: _Side, address: int) -> None:
+    def _mark_write(self, side: _Side, address: int) -> None:
         if side.in_dm:
-            for rows, footprint in self._rows(side):
-                unit.dm.mark(footprint, rows)
+            for rows, footprint in self.rows(side):
+                side.dm.mark(footprint, rows)
             return
-        footprint = self._footprint(side, address)
+        footprint = self.footprint(side, address)
         low, high = _span(footprint)
-        unit.card.check_range(low, high - low)
-        for view in footprint.bits(unit.card.hbm_written[None, :]):
+        home = side.window.part(low, high - low)
+        for view in footprint.bits(home.hbm_written[None, :]):
             view[...] = True
 
-    def _rows(self, side: _Side) -> list[tuple[slice, Footprint]]:
+    def rows(self, side: _Side) -> list[tuple[slice, Footprint]]:
         """Slices touched, grouped by the footprint they share."""
         inside = [(n, rest) for n, (slices, rest) in zip(self.sizes, side.steps, strict=True) if not slices]
         starts = [side.start]
@@ -174,7 +195,7 @@ class DmaPlan:
         source, target = self.source.address(unit), self.target.address(unit)
         if self.op.index is None:
             return self._views(source, target)[1]
-        windows = np.lib.stride_tricks.sliding_window_view(self.target.memory, self.op.packet)
+        windows = np.lib.stride_tricks.sliding_window_view(self.target.memory(target), self.op.packet)
         return windows[self._indexed_addresses(unit, source, target)[1]]
 
     def _views(self, source: int, target: int) -> tuple[Array, Array]:
@@ -199,8 +220,8 @@ class DmaPlan:
             kept[-2:] = [(kept[-2][0] * kept[-1][0], width, width)]
         shape = [n for n, _, _ in kept]
         return (
-            nd(self.source.memory, dtype, source, shape, [s for _, s, _ in kept]),
-            nd(self.target.memory, dtype, target, shape, [d for _, _, d in kept]),
+            nd(self.source.memory(source), dtype, source, shape, [s for _, s, _ in kept]),
+            nd(self.target.memory(target), dtype, target, shape, [d for _, _, d in kept]),
         )
 
     def _run_indexed(self, unit: Unit, source: int, target: int) -> None:
@@ -208,10 +229,9 @@ class DmaPlan:
         read, write = self._indexed_addresses(unit, source, target)
         self._check_indexed(unit, self.source, read, True)
         self._check_indexed(unit, self.target, write, False)
-        from_window = np.lib.stride_tricks.sliding_window_view(self.source.memory, packet)
-        to_window = np.lib.stride_tricks.as_strided(
-            self.target.memory, (self.target.memory.size - packet + 1, packet), (1, 1)
-        )
+        from_window = np.lib.stride_tricks.sliding_window_view(self.source.memory(source), packet)
+        memory = self.target.memory(target)
+        to_window = np.lib.stride_tricks.as_strided(memory, (memory.size - packet + 1, packet), (1, 1))
         to_window[write] = from_window[read]
 
     def _indexed_addresses(self, unit: Unit, source: int, target: int) -> tuple[Array, Array]:
@@ -220,11 +240,11 @@ class DmaPlan:
         assert index is not None
         first = index.base + unit.registers[index.register]
         at = offsets(first, list(zip(self.sizes, index.strides, strict=True)))
-        unit.card.check_range(int(at.min()), int(at.max() - at.min()) + 4)
-        written = unit.card.hbm_written
+        home = unit.window.part(int(at.min()), int(at.max() - at.min()) + 4)
+        written = home.hbm_written
         if unit.checks and not (written[at // GRANULE].all() and written[(at + 3) // GRANULE].all()):
             raise _uninitialised(f"HBM index table at {first}")
-        raw = unit.card.hbm[at[..., None] + np.arange(4)]
+        raw = home.hbm[at[..., None] + np.arange(4)]
         values = np.ascontiguousarray(raw).view("<u4")[..., 0].astype(np.int64)
         read = offsets(source, list(zip(self.sizes, self.source.strides, strict=True)))
         write = offsets(target, list(zip(self.sizes, self.target.strides, strict=True)))
@@ -249,8 +269,7 @@ class DmaPlan:
             granules = np.minimum(first[..., None] // GRANULE + steps, (first[..., None] + packet - 1) // GRANULE)
             where: Any = (rows[..., None], granules)
         else:
-            unit.card.check_range(int(addresses.min()), int(addresses.max() - addresses.min()) + packet)
-            grid = unit.card.hbm_written
+            grid = side.window.part(int(addresses.min()), int(addresses.max() - addresses.min()) + packet).hbm_written
             steps = np.arange(-(-packet // GRANULE) + 1)
             first = addresses[..., None]
             where = np.minimum(first // GRANULE + steps, (first + packet - 1) // GRANULE)

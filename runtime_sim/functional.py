@@ -19,7 +19,7 @@ import numpy as np
 from backend_rngd.isa.descriptors import Call, Instruction, Stream
 from backend_rngd.machine import Machine
 from runtime_sim.errors import SimulationError, Site
-from runtime_sim.memory import Card, RowMemory
+from runtime_sim.memory import Card, Hbm, RowMemory
 from runtime_sim.plans import Plan, plan_of
 from runtime_sim.workers import single_threaded_blas
 
@@ -65,15 +65,30 @@ class Program:
         return Site(self.stream.routines[routine].name, index, location)
 
 
-class Unit:
-    """One PE (64 slices) or several fused PEs: DM, TRF, VRF and 64 registers.
+@dataclass(frozen=True)
+class Place:
+    """Where a unit is: its card and the first of its PEs on the card."""
 
-    `checks` turns on the detection of uninitialised reads; bounds and legality are always checked.
+    card: int = 0
+    pe: int = 0
+
+    def __str__(self) -> str:
+        return f"card {self.card} PE {self.pe}"
+
+
+class Unit:
+    """One PE (64 slices) or several fused PEs: DM, TRF, VRF, 64 registers, and a window of the card's HBM.
+
+    `checks` turns on the detection of uninitialised reads; bounds and legality are always checked. `peers` are the
+    units that peer addresses name, by their numbers (`isa.descriptors`); `number` is the unit's own among them.
     """
 
-    def __init__(self, card: Card, slices: int, checks: bool = True) -> None:
-        machine: Machine = card.machine
-        self.card = card
+    def __init__(self, window: Hbm, slices: int, checks: bool = True, place: Place | None = None) -> None:
+        machine: Machine = window.machine
+        self.window = window
+        self.place = place or Place()
+        self.number = 0
+        self.peers: dict[int, Unit] = {0: self}
         self.machine = machine
         self.slices = slices
         self.checks = checks
@@ -83,6 +98,11 @@ class Unit:
         self.registers = [0] * REGISTERS
         self.generation = 0
         self._programs: dict[int, Program] = {}
+
+    @property
+    def card(self) -> Hbm:
+        """The HBM that the unit addresses."""
+        return self.window
 
     def reset(self) -> None:
         """Treat DM, TRF and VRF as uninitialised again (their bytes stay)."""

@@ -1,4 +1,4 @@
-"""Memories: the card's HBM (sparse, byte addressed) and a unit's DM, TRF and VRF (one row of bytes a slice)."""
+"""Memories: HBM (sparse, byte addressed) and a unit's DM, TRF and VRF (one row of bytes a slice)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ def _sparse(nbytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(block, np.uint8)
 
 
-class Card:
-    """One card: HBM shared by its units.
+class Hbm:
+    """Bytes of HBM addressed from 0, as a unit sees them (hardware.md 1.1: every unit has an address translation).
 
-    `hbm_bytes` may be smaller than the machine's 48 GB to catch stray addresses earlier.
+    With `shared`, addresses below `split` are those of another window: replicas on a card read the same weights.
     """
 
-    def __init__(self, machine: Machine, hbm_bytes: int | None = None) -> None:
+    def __init__(self, machine: Machine, nbytes: int, shared: Hbm | None = None, split: int = 0) -> None:
         self.machine = machine
-        self.hbm_bytes = int(hbm_bytes if hbm_bytes is not None else machine.hbm_bytes)
-        rounded = -(-self.hbm_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.hbm_bytes = nbytes
+        self.shared = shared
+        self.split = split if shared is not None else 0
+        rounded = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.hbm = _sparse(rounded)
         self.hbm_written = _sparse(rounded // GRANULE).view(np.bool_)
 
@@ -49,6 +51,16 @@ class Card:
                 "check the register values and the size of the HBM map",
             )
 
+    def part(self, address: int, nbytes: int) -> Hbm:
+        """The window that holds a range: this one or the one whose weights it shares. Raises SimulationError."""
+        self.check_range(address, nbytes)
+        if address >= self.split or self.shared is None:
+            return self
+        if address + nbytes > self.split:
+            what = f"HBM bytes [{address}, {address + nbytes}) begin in the shared weights and end behind them"
+            raise SimulationError(SimulationError.BOUNDS, what)
+        return self.shared
+
     def write(self, address: int, data: bytes | bytearray | memoryview | NDArray[Any]) -> None:
         """Host write: copy `data` (bytes or any contiguous array) to HBM."""
         raw = (
@@ -56,25 +68,34 @@ class Card:
             if isinstance(data, np.ndarray)
             else np.frombuffer(data, np.uint8)
         )
-        self.check_range(address, raw.size)
-        self.hbm[address : address + raw.size] = raw
-        self.mark(address, raw.size)
+        home = self.part(address, raw.size)
+        home.hbm[address : address + raw.size] = raw
+        home.mark(address, raw.size)
 
     def read(self, address: int, nbytes: int) -> NDArray[np.uint8]:
         """Host read: a copy of `nbytes` bytes of HBM."""
-        self.check_range(address, nbytes)
-        return self.hbm[address : address + nbytes].copy()
+        return self.part(address, nbytes).hbm[address : address + nbytes].copy()
 
     def clear(self, address: int, nbytes: int) -> None:
         """Host write of zeros."""
-        self.check_range(address, nbytes)
-        self.hbm[address : address + nbytes] = 0
-        self.mark(address, nbytes)
+        home = self.part(address, nbytes)
+        home.hbm[address : address + nbytes] = 0
+        home.mark(address, nbytes)
 
     def mark(self, address: int, nbytes: int) -> None:
         """Remember that a range holds data."""
         if nbytes:
             self.hbm_written[address // GRANULE : -(-(address + nbytes) // GRANULE)] = True
+
+
+class Card(Hbm):
+    """The HBM of a card whose only unit addresses all of it.
+
+    `hbm_bytes` may be smaller than the machine's 48 GB to catch stray addresses earlier.
+    """
+
+    def __init__(self, machine: Machine, hbm_bytes: int | None = None) -> None:
+        super().__init__(machine, int(hbm_bytes if hbm_bytes is not None else machine.hbm_bytes))
 
 
 class RowMemory:
@@ -85,8 +106,9 @@ class RowMemory:
         self.rows = rows
         self.row_bytes = row_bytes
         self.pitch = row_bytes + SLICE_SKEW
-        self.bytes = np.zeros(rows * self.pitch, np.uint8)
-        self.written = np.zeros((rows, row_bytes // GRANULE), np.bool_)
+        self.bytes = _sparse(rows * self.pitch)
+        self.written = _sparse(rows * (row_bytes // GRANULE)).view(np.bool_).reshape(rows, -1)
+        self.touched = False
         self.version = 0
 
     @property
@@ -115,9 +137,12 @@ class RowMemory:
 
     def mark(self, footprint: Footprint, rows: slice) -> None:
         """Remember that the bytes of `footprint` hold data in `rows`."""
+        self.touched = True
         for view in footprint.bits(self.written[rows]):
             view[...] = True
 
     def forget(self) -> None:
         """Treat all contents as uninitialised again."""
-        self.written[...] = False
+        if self.touched:  # else the map takes no memory yet
+            self.written[...] = False
+            self.touched = False

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from backend_rngd.isa.descriptors import Commit, Dma, Dtype, Exec, LoadTrf, LoadVrf, Memset
+from backend_rngd.isa.descriptors import Commit, Dma, Dtype, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from runtime_sim.contraction import Contraction
 from runtime_sim.dma import DmaPlan
 from runtime_sim.errors import SimulationError
 from runtime_sim.memory import RowMemory
 from runtime_sim.nest import ALL, Source, by_flits, flit_width, illegal, source_of
 from runtime_sim.numeric import BLOCK, STORAGE, narrow
+from runtime_sim.peers import PeerDmaPlan
 from runtime_sim.vector import Chain
 from runtime_sim.views import Footprint, count, extent, merged, nd, sizes_of, split, strides_of
 from runtime_sim.workers import parallel, run_all
@@ -292,13 +293,19 @@ class MemsetPlan(_Static):
         return self.view
 
 
-def plan_of(op: Exec | LoadTrf | LoadVrf | Memset | Dma, unit: Unit) -> Plan:
-    """Decode a descriptor for a unit."""
+def _dma_plan(op: Dma, unit: Unit) -> Plan:
+    return PeerDmaPlan(op, unit) if op.source.space.is_peer or op.destination.space.is_peer else DmaPlan(op, unit)
+
+
+def plan_of(op: Exec | LoadTrf | LoadVrf | Memset | Dma | Notify | Wait, unit: Unit) -> Plan:
+    """Decode a descriptor for a unit. Notify and wait need other units: `system.py` executes them."""
     makers: dict[type, Callable[[Any, Unit], Plan]] = {
         Exec: ExecPlan,
         LoadTrf: LoadTrfPlan,
         LoadVrf: LoadVrfPlan,
         Memset: MemsetPlan,
-        Dma: DmaPlan,
+        Dma: _dma_plan,
     }
+    if isinstance(op, (Notify, Wait)):
+        raise illegal(f"{type(op).__name__.lower()} in a program that runs on one unit", "run it with a group of units")
     return makers[type(op)](op, unit)

@@ -30,7 +30,11 @@ def program(blocks: int = 4) -> Stream:
     entry = [call(1, 0), call(2, 1)]
     entry += [call(3, 2 + b, (8, 0, 4096 * b), (9, 1, 65536 + 4096 * b)) for b in range(blocks)]
     entry.append(call(4, len(entry)))
-    bodies = {"prepare": (), "embed": (load(40960, 64),), "head": (load(45056, 512),)}
+    bodies: dict[str, tuple[Instruction, ...]] = {
+        "prepare": (),
+        "embed": (load(40960, 64),),
+        "head": (load(45056, 512),),
+    }
     bodies["block"] = (load(0, 256, 8), load(64, 64, 9))
     routines = [Routine(n, tuple(entry) if n == "main" else bodies.get(n, ())) for n in NAMES]
     return Stream(0, 64, tuple(routines), ("x",) * 16)
