@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
 
 from backend_rngd.artifact import Bucket, Cache, Constant, HbmMap, Placement, Port
 from backend_rngd.dialect import GlobalOp
 from backend_rngd.emit import Emitted, emit
 from backend_rngd.hoist import Moves, hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
+from backend_rngd.lowering.context import MESH
 from backend_rngd.machine import Machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from ir.errors import Problem, UserError
+from ir.placement import Mesh
 from passes.outline import outline
 from rngdc.buckets import BucketSpec
 
@@ -67,6 +69,8 @@ class Programs:
     caches: list[Cache]
     hbm: HbmMap
     peak: dict[str, int] = field(default_factory=dict[str, int])
+    mesh: str = ""
+    units: int = 1
 
 
 def compile_programs(
@@ -121,7 +125,7 @@ def compile_programs(
     caches = _caches(programs, batch, capacity)
     return Programs(
         programs, shared.placements(), shared.constants(), bytes(shared.constant_bytes), caches,
-        hbm.model_copy(update={"total": total}), peak,
+        hbm.model_copy(update={"total": total}), peak, *_mesh(modules),
     )  # fmt: skip
 
 
@@ -134,15 +138,22 @@ def _place(module: ModuleOp, machine: Machine, hbm_base: int, moves: Moves) -> d
         return place(module, machine, hbm_base)
 
 
+@dataclass(frozen=True)
+class UnitBytes:
+    """A literal that differs between units: its bytes for each of them."""
+
+    images: tuple[bytes, ...]
+
+
 class _SharedMap:
     """Weights, constants and caches of all buckets: equal ones once, each kind in one piece."""
 
     def __init__(self, alignment: int) -> None:
         self.alignment = alignment
         self.weights: dict[tuple[Any, ...], int] = {}
-        self.literals: dict[bytes, int] = {}
+        self.literals: dict[bytes | UnitBytes, int] = {}
         self.caches: dict[str, int] = {}
-        self.names: dict[bytes, str] = {}
+        self.names: dict[bytes | UnitBytes, str] = {}
         self.address: dict[Any, int] = {}
         self.constant_bytes = bytearray()
 
@@ -155,7 +166,11 @@ class _SharedMap:
             name, kind, nbytes = op.sym_name.data, op.kind.data, op.buffer_type.nbytes.data
             if kind == "weight":
                 p = lowered.placements[name]
-                out.append((op, (p.weight, p.permute, p.reshape, p.pad, p.dtype), nbytes))
+                out.append((op, (p.weight, p.permute, p.reshape, p.pad, p.dtype, p.shard), nbytes))
+            elif name in lowered.unit_constants:
+                rows = tuple(_padded(values, nbytes) for values in lowered.unit_constants[name])
+                self.names.setdefault(UnitBytes(rows), name)
+                out.append((op, UnitBytes(rows), nbytes))
             elif kind == "constant":
                 raw = _padded(lowered.constants[name], nbytes)
                 self.names.setdefault(raw, name)
@@ -168,7 +183,7 @@ class _SharedMap:
         """Note what a bucket needs."""
         for _, key, nbytes in self._globals(lowered):
             table: dict[Any, int] = self.caches
-            if isinstance(key, (tuple, bytes)):
+            if isinstance(key, (tuple, bytes, UnitBytes)):
                 table = self.weights if isinstance(key, tuple) else self.literals
             table[key] = max(table.get(key, 0), nbytes)
 
@@ -194,7 +209,7 @@ class _SharedMap:
         forms: dict[str, int] = {}
         out: list[Placement] = []
         for key, nbytes in self.weights.items():
-            weight, permute, reshape, pad, dtype = key
+            weight, permute, reshape, pad, dtype, shard = key
             number = forms[weight] = forms.get(weight, -1) + 1
             name = f"{weight}#{number}" if number else weight
             out.append(
@@ -207,6 +222,7 @@ class _SharedMap:
                     reshape=reshape,
                     pad=pad,
                     dtype=dtype,
+                    shard=shard,
                 )  # fmt: skip
             )
         return out
@@ -217,10 +233,27 @@ class _SharedMap:
         out: list[Constant] = []
         for raw in self.literals:
             offset = len(self.constant_bytes)
-            self.constant_bytes += raw
-            name = self.names[raw]
-            out.append(Constant(name=name, address=self.address[raw], offset=offset, bytes=len(raw)))
+            images = raw.images if isinstance(raw, UnitBytes) else (raw,)
+            self.constant_bytes += b"".join(images)
+            out.append(
+                Constant(
+                    name=self.names[raw],
+                    address=self.address[raw],
+                    offset=offset,
+                    bytes=len(images[0]),
+                    per_unit=isinstance(raw, UnitBytes),
+                )  # fmt: skip
+            )
         return out
+
+
+def _mesh(modules: Mapping[BucketSpec, ModuleOp]) -> tuple[str, int]:
+    """The mesh of the units and their number; all buckets have the same."""
+    texts = {m.data if isinstance(m := module.attributes.get(MESH), StringAttr) else "" for module in modules.values()}
+    if len(texts) > 1:
+        raise ValueError(f"buckets with different meshes: {', '.join(sorted(texts))}")
+    text = next(iter(texts), "")
+    return text, Mesh.parse(text).size
 
 
 def _padded(values: NDArray[Any], nbytes: int) -> bytes:
@@ -261,6 +294,7 @@ def _record(program: Program) -> Bucket:
         inputs=ports(lowered.inputs),
         outputs=ports(lowered.outputs),
         row_registers=emitted.row_registers,
+        launch=emitted.launch,
     )
 
 
@@ -273,6 +307,6 @@ def _caches(programs: list[Program], batch: int, capacity: int) -> list[Cache]:
             _, heads, _, width = port.shape
             found[port.name] = Cache(
                 name=port.name, address=at.address, bytes=at.nbytes, row_bytes=at.row_bytes, batch=batch, heads=heads,
-                capacity=capacity, width=width,
+                capacity=capacity, width=width, shard=port.shard,
             )  # fmt: skip
     return list(found.values())

@@ -40,6 +40,7 @@ class BlockLowering(FunctionLowering):
             if outer in slots.outputs
         }
         self._return(self.walk(), call)
+        self.group.finish()
 
     def _bind(self, i: int, v: Value, value: SSAValue) -> Value:
         if isinstance(v, Stored):

@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 from xdsl.dialects import func
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import SSAValue
 
-from backend_rngd.dialect import CallOp, RoutineOp
+from backend_rngd.dialect import CallOp, LaunchOp, RoutineOp
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
 from backend_rngd.lowering.tensor import round_up
 from backend_rngd.lowering.values import Form
 from backend_rngd.machine import Machine
+from ir.errors import UnsupportedError
+from ir.placement import Mesh
+
+MESH = "tc.mesh"
 
 
 class Program:
@@ -27,8 +31,13 @@ class Program:
         self.options = options
         self.out = Lowered(ModuleOp([]))
         self.functions = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, func.FuncOp)}
+        mesh = module.attributes.get(MESH)
+        self.mesh = Mesh.parse(mesh.data) if isinstance(mesh, StringAttr) else Mesh(())
+        self.units = self.mesh.size
+        self._semaphores = 0
+        self._launch: dict[tuple[int, ...], int] = {}
         self.main = self.routine("main")
-        self.forms: dict[str, list[Form]] = {}
+        self.forms: dict[str, list[tuple[Form, str]]] = {}
 
     # Routines ------------------------------------------------------------
     def routine(self, name: str) -> RoutineOp:
@@ -56,17 +65,44 @@ class Program:
                 block.insert_op_before(call, block.first_op)
         return prepare
 
+    # Units ------------------------------------------------------------
+    def launch_register(self, values: tuple[int, ...]) -> int:
+        """The register that holds these values, one a unit of the group; register 0 if all are 0."""
+        if not any(values):
+            return 0
+        if values not in self._launch:
+            number = self.machine.registers - 1 - len(self._launch)
+            self._launch[values] = number
+            self.out.module.body.block.add_op(LaunchOp(number, values))
+        return self._launch[values]
+
+    def semaphore(self) -> int:
+        """A semaphore that no other phase uses."""
+        self._semaphores += 1
+        if self._semaphores > self.machine.semaphores:
+            raise UnsupportedError(
+                f"a program with {self._semaphores} exchanges between units",
+                f"a unit has {self.machine.semaphores} semaphores",
+                "outline repeated layers, so that they share them",
+            )
+        return self._semaphores - 1
+
+    def unit_constant(self, em: Emitter, name: str, values: np.ndarray[Any, Any]) -> SSAValue:
+        """An HBM global with literal bytes that differ between units: `values` has one row a unit."""
+        self.out.unit_constants[name] = values
+        return em.global_buffer(name, "hbm", round_up(values[0].nbytes, 64), "constant")
+
     # Globals ------------------------------------------------------------
-    def weight_global(self, em: Emitter, name: str, dtype: Dtype, form: Form) -> SSAValue:
-        """The HBM image of weight `name` in `form`; equal forms share one image."""
+    def weight_global(self, em: Emitter, name: str, dtype: Dtype, form: Form, shard: str = "") -> SSAValue:
+        """The HBM image of (the unit's part of) weight `name` in `form`; equal forms share one image."""
         forms = self.forms.setdefault(name, [])
-        if form not in forms:
-            forms.append(form)
-        index = forms.index(form)
+        if (form, shard) not in forms:
+            forms.append((form, shard))
+        index = forms.index((form, shard))
         image = f"weight.{name}" if index == 0 else f"weight.{name}#{index}"
         rows, columns = (round_up(n, m) for n, m in zip(form.reshape, form.pad, strict=True))
         nbytes = rows * columns * dtype.bytes
-        self.out.placements.setdefault(image, Placement(image, name, *form, dtype.name.lower(), nbytes))
+        self.out.placements.setdefault(image, Placement(image, name, *form, dtype.name.lower(), nbytes, shard))
         return em.global_buffer(image, "hbm", nbytes, "weight")
 
     def iota(self, em: Emitter, keys: int) -> SSAValue:

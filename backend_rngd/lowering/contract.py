@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import Dtype
+from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.contract_base import Matrix, vector_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
@@ -34,11 +34,16 @@ class ContractLowering:
         dtype: Dtype,
         epilogue: Sequence[ChainOp] = (),
         output: SSAValue | None = None,
+        target: Callable[[Space, int], SSAValue] | None = None,
     ) -> Tensor:
         """`x` has K contiguous features; `dims` are the result's (feature dims row-major over N).
 
         output: an HBM buffer that receives the result as a program output, channel-major for few tokens.
+        target: gives the buffer of the result (memory, bytes) instead of a local one.
         """
         assert x.rows is not None
         mapping = self.few if x.rows.replicated else self.many
-        return mapping.run(x, w, dims, dtype, vector_ops(epilogue), output)
+        mapping.target = target
+        result = mapping.run(x, w, dims, dtype, vector_ops(epilogue), output)
+        mapping.target = None
+        return result

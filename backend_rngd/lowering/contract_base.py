@@ -5,7 +5,7 @@ Weights are `[N][K]` in HBM, K contiguous, N padded to 64 and K to a packet with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xdsl.ir import SSAValue
@@ -74,6 +74,7 @@ class ContractionMapping:
         self.em = em
         self.spill = spill
         self.half = 0
+        self.target: Callable[[Space, int], SSAValue] | None = None  # where the next result goes instead of a local
 
     def _next_half(self, lane_bytes: int, used: int) -> int:
         """TRF base inside a lane: alternating halves when the operand fits half a lane."""
@@ -95,11 +96,13 @@ class ContractionMapping:
                 position += 1
             else:
                 out.append(d)
-        if x.rows.local * pitch > self.spill:
-            return Tensor(
-                self.em.alloc(x.rows.physical * pitch, space="hbm"), Space.HBM, dtype, tuple(out), x.rows, 0, pitch
-            )
-        return Tensor(self.em.alloc(x.rows.local * pitch), Space.DM, dtype, tuple(out), x.rows, 0, pitch)
+        space = Space.HBM if x.rows.local * pitch > self.spill else Space.DM
+        nbytes = (x.rows.physical if space == Space.HBM else x.rows.local) * pitch
+        if self.target is not None:
+            buffer = self.target(space, nbytes)
+        else:
+            buffer = self.em.alloc(nbytes, space=space.name.lower())
+        return Tensor(buffer, space, dtype, tuple(out), x.rows, 0, pitch)
 
     def _add(
         self, acc: SSAValue, part: SSAValue, count: int, commit: Commit, target: SSAValue, vector: Sequence[VectorOp]

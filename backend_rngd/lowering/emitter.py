@@ -33,11 +33,12 @@ MAX_LOOP = 65536
 
 
 class Place(NamedTuple):
-    """A byte of a buffer; in DM, `slice * DM_SLICE_STRIDE + offset`."""
+    """A byte of a buffer; in DM, `slice * DM_SLICE_STRIDE + offset`. register: launch register of a peer address."""
 
     buffer: SSAValue
     space: Space
     base: int
+    register: int = 0
 
 
 def hbm(buffer: SSAValue, base: int = 0) -> Place:
@@ -267,8 +268,8 @@ class Emitter:
         entries, packet = _fit_packet([(*loop, step) for loop, step in zip(nest, steps, strict=True)], packet)
         merged = canonical(entries)
         desc = Dma(
-            Endpoint(source.space, source.base),
-            Endpoint(target.space, target.base),
+            Endpoint(source.space, source.base, source.register),
+            Endpoint(target.space, target.base, target.register),
             tuple((n, a, b) for n, a, b, _ in merged),
             packet,
             Index(0, index.base, tuple(i for _, _, _, i in merged), index.scatter) if index else None,

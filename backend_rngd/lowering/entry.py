@@ -34,8 +34,9 @@ class EntryLowering(FunctionLowering):
         names = _names(f, "arg_names", "arg", len(f.body.block.args))
         self.blocks: dict[str, BlockLowering] = {}
         returned = self._returned(f)
-        for name, arg in zip(names, f.body.block.args, strict=True):
-            self._argument(name, arg)
+        shards = _names(f, "arg_shards", "", len(names)) if "arg_shards" in f.attributes else [""] * len(names)
+        for name, arg, shard in zip(names, f.body.block.args, shards, strict=True):
+            self._argument(name, arg, shard)
         self.slots = Slots(f, {v: n for v, n in returned if not n.startswith("cache.")}, self._inputs(f))
         if not self.slots.calls:
             self.outputs = {v: n for v, n in returned}
@@ -43,8 +44,9 @@ class EntryLowering(FunctionLowering):
         self.em.location = "outputs"
         for value, (_, name) in zip(values, returned, strict=True):
             self._output(value, name)
+        self.group.finish()
         if self.slots.calls:
-            add_handover(self.parent, self.slots.handed_over())
+            add_handover(self.parent, self.slots)
 
     def _inputs(self, f: func.FuncOp) -> dict[SSAValue, str]:
         """Arguments that blocks read in place."""
@@ -57,7 +59,7 @@ class EntryLowering(FunctionLowering):
         assert isinstance(op, func.ReturnOp)
         return list(zip(op.operands, _names(f, "result_names", "result", len(op.operands)), strict=True))
 
-    def _argument(self, name: str, arg: SSAValue) -> None:
+    def _argument(self, name: str, arg: SSAValue, shard: str) -> None:
         shape = tuple(shape_of(arg))
         dtype = dtype_of(arg)
         options = self.parent.options
@@ -72,7 +74,7 @@ class EntryLowering(FunctionLowering):
                 self.em.global_buffer(name, "hbm", nbytes, "cache", nbytes // options.cache_batch), shape
             )
             head = options.cache_capacity * d * 2
-            self.parent.out.caches.append(Port(name, name, "bf16", shape, (k * head, head, d * 2, 2)))
+            self.parent.out.caches.append(Port(name, name, "bf16", shape, (k * head, head, d * 2, 2), 0, shard))
             return
         if dtype == Dtype.I32 and len(shape) in (1, 2):
             rows = RowSpace.make(shape[0], shape[1] if len(shape) == 2 else 1, options.slices)
@@ -98,13 +100,13 @@ class EntryLowering(FunctionLowering):
 
     def op_tc_weight(self, op: tc.WeightOp) -> None:
         """A parameter by name; it gets an address when its use says how it is laid out."""
-        self._weight(op.result, op.fqn.data)
+        self._weight(op.result, op.fqn.data, op.shard.data if op.shard is not None else "")
 
-    def _weight(self, value: SSAValue, name: str) -> None:
+    def _weight(self, value: SSAValue, name: str, shard: str = "") -> None:
         dtype = dtype_of(value)
 
         def bind(form: Form) -> SSAValue:
-            return self.parent.weight_global(self.em, name, dtype, form)
+            return self.parent.weight_global(self.em, name, dtype, form, shard)
 
         self.env[value] = Weight.of(tuple(shape_of(value)), dtype, bind)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from xdsl.dialects import func
@@ -14,21 +14,24 @@ from backend_rngd.dialect import RoutineOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.attention import AttentionLowering
 from backend_rngd.lowering.attention_head import AttentionParams, Cache
+from backend_rngd.lowering.collective import CollectiveLowering, dense
 from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.contract import ContractLowering
 from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
+from backend_rngd.lowering.group import Group, check_axis
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
 from backend_rngd.lowering.move import load_rows, move_rows
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
-from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, product
+from backend_rngd.lowering.values import Form, Stored, Value, Weight, dtype_of, probe_layout, product
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.types import shape_of
+from passes.outline import OUTLINED
 
 VIEWS = (tc.ReshapeOp, tc.TransposeOp, tc.SliceOp)
 
@@ -46,6 +49,9 @@ class FunctionLowering:
         self.spill = parent.options.spill_bytes
         self.vector = VectorLowering(self.em, self.spill)
         self.contracts = ContractLowering(self.em, self.spill)
+        outlined = OUTLINED in function.attributes or self.name == "main"
+        self.group = Group(parent, self.em, self.name, not outlined)
+        self.collectives = CollectiveLowering(self.group, self.em, self.spill)
         self.env: dict[SSAValue, Value] = {}
         self.resident: dict[SSAValue, Tensor] = {}
         self.offset_images: dict[tuple[SSAValue, int], SSAValue] = {}
@@ -250,11 +256,30 @@ class FunctionLowering:
         final = op.results[0]
         if self._epilogue(op)[1] is not None:
             final = next(iter(final.uses)).operation.results[0]
-        through = _returned_view(final)
-        direct = through in self.outputs and len(list(final.uses)) == 1
-        self._contract(op, self.outputs[through] if direct else None)
+        name = self._output_name(final)
+        if name is not None:
+            self._contract(op, lambda nbytes: self.em.global_buffer(name, "hbm", nbytes, "output"))
+            return
+        uses = list(final.uses)
+        user = uses[0].operation if len(uses) == 1 else None
+        if isinstance(user, tc.AllGatherOp) and self._output_name(user.result) is not None:
+            self._contract(op, lambda nbytes: self.collectives.reserve(Space.HBM, nbytes))
+        elif isinstance(user, tc.AllReduceOp) and user is op.next_op:
+            # Nothing lies between the contraction and its all-reduce, so that the buffer is the next phase's.
+            self._contract(op, None, self.collectives.reserve)
+        else:
+            self._contract(op, None)
 
-    def _contract(self, op: tc.ContractOp, output: str | None) -> Tensor:
+    def _output_name(self, value: SSAValue) -> str | None:
+        """The program output that a value is, seen through views, if it is nothing else."""
+        return self.outputs.get(_returned_view(value)) if len(list(value.uses)) == 1 else None
+
+    def _contract(
+        self,
+        op: tc.ContractOp,
+        output: Callable[[int], SSAValue] | None,
+        target: Callable[[Space, int], SSAValue] | None = None,
+    ) -> Tensor:
         rule = op.rule()
         left, right = (self.env[o] for o in op.operands)
         sides = list(rule.inputs)
@@ -298,8 +323,8 @@ class FunctionLowering:
         if final is not None:
             dtype = dtype_of(final.results[0])
         produced = (final or op).results[0]
-        sink = self.em.global_buffer(output, "hbm", self._output_bytes(x, matrix, dtype), "output") if output else None
-        result = self.contracts.run(x, matrix, dims, dtype, ops, sink)
+        sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
+        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, target if self.parent.units > 1 else None)
         if final is not None:
             final_rule = final.rule()
             result = result.transpose([final_rule.inputs[0].index(a) for a in final_rule.output])
@@ -347,6 +372,48 @@ class FunctionLowering:
             self.em.memset(buffer, 0, x.rows.local * padded * 2)
             target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, padded * 2)
         return self.vector.map(ex.Input(0), [x], [names], names, x.dtype, target=target)
+
+    # Between units ------------------------------------------------------------
+    def op_tc_all_reduce(self, op: tc.AllReduceOp) -> None:
+        """See `collective.py`."""
+        check_axis(self.parent, op.axis.data)
+        if op.kind.data != "add":
+            raise UnsupportedError(f"an all-reduce of kind {op.kind.data}", "only sums are lowered", "reduce locally")
+        self.env[op.result] = self.collectives.all_reduce(self._dense(op.x))
+
+    def op_tc_all_gather(self, op: tc.AllGatherOp) -> None:
+        """See `collective.py`."""
+        check_axis(self.parent, op.axis.data)
+        name = self._output_name(op.result)
+        dim, x = int(op.dim.value.data), self._dense(op.x)
+
+        def sink(nbytes: int) -> SSAValue:
+            return self.em.global_buffer(name, "hbm", nbytes, "output") if name else self.em.alloc(nbytes, space="hbm")
+
+        self.env[op.result] = self.collectives.all_gather(x, dim, sink)
+
+    def op_tc_reduce_scatter(self, op: tc.ReduceScatterOp) -> None:
+        """See `collective.py`."""
+        check_axis(self.parent, op.axis.data)
+        self.env[op.result] = self.collectives.reduce_scatter(self._dense(op.x), int(op.dim.value.data))
+
+    def _dense(self, value: SSAValue) -> Tensor:
+        t = self.tensor(value)
+        return t if dense(t) or t.space == Space.HBM else self.copy(t)
+
+    def op_tc_axis_index(self, op: tc.AxisIndexOp) -> None:
+        """A number that differs between units: a literal in HBM, each unit has its own."""
+        axis, scale = op.axis.data, int(op.scale.value.data)
+        mesh = self.parent.mesh
+        values = np.array([[mesh.coordinate(u, axis) * scale] for u in range(self.parent.units)], np.int32)
+        name = f"index.{axis}.{scale}"
+
+        def bind(form: Form) -> SSAValue:
+            image = np.zeros((len(values), form.pad[0] * form.pad[1]), np.int32)
+            image[:, :1] = values
+            return self.parent.unit_constant(self.em, name, image)
+
+        self.env[op.result] = Weight.of((), Dtype.I32, bind)
 
     # Indexed ------------------------------------------------------------
     def _offsets(self, value: SSAValue, scale: int) -> SSAValue:
@@ -480,6 +547,9 @@ def _returned_view(value: SSAValue) -> SSAValue:
     """Follow single-use reshapes from a value towards the return."""
     while True:
         uses = list(value.uses)
-        if len(uses) != 1 or not isinstance(uses[0].operation, tc.ReshapeOp):
+        view = uses[0].operation if len(uses) == 1 else None
+        if isinstance(view, tc.SliceOp):
+            view = view if view.bounds()[1] == 0 else None
+        if not isinstance(view, (tc.ReshapeOp, tc.SliceOp)):
             return value
-        value = uses[0].operation.results[0]
+        value = view.results[0]

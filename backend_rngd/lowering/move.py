@@ -16,7 +16,7 @@ def place_of(t: Tensor, offset: int = 0) -> Place:
     return Place(t.buffer, t.space, t.base + offset)
 
 
-def _feature_loops(source: Tensor, target: Tensor) -> tuple[list[tuple[int, int, int]], int]:
+def feature_loops(source: Tensor, target: Tensor) -> tuple[list[tuple[int, int, int]], int]:
     """DMA loops over the features of two tensors of equal logical shape, outer to inner, and the contiguous packet."""
     pairs = [
         (s.size, s.stride, t.stride)
@@ -46,7 +46,7 @@ def compact_like(em: Emitter, t: Tensor, rows: int) -> Tensor:
 def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
     """Bring `rows` local rows (from `t.base` on) of an HBM tensor, or a whole constant, into DM of every slice."""
     out = compact_like(em, t, rows)
-    loops, packet = _feature_loops(t, out)
+    loops, packet = feature_loops(t, out)
     row_loops: list[tuple[int, int, int]] = []
     if t.rows is not None:
         across = 0 if t.rows.replicated else t.rows.local * t.pitch
@@ -60,7 +60,7 @@ def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
 def store_rows(em: Emitter, source: Tensor, target: Tensor, rows: int) -> None:
     """Write `rows` local rows of a DM tensor to the HBM tensor `target` (from `target.base` on)."""
     assert target.rows is not None
-    loops, packet = _feature_loops(source, target)
+    loops, packet = feature_loops(source, target)
     slices = 1 if target.rows.replicated else em.slices
     row_loops = [(slices, DM_SLICE_STRIDE, target.rows.local * target.pitch), (rows, source.pitch, target.pitch)]
     em.dma(dm(source.buffer, source.base), hbm(target.buffer, target.base), [*row_loops, *loops], packet)
@@ -73,7 +73,7 @@ def move_rows(em: Emitter, source: Tensor, target: Tensor) -> None:
     if source.space == Space.DM:
         store_rows(em, source, target, rows.local)
         return
-    loops, packet = _feature_loops(source, target)
+    loops, packet = feature_loops(source, target)
     if target.space == Space.HBM:
         em.dma(place_of(source), place_of(target), [(rows.physical, source.pitch, target.pitch), *loops], packet)
         return

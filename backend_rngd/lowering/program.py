@@ -25,7 +25,8 @@ class LoweringOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """A weight's image in the HBM global `name`: permute, reshape to (rows, columns), pad both with zeros."""
+    """A weight's image in the HBM global `name`: the unit's part by `shard` (empty: all of it), permute, reshape to
+    (rows, columns), pad both with zeros."""
 
     name: str
     weight: str
@@ -34,6 +35,7 @@ class Placement:
     pad: tuple[int, int]
     dtype: str
     bytes: int
+    shard: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,17 @@ class Port:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int = 0
+    shard: str = ""  # how a cache's dimensions are cut between units
 
 
 @dataclass
 class Lowered:
-    """An `rngd` module with what the host must know to run it."""
+    """An `rngd` module with what the host must know to run it. unit_constants: a row of values for each unit."""
 
     module: ModuleOp
     placements: dict[str, Placement] = field(default_factory=dict[str, Placement])
     constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, np.ndarray[Any, Any]])
+    unit_constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, np.ndarray[Any, Any]])
     inputs: list[Port] = field(default_factory=list[Port])
     outputs: list[Port] = field(default_factory=list[Port])
     caches: list[Port] = field(default_factory=list[Port])

@@ -40,7 +40,8 @@ def build(bucket: tuple[int, int, int], layers: int | None = None) -> Emitted:
 def test_full_width_is_legal(bucket: tuple[int, int, int]) -> None:
     stream = build(bucket).streams[0]
     assert not check_stream(stream, MACHINE, None)
-    assert len(stream.routines) == 2  # the entry and one block for 32 layers
+    # The entry and one block for 32 layers.
+    assert [r.name for r in stream.routines] == ["main", "prepare", "embed", "block_0", "head", "receive", "send"]
 
 
 def test_streams_do_not_grow_with_depth() -> None:

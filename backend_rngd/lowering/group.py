@@ -1,0 +1,139 @@
+"""The units of a tensor-parallel group: how they lie on cards, launch registers, notify and wait between them.
+
+A *phase* is: publish a buffer, notify the others, wait for them, read theirs. Buffers that are published have fixed
+addresses that are the same in every unit. Consecutive phases of a routine use different buffers: when a unit has waited
+in phase k + 1, its partners have notified in k + 1 and so have read what it published in phase k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import UNIT_STRIDE, Notify, Wait
+from backend_rngd.lowering.context import Program
+from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.sync_ops import NotifyOp, WaitOp
+from ir.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Partners of a unit: (register + base) / UNIT_STRIDE is the first, `units` loops (size, stride) over them."""
+
+    name: str
+    register: int
+    size: int
+    stride: int
+
+
+@dataclass
+class _Phase:
+    """One exchange of a routine; the wait's released buffers are known when the routine is complete."""
+
+    scope: str
+    published: SSAValue | None
+    wait: WaitOp
+
+
+@dataclass
+class Group:
+    """The group as one routine sees it."""
+
+    program: Program
+    em: Emitter
+    routine: str
+    repeated: bool
+    phases: list[_Phase] = field(default_factory=list[_Phase])
+    mine: set[SSAValue] = field(default_factory=set[SSAValue])  # buffers made by `publish`
+
+    @property
+    def units(self) -> int:
+        """Units of the group."""
+        return self.program.units
+
+    @property
+    def cards(self) -> int:
+        """Cards they lie on."""
+        return -(-self.units // self.program.machine.pes_per_chip)
+
+    @property
+    def local(self) -> int:
+        """Units of the group on a card."""
+        return self.units // self.cards
+
+    def register(self, on_card: int = 0, rank: int = 0, card: int = 0) -> int:
+        """A launch register with the sum of the unit's number on its card times `on_card`, its rank (the same number)
+        as a unit address times `rank`, and its card's first unit as a unit address times `card`. 0 if all are 0."""
+        values = [
+            (u % self.local) * on_card
+            + (u % self.local) * UNIT_STRIDE * rank
+            + (u // self.local * self.local) * UNIT_STRIDE * card
+            for u in range(self.units)
+        ]
+        return self.program.launch_register(tuple(values))
+
+    @property
+    def card_scope(self) -> Scope:
+        """The units of the own card."""
+        return Scope("card", self.register(card=1), self.local, 1)
+
+    @property
+    def rank_scope(self) -> Scope:
+        """The units with the own number on all cards."""
+        return Scope("rank", self.register(rank=1), self.cards, self.local)
+
+    def publish(self, scope: Scope, space: str, nbytes: int) -> SSAValue:
+        """The buffer that the next phase of `scope` publishes."""
+        parity = len([p for p in self.phases if p.scope == scope.name]) % 2
+        name = f"{self.routine}.{scope.name}.{space}{parity}.{nbytes}"
+        buffer = self.em.global_buffer(name, space, nbytes, "activation")
+        self.mine.add(buffer)
+        return buffer
+
+    def exchange(self, scope: Scope, published: SSAValue | None, in_dm: bool = True) -> None:
+        """All units of `scope` publish and wait for each other. `in_dm`: the buffer lies in DM (HBM needs no waits:
+        only the DMA context, which is in order, touches it)."""
+        semaphore = self.program.semaphore()
+        buffers = [published] if published is not None and in_dm else []
+        self.em.add(
+            NotifyOp(
+                Notify(scope.register, 0, ((scope.size, scope.stride),), semaphore), buffers, location=self.em.location
+            )
+        )
+        wait = WaitOp(Wait(semaphore, scope.size - 1), (), location=self.em.location)
+        self.em.add(wait)
+        self.phases.append(_Phase(scope.name, buffers[0] if buffers else None, wait))
+
+    def finish(self) -> None:
+        """Call when the routine is complete: an even number of phases, and what every wait releases."""
+        for scope in (self.card_scope, self.rank_scope) if self.phases else ():
+            mine = [p for p in self.phases if p.scope == scope.name]
+            if self.repeated and len(mine) % 2:
+                self.exchange(scope, None)
+                mine = [p for p in self.phases if p.scope == scope.name]
+            for i, phase in enumerate(mine):
+                before = mine[i - 1].published
+                if before is not None and len(mine) > 1:
+                    _release(phase, before)
+
+
+def _release(phase: _Phase, buffer: SSAValue) -> None:
+    """Name the buffer that partners have finished reading when the phase's wait is over."""
+    old = phase.wait
+    phase.wait = WaitOp(old.descriptor, [buffer], location=old.where.data)  # type: ignore[arg-type]
+    block = old.parent
+    assert block is not None
+    block.insert_op_before(phase.wait, old)
+    old.detach()
+
+
+def check_axis(program: Program, axis: str) -> None:
+    """Collectives run among all units of the group. Raises UnsupportedError for a part of the mesh."""
+    if program.mesh[axis] != program.units:
+        raise UnsupportedError(
+            f"a collective on axis {axis} of mesh {program.mesh}",
+            "exchanges between a part of the units of a group are not lowered",
+            "shard the dimension over all units (axis tp) in the plan",
+        )
