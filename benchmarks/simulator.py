@@ -42,7 +42,7 @@ from backend_rngd.isa.descriptors import (
     VectorOp,
 )
 from backend_rngd.machine import load_machine
-from runtime_sim.event_core import execute
+from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.functional import Card, Unit
 from runtime_sim.runtime import Device
 from runtime_sim.timing import simulate
@@ -78,9 +78,14 @@ def event_loop(n: int = 1_000_000, units: int = 8) -> dict[str, float]:
     demand = np.where(transfer, 256.0, 0.0)
     vector = ~transfer & (rng.random(n) < 0.3)
 
+    rates = Rates(fixed, work, demand, vector, np.zeros(n, np.bool_))
+    uses = np.concatenate([[0], np.cumsum(transfer)])
+    pool = np.zeros(int(transfer.sum()), np.int64)
+    resources = Resources(uses, pool, np.ones(len(pool)), np.array([1536.0]), np.zeros(1, np.int64))
+
     def run() -> None:
-        completed = execute(units, start, queue, need, fixed, work, demand, vector, 1536.0, True)[0]
-        assert completed == n
+        times = execute(units, start, queue, need, np.arange(n), rates, resources, jit=True)
+        assert times.completed == n
 
     seconds = best(run, 3)
     return {"instructions": n, "seconds": seconds, "instructions_per_second": n / seconds}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset
+from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from backend_rngd.machine import Machine
-from backend_rngd.machine.formulas import dma_time, dma_work, macs, unit_cycles
+from backend_rngd.machine.formulas import OWN, Reach, dma_startup, dma_time, dma_work, macs, unit_cycles
 
 
 @dataclass(frozen=True)
 class Cost:
     """What one instruction takes when it has the machine for itself.
 
-    fixed: cycles in any case. work: further cycles of a transfer, stretched when HBM is shared; demand: the HBM bytes a
-    cycle it takes at full speed. overhead: the part of `fixed` that moves no data (issue, fill, start-up).
+    fixed: cycles in any case. work: further cycles of a transfer, stretched when a resource is shared. overhead: the
+    part of `fixed` that moves no data (issue, fill, start-up). demand: bytes a cycle of `work` at full speed, of HBM
+    lines if the transfer touches HBM: transfers that share a resource get equal parts of it. reach: shares of moved_bytes by where the peer side of a
+    transfer lies. wait: a wait for other units, which takes as long as they take. collective: serves other units.
     """
 
     fixed: float
@@ -27,6 +29,9 @@ class Cost:
     write_bytes: int
     moved_bytes: int
     bottleneck: str
+    reach: Reach = OWN
+    wait: bool = False
+    collective: bool = False
 
     @property
     def cycles(self) -> float:
@@ -44,21 +49,33 @@ def uses_vector_engine(what: Exec) -> bool:
 
 
 def cost_of(
-    what: Exec | LoadTrf | LoadVrf | Memset | Dma, context: Context, machine: Machine, engines: int = 1
+    what: Exec | LoadTrf | LoadVrf | Memset | Dma | Notify | Wait,
+    context: Context,
+    machine: Machine,
+    engines: int = 1,
+    reach: Reach = OWN,
+    notified: int = 0,
 ) -> Cost:
-    """Cost of one instruction. engines: tensor-DMA engines of the unit."""
+    """Cost of one instruction. engines: tensor-DMA engines of the unit. reach: where a transfer's peer side lies.
+    notified: units that a notify raises."""
     if isinstance(what, Dma):
         work = dma_work(what, machine)
-        startup = float(machine.dma_startup_cycles)
-        rest = dma_time(what, machine, engines) - startup
-        lines = work.hbm_lines * machine.hbm_line_bytes
+        startup = dma_startup(what, machine, reach)
+        rest = dma_time(what, machine, engines, reach) - startup
         moved = what.packet
         for n, _, _ in what.loops:
             moved *= n
+        peer = what.source.space.is_peer or what.destination.space.is_peer
+        lines = work.hbm_lines * machine.hbm_line_bytes
         return Cost(
-            startup, rest, lines / rest if rest > 0 else 0.0, startup, False, 0,
-            work.hbm_read_bytes, work.hbm_write_bytes, moved, "dma",
+            startup, rest, (lines or moved) / rest if rest > 0 else 0.0, startup, False, 0, work.hbm_read_bytes, work.hbm_write_bytes, moved, "dma", reach,
+            collective=peer,
         )  # fmt: skip
+    if isinstance(what, Wait):
+        return Cost(0.0, 0.0, 0.0, 0.0, False, 0, 0, 0, 0, "wait", wait=True, collective=True)
+    if isinstance(what, Notify):
+        issue = float(machine.notify_issue_cycles * notified)
+        return Cost(issue, 0.0, 0.0, issue, False, 0, 0, 0, 0, "notify", collective=True)
     time = unit_cycles(what, context, machine)
     overhead = time.total - max(time.stages.values())
     if isinstance(what, Exec):

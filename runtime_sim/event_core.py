@@ -1,16 +1,22 @@
-"""The event loop of the timing simulator: in-order queues, completion counters, a shared engine and fluid bandwidth.
+"""The event loop of the timing simulator: in-order queues, completion counters, synchronisation, fluid resources.
 
 `run` is plain Python over flat lists and compiles unchanged with numba over arrays; both give the same numbers bit for
 bit. Queue `3 * unit + context` holds the instructions of a context in order. An instruction starts when its queue is
 free, when every context of its unit has completed the count it waits for, and, if it uses the vector engine, when the
-other context of the unit does not hold it (first ready, first served; the main context on a tie). It then takes `fixed`
-cycles, after which its `work` cycles advance at a rate in (0, 1]: transfers share the memory's bandwidth max-min fairly
-(progressive filling), where `demand` is what one takes at rate 1, in bytes a cycle.
+other context of the unit does not hold it (first ready, first served; the main context on a tie). What it then takes
+follows from its cost, a row that many instructions share:
+
+* `fixed` cycles, after which its `work` cycles advance at a rate in (0, 1]. A transfer uses resources (HBM of a card,
+  DM ports, links) and takes `demand` bytes a cycle of its first one at rate 1; `use_weight` is what it takes of each
+  resource for every byte of demand. Rates are max-min fair in demand (progressive filling) and change only when a
+  transfer starts or ends.
+* a wait (`waits`) ends when all its notifies have arrived: when the last one completed plus its latency.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -18,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 JIT_FROM = 30_000  # instructions; below, loading the compiler costs more than it saves
+KINDS = 4  # of resources; see `Resources.kind`
 
 
 Integers = list[int]
@@ -29,31 +36,53 @@ def run(
     queue_start: Integers,
     queue: Integers,
     need: Integers,
+    number: Integers,
     fixed: Floats,
     work: Floats,
     demand: Floats,
     vector: list[bool],
-    capacity: float,
+    waits: list[bool],
+    use_start: Integers,
+    use_resource: Integers,
+    use_weight: Floats,
+    capacity: Floats,
+    kind: Integers,
+    wake_start: Integers,
+    wake: Integers,
+    wake_queue: Integers,
+    wake_latency: Floats,
+    missing: Integers,
+    arrival: Floats,
     start: Floats,
     ready: Floats,
     finish: Floats,
     cause: Integers,
+    waker: Integers,
+    lost: Floats,
     rate: Floats,
     flows: Integers,
+    slack: Floats,
+    load: Floats,
 ) -> int:
-    """Fill start, ready, finish (cycles) and cause (instruction whose completion made this one ready, -1 none).
+    """Fill start, ready, finish (cycles), cause (instruction whose completion made this one ready, -1 none), waker (the
+    notify that ended a wait) and lost (cycles a transfer lost to each kind of resource).
 
-    rate, flows: scratch of one entry a queue. Returns the number of completed instructions; fewer than given means
-    that the rest waits for something that never happens.
+    missing: notifies a wait still lacks. rate, flows (an entry a queue), slack, load (an entry a resource): scratch.
+    Returns the number of completed instructions; fewer than given means that the rest waits for something that never
+    happens.
     """
     queues = 3 * units
     inf = 1e300
+    n = 0
     head = [0] * queues
     current = [-1] * queues
     phase = [0] * queues  # 1 fixed part, 2 fluid part
     end = [inf] * queues
     left = [0.0] * queues
     updated = [0.0] * queues
+    planned = [0.0] * queues
+    tight = [-1] * queues  # kind of the resource that limits a transfer
+    pressed = [-1] * queues
     done = [0] * queues
     waiting = [-1] * queues  # head instruction already known to be ready
     holder = [-1] * units
@@ -93,7 +122,8 @@ def run(
                 i = waiting[q]
                 if i < 0:
                     continue
-                if vector[i]:
+                n = number[i]
+                if vector[n]:
                     if holder[unit] >= 0:
                         continue
                     holder[unit] = q
@@ -101,38 +131,84 @@ def run(
                 current[q] = i
                 start[i] = time
                 phase[q] = 1
-                end[q] = time + fixed[i]
-                if demand[i] <= 0.0:
-                    end[q] = time + fixed[i] + work[i]
+                if waits[n]:
+                    end[q] = inf if missing[i] > 0 else max(time, arrival[i])
+                elif use_start[n] == use_start[n + 1]:
+                    end[q] = time + fixed[n] + work[n]
+                else:
+                    end[q] = time + fixed[n]
         if dirty:
-            # Progressive filling: flows that want less than an equal share get it, the others split the rest.
+            # Progressive filling: all transfers grow together until they have what they want or a resource is full.
             for j in range(active):
                 q = flows[j]
-                left[q] -= rate[q] * (time - updated[q])
-                if left[q] < 0.0:
-                    left[q] = 0.0
-                updated[q] = time
-                rate[q] = -1.0
-            rest = capacity
+                planned[q] = -1.0
+                pressed[q] = -1
+                n = number[current[q]]
+                for e in range(use_start[n], use_start[n + 1]):
+                    slack[use_resource[e]] = capacity[use_resource[e]]
             open_flows = active
             while open_flows > 0:
-                share = rest / open_flows
+                for j in range(active):
+                    n = number[current[flows[j]]]
+                    for e in range(use_start[n], use_start[n + 1]):
+                        load[use_resource[e]] = 0.0
+                for j in range(active):
+                    if planned[flows[j]] < 0.0:
+                        n = number[current[flows[j]]]
+                        for e in range(use_start[n], use_start[n + 1]):
+                            load[use_resource[e]] += use_weight[e]
+                share = inf
+                for j in range(active):
+                    if planned[flows[j]] < 0.0:
+                        n = number[current[flows[j]]]
+                        for e in range(use_start[n], use_start[n + 1]):
+                            level = slack[use_resource[e]] / load[use_resource[e]]
+                            if level < share:
+                                share = level
                 changed = False
                 for j in range(active):
                     q = flows[j]
-                    if rate[q] < 0.0 and demand[current[q]] <= share:
-                        rate[q] = 1.0
-                        rest -= demand[current[q]]
+                    n = number[current[q]]
+                    if planned[q] < 0.0 and demand[n] <= share:
+                        planned[q] = 1.0
                         open_flows -= 1
                         changed = True
+                        for e in range(use_start[n], use_start[n + 1]):
+                            slack[use_resource[e]] -= use_weight[e] * demand[n]
                 if not changed:
+                    # Every open transfer on a full resource stops growing (marked first, for slack changes below).
                     for j in range(active):
                         q = flows[j]
-                        if rate[q] < 0.0:
-                            rate[q] = share / demand[current[q]]
-                    open_flows = 0
+                        n = number[current[q]]
+                        if planned[q] != -1.0:
+                            continue
+                        for e in range(use_start[n], use_start[n + 1]):
+                            r = use_resource[e]
+                            if slack[r] <= load[r] * share * (1.0 + 1e-12):
+                                planned[q] = -2.0
+                                pressed[q] = kind[r]
+                                break
+                    for j in range(active):
+                        q = flows[j]
+                        n = number[current[q]]
+                        if planned[q] == -2.0:
+                            planned[q] = share / demand[n]
+                            open_flows -= 1
+                            for e in range(use_start[n], use_start[n + 1]):
+                                slack[use_resource[e]] -= use_weight[e] * share
             for j in range(active):
                 q = flows[j]
+                if planned[q] == rate[q] and pressed[q] == tight[q]:
+                    continue
+                passed = time - updated[q]
+                left[q] -= rate[q] * passed
+                if left[q] < 0.0:
+                    left[q] = 0.0
+                if tight[q] >= 0:
+                    lost[KINDS * current[q] + tight[q]] += (1.0 - rate[q]) * passed
+                updated[q] = time
+                rate[q] = planned[q]
+                tight[q] = pressed[q]
                 end[q] = time + left[q] / rate[q]
             dirty = False
         # Next event.
@@ -144,12 +220,14 @@ def run(
             return completed
         time = end[best]
         i = current[best]
+        n = number[i]
         unit = best // 3
-        if phase[best] == 1 and demand[i] > 0.0 and work[i] > 0.0:
+        if phase[best] == 1 and use_start[n] != use_start[n + 1] and work[n] > 0.0:
             phase[best] = 2
-            left[best] = work[i]
+            left[best] = work[n]
             updated[best] = time
             rate[best] = 0.0
+            tight[best] = -1
             end[best] = inf
             flows[active] = best
             active += 1
@@ -158,6 +236,8 @@ def run(
             last_unit = 0
             continue
         if phase[best] == 2:
+            if tight[best] >= 0:
+                lost[KINDS * i + tight[best]] += (1.0 - rate[best]) * (time - updated[best])
             for j in range(active):
                 if flows[j] == best:
                     flows[j] = flows[active - 1]
@@ -176,6 +256,15 @@ def run(
         last = i
         first_unit = unit
         last_unit = unit + 1
+        for e in range(wake_start[i], wake_start[i + 1]):
+            w = wake[e]
+            moment = time + wake_latency[e]
+            if moment >= arrival[w]:
+                arrival[w] = moment
+                waker[w] = i
+            missing[w] -= 1
+            if missing[w] == 0 and current[wake_queue[e]] == w:
+                end[wake_queue[e]] = max(time, arrival[w])
 
 
 @cache
@@ -189,35 +278,94 @@ def compiled() -> Callable[..., int] | None:
     return jitted
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Cost rows, one for every distinct cost: columns of `run`."""
+
+    fixed: NDArray[np.float64]
+    work: NDArray[np.float64]
+    demand: NDArray[np.float64]
+    vector: NDArray[np.bool_]
+    waits: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What cost rows use: row n has entries use_start[n]:use_start[n + 1] of (resource, weight).
+
+    capacity: bytes a cycle. kind: 0 HBM, 1 DM port, 2 link between clusters, 3 link between cards.
+    """
+
+    use_start: NDArray[np.int64]
+    use_resource: NDArray[np.int64]
+    use_weight: NDArray[np.float64]
+    capacity: NDArray[np.float64]
+    kind: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Wakes:
+    """Notifies: instruction i ends with entries start[i]:start[i + 1] of (wait, its queue, latency)."""
+
+    start: NDArray[np.int64]
+    wait: NDArray[np.int64]
+    queue: NDArray[np.int64]
+    latency: NDArray[np.float64]
+    missing: NDArray[np.int64]  # an entry an instruction: notifies it waits for
+
+    @staticmethod
+    def none(instructions: int) -> Wakes:
+        """A program without synchronisation."""
+        empty = np.zeros(0, np.int64)
+        return Wakes(np.zeros(instructions + 1, np.int64), empty, empty, np.zeros(0), np.zeros(instructions, np.int64))
+
+
+@dataclass(frozen=True)
+class Times:
+    """What `run` found out, an entry an instruction; lost is [n, KINDS]."""
+
+    completed: int
+    start: NDArray[np.float64]
+    ready: NDArray[np.float64]
+    finish: NDArray[np.float64]
+    cause: NDArray[np.int64]
+    waker: NDArray[np.int64]
+    lost: NDArray[np.float64]
+
+
 def execute(
     units: int,
     queue_start: NDArray[np.int64],
     queue: NDArray[np.int64],
     need: NDArray[np.int64],
-    fixed: NDArray[np.float64],
-    work: NDArray[np.float64],
-    demand: NDArray[np.float64],
-    vector: NDArray[np.bool_],
-    capacity: float,
+    number: NDArray[np.int64],
+    rates: Rates,
+    resources: Resources,
+    wakes: Wakes | None = None,
     jit: bool | None = None,
-) -> tuple[int, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Run the loop; returns (completed, start, ready, finish, cause). need is [instructions, 3]."""
+) -> Times:
+    """Run the loop. need is [instructions, 3], number the cost row of every instruction."""
     n = len(queue)
-    arrays: list[Any] = [queue_start, queue, need.reshape(-1), fixed, work, demand, vector]
-    outputs: list[Any] = [np.zeros(n), np.zeros(n), np.full(n, -1.0), np.full(n, -1, np.int64)]
-    scratch: list[Any] = [np.zeros(3 * units), np.zeros(3 * units, np.int64)]
+    wakes = wakes or Wakes.none(n)
+    inputs: list[Any] = [
+        queue_start, queue, need.reshape(-1), number,
+        rates.fixed, rates.work, rates.demand, rates.vector, rates.waits,
+        resources.use_start, resources.use_resource, resources.use_weight, resources.capacity, resources.kind,
+        wakes.start, wakes.wait, wakes.queue, wakes.latency, wakes.missing.copy(), np.zeros(n),
+    ]  # fmt: skip
+    outputs: list[Any] = [
+        np.zeros(n), np.zeros(n), np.full(n, -1.0), np.full(n, -1, np.int64), np.full(n, -1, np.int64),
+        np.zeros(n * KINDS),
+    ]  # fmt: skip
+    pools = len(resources.capacity)
+    scratch: list[Any] = [np.zeros(3 * units), np.zeros(3 * units, np.int64), np.zeros(pools), np.zeros(pools)]
     loop = compiled() if (jit if jit is not None else n >= JIT_FROM) else None
     if loop is not None:
-        completed = loop(units, *arrays, float(capacity), *outputs, *scratch)
-        return int(completed), outputs[0], outputs[1], outputs[2], outputs[3]
-    lists = [a.tolist() for a in arrays]
-    results = [a.tolist() for a in outputs]
-    plain = cast(Callable[..., int], run)
-    completed = plain(units, *lists, float(capacity), *results, *(a.tolist() for a in scratch))
-    return (
-        completed,
-        np.array(results[0], np.float64),
-        np.array(results[1], np.float64),
-        np.array(results[2], np.float64),
-        np.array(results[3], np.int64),
-    )
+        completed = int(loop(units, *inputs, *outputs, *scratch))
+    else:
+        results = [a.tolist() for a in outputs]
+        plain = cast(Callable[..., int], run)
+        completed = plain(units, *(a.tolist() for a in inputs), *results, *(a.tolist() for a in scratch))
+        outputs = [np.array(values, a.dtype) for values, a in zip(results, outputs, strict=True)]
+    start, ready, finish, cause, waker, lost = outputs
+    return Times(completed, start, ready, finish, cause, waker, lost.reshape(n, KINDS))

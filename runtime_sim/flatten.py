@@ -168,34 +168,46 @@ class _Unroller:
         return Site(body.name, index, self.stream.locations[body.instructions[index].location])
 
 
-def flatten(streams: Sequence[Stream], routine: int = 0) -> Flat:
-    """Unroll the streams of all units."""
+Unrolled = tuple[NDArray[np.int64], list[CallSite]]
+
+
+def unroll(stream: Stream, routine: int = 0, repeats: int = 1) -> Unrolled:
+    """A stream executed `repeats` times in a row: rows (context, routine, index, call, need x 3) and its calls."""
+    unroller = _Unroller(0, stream)
+    for _ in range(repeats):
+        unroller.run(routine, (0, 0, 0), -1, 0, 0)
+    rows = np.concatenate(unroller.rows) if unroller.rows else np.zeros((0, 7), np.int64)
+    return rows, unroller.calls
+
+
+def join(streams: Sequence[Stream], parts: Sequence[Unrolled]) -> Flat:
+    """Unrolled streams as the units 0, 1, ... of one program."""
     blocks: list[NDArray[np.int64]] = []
-    units: list[NDArray[np.int64]] = []
     calls: list[CallSite] = []
     position = 0
-    for number, stream in enumerate(streams):
-        unroller = _Unroller(number, stream)
-        unroller.run(routine, (0, 0, 0), -1, 0, 0)
-        rows = np.concatenate(unroller.rows) if unroller.rows else np.zeros((0, 7), np.int64)
-        rows[:, 3] += len(calls)
+    for number, (rows, own) in enumerate(parts):
         shift = len(calls)
         calls += [
-            CallSite(c.unit, c.routine, c.parent + shift if c.parent >= 0 else -1, c.index, c.depth,
+            CallSite(number, c.routine, c.parent + shift if c.parent >= 0 else -1, c.index, c.depth,
                      c.first + position, c.end + position)
-            for c in unroller.calls
+            for c in own
         ]  # fmt: skip
         position += len(rows)
-        blocks.append(rows)
-        units.append(np.full(len(rows), number, np.int64))
-    table = np.concatenate(blocks)
+        blocks.append(rows + np.array([0, 0, 0, shift, 0, 0, 0]) if shift else rows)
+    table = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     return Flat(
         tuple(streams),
-        np.concatenate(units),
-        table[:, 0],
-        table[:, 1],
-        table[:, 2],
-        table[:, 3],
+        np.repeat(np.arange(len(parts), dtype=np.int64), [len(rows) for rows, _ in parts]),
+        *(np.ascontiguousarray(table[:, column]) for column in range(4)),
         np.ascontiguousarray(table[:, 4:]),
         tuple(calls),
     )
+
+
+def flatten(streams: Sequence[Stream], routine: int = 0, repeats: int = 1) -> Flat:
+    """Unroll the streams of all units, each `repeats` times in a row."""
+    known: dict[int, Unrolled] = {}
+    for stream in streams:
+        if id(stream) not in known:
+            known[id(stream)] = unroll(stream, routine, repeats)
+    return join(streams, [known[id(stream)] for stream in streams])

@@ -1,4 +1,4 @@
-"""The result of a timing run: totals, exact stall accounting, critical path, per-layer and per-operation tables."""
+"""The result of a timing run: totals, exact stall accounting, critical path, tables per unit, layer and operation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from backend_rngd.isa.descriptors import Context
 from backend_rngd.machine import Machine
 from runtime_sim.costs import Cost
 from runtime_sim.flatten import Flat
+from runtime_sim.symmetry import Classes
+from runtime_sim.topology import Topology
+from runtime_sim.traffic import CARD_IN, CARD_OUT, DM, HBM, Resource
 
 CONTEXTS = ("main", "sub", "dma")
 STALLS = (
@@ -21,15 +24,23 @@ STALLS = (
     "wait_main",  # waiting for an instruction of the main context
     "wait_sub",
     "wait_dma",
+    "wait_sync",  # waiting for other units
     "contention_vector",  # the other context holds the vector engine
     "contention_hbm",  # transfers of other units take a share of the bandwidth
+    "contention_dm",  # ... of a data memory's port
+    "contention_link",  # ... of the way to the other cluster
+    "contention_card",  # ... of a card's link
     "tail",  # nothing left to do
 )
 
 
+SHARED = ("contention_hbm", "contention_dm", "contention_link", "contention_card")  # by kind of resource
+COLLECTIVES = frozenset({"tc.all_reduce", "tc.all_gather", "tc.reduce_scatter"})
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One call of the entry routine. advance: how much later everything so far is complete than before this call."""
+    """One call of the entry routine of a represented unit. advance: how much later everything so far is complete than before this call."""
 
     name: str
     routine: str
@@ -59,7 +70,9 @@ class TimingResult:
     """Times are cycles of the tensor clock; arrays have one entry an executed instruction, in program order.
 
     start, ready (dependencies met and context free), finish; cause: instruction whose completion made it ready (-1:
-    none). `number` says which of `costs` an instruction has.
+    none); waker: the notify that ended a wait (-1). `number` says which of `costs` an instruction has; lost: cycles a
+    transfer lost to each kind of shared resource. Units of a class do the same at the same time: `flat` holds one unit
+    of each class, `flat.unit` is the class. load: bytes through the resources of the cards and represented units.
     """
 
     machine: Machine
@@ -70,9 +83,23 @@ class TimingResult:
     ready: NDArray[np.float64]
     finish: NDArray[np.float64]
     cause: NDArray[np.int64]
+    waker: NDArray[np.int64]
+    lost: NDArray[np.float64]
+    topology: Topology
+    classes: Classes
+    load: dict[Resource, float]
 
     def _column(self, name: str) -> NDArray[Any]:
         return np.array([getattr(c, name) for c in self.costs])[self.number] if len(self.flat) else np.zeros(0)
+
+    def _total(self, name: str) -> int:
+        """Sum of a cost over the instructions of all units."""
+        return int((self._column(name) * self._copies).sum())
+
+    @cached_property
+    def _copies(self) -> NDArray[np.int64]:
+        """Units that an instruction stands for."""
+        return np.array([len(m) for m in self.classes.members], np.int64)[self.flat.unit]
 
     @cached_property
     def cycles(self) -> float:
@@ -87,100 +114,164 @@ class TimingResult:
     @property
     def units(self) -> int:
         """Units simulated."""
-        return len(self.flat.streams)
+        return len(self.topology)
+
+    @property
+    def instructions(self) -> int:
+        """Instructions that all units together execute."""
+        return int(self._copies.sum())
+
+    def unit_name(self, number: int) -> str:
+        """Name of a class for people."""
+        first, *others = self.classes.members[number]
+        return f"unit {first} on {self.topology.describe(first)}" + (f" and {len(others)} like it" if others else "")
+
+    @cached_property
+    def slowest(self) -> int:
+        """The unit that finishes last (the first of them)."""
+        return self.classes.members[int(self.flat.unit[int(self.finish.argmax())])][0] if len(self.flat) else 0
 
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates, padding included."""
-        return int(self._column("macs").sum())
+        return self._total("macs")
 
     @cached_property
     def hbm_read_bytes(self) -> int:
         """Bytes read from HBM."""
-        return int(self._column("read_bytes").sum())
+        return self._total("read_bytes")
 
     @cached_property
     def hbm_write_bytes(self) -> int:
         """Bytes written to HBM."""
-        return int(self._column("write_bytes").sum())
+        return self._total("write_bytes")
 
     @property
     def mac_utilisation(self) -> float:
         """Share of the bf16 multipliers of the units' slices that was busy over the makespan."""
-        per_cycle = sum(s.slices for s in self.flat.streams) * 8 * 32
+        per_cycle = sum(self.flat.streams[c].slices for c in self.classes.of_unit) * 8 * 32
         return self.macs / (self.cycles * per_cycle) if self.cycles else 0.0
 
     @property
     def hbm_utilisation(self) -> float:
-        """Share of the card's peak HBM bandwidth used over the makespan."""
+        """Share of the cards' peak HBM bandwidth used over the makespan."""
         moved = self.hbm_read_bytes + self.hbm_write_bytes
-        return moved / (self.cycles * self.machine.hbm_bytes_per_cycle) if self.cycles else 0.0
+        peak = self.cycles * self.machine.hbm_bytes_per_cycle * self.topology.cards
+        return moved / peak if self.cycles else 0.0
 
     # Stalls ----------------------------------------------------------------------------------------------------------
     @cached_property
-    def gaps(self) -> NDArray[np.float64]:
-        """[n, 3]: cycles between the end of the previous instruction of the context and readiness, then to the start
-        (vector engine taken), and excess over the uncontended duration (HBM shared)."""
-        n = len(self.flat)
-        out = np.zeros((n, 3))
+    def _queues(self) -> list[NDArray[np.int64]]:
+        """Instructions of class * 3 + context, in order."""
         key = self.flat.unit * 3 + self.flat.context
         order = np.argsort(key, kind="stable")
-        previous = np.zeros(n)
-        if n:
-            same = key[order][1:] == key[order][:-1]
-            previous[order[1:]] = np.where(same, self.finish[order][:-1], 0.0)
+        return np.split(order, np.searchsorted(key[order], np.arange(1, 3 * len(self.flat.streams))))
+
+    @cached_property
+    def gaps(self) -> NDArray[np.float64]:
+        """[n, 3]: cycles between the end of the previous instruction of the context and readiness, then to the start
+        (vector engine taken), and excess over the uncontended duration (resource shared, or a wait)."""
+        out = np.zeros((len(self.flat), 3))
+        previous = np.zeros(len(self.flat))
+        for queue in self._queues:
+            previous[queue[1:]] = self.finish[queue[:-1]]
         out[:, 0] = self.ready - previous
         out[:, 1] = self.start - self.ready
         out[:, 2] = self.finish - self.start - self._column("cycles")
         return out
 
     @cached_property
-    def stalls(self) -> list[dict[str, dict[str, float]]]:
-        """For every unit and context, cycles by the names in STALLS; they sum to the makespan."""
-        out: list[dict[str, dict[str, float]]] = []
-        duration, overhead = self._column("cycles"), self._column("overhead")
-        causes = np.where(self.cause >= 0, self.flat.context[np.maximum(self.cause, 0)], -1) if len(self.flat) else None
-        for unit in range(self.units):
-            table: dict[str, dict[str, float]] = {}
-            for c, name in enumerate(CONTEXTS):
-                mine = (self.flat.unit == unit) & (self.flat.context == c)
-                row: dict[str, float] = {stall: 0.0 for stall in STALLS}
-                if causes is not None and mine.any():
-                    gaps = self.gaps[mine]
-                    row["issue"] = float(overhead[mine].sum())
-                    row["busy"] = float(duration[mine].sum()) - row["issue"]
-                    for other, label in enumerate(CONTEXTS):
-                        row[f"wait_{label}"] = float(gaps[causes[mine] == other, 0].sum())
-                    row["contention_vector"] = float(gaps[:, 1].sum())
-                    row["contention_hbm"] = float(gaps[:, 2].sum())
-                    row["tail"] = self.cycles - float(self.finish[mine].max())
-                else:
-                    row["tail"] = self.cycles
-                table[name] = row
-            out.append(table)
+    def shared(self) -> NDArray[np.float64]:
+        """[n, 4]: the excess of every transfer by kind of resource (order of SHARED); rows sum to it exactly."""
+        excess = (
+            np.where(self._column("wait").astype(np.bool_), 0.0, self.gaps[:, 2]) if len(self.flat) else np.zeros(0)
+        )
+        total = self.lost.sum(axis=1)
+        scale = np.divide(excess, total, out=np.zeros_like(total), where=total > 0)
+        out = self.lost * scale[:, None]
+        out[:, 0] += excess - out.sum(axis=1)  # rounding of transfers that lost nothing
         return out
 
     @cached_property
+    def stalls(self) -> list[dict[str, dict[str, float]]]:
+        """For every unit and context, cycles by the names in STALLS; they sum to the makespan."""
+        of_class: list[dict[str, dict[str, float]]] = []
+        duration, overhead, waits = self._column("cycles"), self._column("overhead"), self._column("wait").astype(bool)
+        before = np.maximum(self.cause, 0)
+        for number in range(len(self.flat.streams)):
+            table: dict[str, dict[str, float]] = {}
+            for c, name in enumerate(CONTEXTS):
+                mine = self._queues[3 * number + c]
+                row: dict[str, float] = {stall: 0.0 for stall in STALLS}
+                row["tail"] = self.cycles
+                if len(mine):
+                    gaps = self.gaps[mine]
+                    row["issue"] = float(overhead[mine].sum())
+                    row["busy"] = float(duration[mine].sum()) - row["issue"]
+                    by_wait = (self.cause[mine] >= 0) & waits[before[mine]]
+                    causes = np.where(self.cause[mine] >= 0, self.flat.context[before[mine]], -1)
+                    for other, label in enumerate(CONTEXTS):
+                        row[f"wait_{label}"] = float(gaps[(causes == other) & ~by_wait, 0].sum())
+                    row["wait_sync"] = float(gaps[by_wait, 0].sum() + gaps[waits[mine], 2].sum())
+                    row["contention_vector"] = float(gaps[:, 1].sum())
+                    for label, cycles in zip(SHARED, self.shared[mine].sum(axis=0).tolist(), strict=True):
+                        row[label] = cycles
+                    row["tail"] = self.cycles - float(self.finish[mine].max())
+                table[name] = row
+            of_class.append(table)
+        return [of_class[c] for c in self.classes.of_unit]
+
+    @cached_property
     def critical_path(self) -> list[int]:
-        """Instructions, first to last, each of which started when its predecessor on the path ended."""
+        """Instructions, first to last, each of which started when its predecessor on the path ended; a wait follows the
+        notify that ended it."""
         if not len(self.flat):
             return []
-        key = self.flat.unit * 3 + self.flat.context
         path: list[int] = []
         i = int(self.finish.argmax())
         while i >= 0:
             path.append(i)
-            if self.start[i] > self.ready[i]:  # waited for the vector engine of the other context
-                other = (key == key[i] - self.flat.context[i] + 1 - self.flat.context[i]).nonzero()[0]
+            if self.waker[i] >= 0 and self.finish[i] > self.start[i]:
+                i = int(self.waker[i])
+            elif self.start[i] > self.ready[i]:  # waited for the vector engine of the other context
+                other = self._queues[3 * int(self.flat.unit[i]) + 1 - int(self.flat.context[i])]
                 i = int(other[np.searchsorted(self.finish[other], self.start[i])])
             else:
                 i = int(self.cause[i])
         return path[::-1]
 
+    @cached_property
+    def path_cycles(self) -> list[float]:
+        """What each instruction of the critical path adds to the makespan; the sum is the makespan."""
+        finish = self.finish[self.critical_path]
+        return np.diff(finish, prepend=0.0).tolist()
+
+    @cached_property
+    def collective(self) -> NDArray[np.bool_]:
+        """Instructions that serve the exchange between units: transfers to and from peers, notifies, waits, and what a
+        collective was lowered to."""
+        if not len(self.flat):
+            return np.zeros(0, np.bool_)
+        marked = self._column("collective").astype(np.bool_)
+        for number, stream in enumerate(self.flat.streams):
+            named = np.array([name.rsplit("|", 1)[-1] in COLLECTIVES for name in stream.locations] or [False])
+            offsets = np.cumsum([0, *(len(r.instructions) for r in stream.routines)])
+            places = np.array([x.location for r in stream.routines for x in r.instructions], np.int64)
+            mine = self.flat.unit == number
+            marked[mine] |= named[places[offsets[self.flat.routine[mine]] + self.flat.index[mine]]]
+        return marked
+
+    @cached_property
+    def collective_share(self) -> float:
+        """Share of the makespan that the critical path spends in collectives, waits for other units included."""
+        if not self.cycles:
+            return 0.0
+        return float(np.array(self.path_cycles)[self.collective[self.critical_path]].sum()) / self.cycles
+
     # Tables ----------------------------------------------------------------------------------------------------------
     @cached_property
     def layers(self) -> list[Layer]:
-        """Calls made by the entry routine of every unit, in order."""
+        """Calls made by the entry routine of the represented units, in order."""
         out: list[Layer] = []
         done: dict[int, float] = {}
         for call in self.flat.calls:
@@ -190,13 +281,14 @@ class TimingResult:
             parent = self.flat.calls[call.parent]
             location = stream.routines[parent.routine].instructions[call.index].location
             end = float(self.finish[call.first : call.end].max())
-            before = done.get(call.unit, 0.0)
-            done[call.unit] = max(before, end)
+            unit = self.classes.members[call.unit][0]
+            before = done.get(unit, 0.0)
+            done[unit] = max(before, end)
             out.append(
                 Layer(
                     stream.locations[location],
                     stream.routines[call.routine].name,
-                    call.unit,
+                    unit,
                     float(self.start[call.first : call.end].min()),
                     end,
                     max(0.0, end - before),
@@ -223,14 +315,14 @@ class TimingResult:
         size = len(names)
 
         def total(values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-            use = values if where is None else np.where(where, values, 0)
+            use = (values if where is None else np.where(where, values, 0)) * self._copies
             return np.bincount(group, weights=use.astype(np.float64), minlength=size).astype(np.float64)
 
         duration = self.finish - self.start
         by_context = [total(duration, self.flat.context == c) for c in range(3)]
         stalled = total(self.gaps[:, 0] + self.gaps[:, 1])
         macs, moved = total(self._column("macs")), total(self._column("moved_bytes"))
-        counts = np.bincount(group, minlength=size)
+        counts = total(np.ones(len(self.flat)))
         rows = [
             Operation(
                 str(names[g]),
@@ -246,48 +338,131 @@ class TimingResult:
         ]
         return sorted(rows, key=lambda r: -(r.main + r.sub + r.dma))
 
-    def utilisation(self, unit: int = 0) -> dict[str, float]:
-        """Share of the makespan that each context works."""
-        table = self.stalls[unit]
-        return {name: (table[name]["busy"] + table[name]["issue"]) / self.cycles for name in CONTEXTS}
+    def utilisation(self, unit: int | None = None) -> dict[str, float]:
+        """Share of the makespan that each context of a unit works, of the slowest one by default."""
+        table = self.stalls[self.slowest if unit is None else unit]
+        return {name: (table[name]["busy"] + table[name]["issue"]) / (self.cycles or 1.0) for name in CONTEXTS}
+
+    def engines(self, unit: int | None = None) -> dict[str, float]:
+        """`utilisation` and the share in which the vector engine is held."""
+        unit = self.slowest if unit is None else unit
+        mine = (self.flat.unit == self.classes.of_unit[unit]) & self._column("vector").astype(np.bool_)
+        return {
+            **self.utilisation(unit),
+            "vector": float((self.finish - self.start)[mine].sum()) / (self.cycles or 1.0),
+        }
+
+    def layers_of(self, unit: int | None = None) -> list[Layer]:
+        """Layers of a unit, of the slowest one by default."""
+        first = self.classes.members[self.classes.of_unit[self.slowest if unit is None else unit]][0]
+        return [layer for layer in self.layers if layer.unit == first]
+
+    @cached_property
+    def per_unit(self) -> list[dict[str, Any]]:
+        """A row a unit: place, shares of the makespan, bytes. `alike`: the first unit that does the same.
+
+        dm_utilisation: share of the data memory's port, transfers of peers included. cluster_bytes, chip_bytes,
+        card_bytes: moved by this unit from or to its cluster, the other cluster and other cards. collective_cycles: in
+        which at least one instruction of a collective is at work or waits.
+        """
+        rows: list[dict[str, Any]] = []
+        port = self.machine.dm_port_bytes_per_cycle
+        reach = np.array([c.reach for c in self.costs]).reshape(-1, 4)[self.number]
+        moved = self._column("moved_bytes")
+        for number, members in enumerate(self.classes.members):
+            mine = self.flat.unit == number
+            first = members[0]
+            dm = self.load.get((DM, first), 0.0)
+            engines = max(1, self.flat.streams[number].slices // self.machine.slices_per_pe)
+            _, cluster, chip, card = (
+                ((moved[mine, None] * reach[mine]).sum(axis=0).tolist()) if mine.any() else [0.0] * 4
+            )
+            rows.append(
+                {
+                    "alike": first,
+                    "finish": float(self.finish[mine].max()) if mine.any() else 0.0,
+                    "instructions": int(mine.sum()),
+                    **self.engines(first),
+                    "wait_sync_cycles": {name: self.stalls[first][name]["wait_sync"] for name in CONTEXTS},
+                    "collective_cycles": _covered(
+                        self.start[mine & self.collective], self.finish[mine & self.collective]
+                    ),
+                    "hbm_read_bytes": int(self._column("read_bytes")[mine].sum()),
+                    "hbm_write_bytes": int(self._column("write_bytes")[mine].sum()),
+                    "dm_bytes": dm,
+                    "dm_utilisation": dm / (self.cycles * port * engines) if self.cycles else 0.0,
+                    "cluster_bytes": cluster,
+                    "chip_bytes": chip,
+                    "card_bytes": card,
+                }
+            )
+        out: list[dict[str, Any]] = []
+        for unit, place in enumerate(self.topology.places):
+            where = {"card": place.card, "pe": place.pe, "replica": place.replica, "stage": place.stage}
+            out.append({"unit": unit, **where, "rank": place.rank, **rows[self.classes.of_unit[unit]]})
+        return out
+
+    @cached_property
+    def per_card(self) -> list[dict[str, Any]]:
+        """A row a card: bytes of HBM lines and of its link, and their shares of the peak."""
+        out: list[dict[str, Any]] = []
+        total = self.cycles or 1.0
+        for card in sorted({p.card for p in self.topology.places}):
+            hbm = self.load.get((HBM, card), 0.0)
+            sent, received = self.load.get((CARD_OUT, card), 0.0), self.load.get((CARD_IN, card), 0.0)
+            row = {"card": card, "hbm_bytes": hbm, "hbm_utilisation": hbm / total / self.machine.hbm_bytes_per_cycle}
+            link = total * self.machine.pcie_peer_bytes_per_cycle
+            out.append(
+                row | {"sent_bytes": sent, "received_bytes": received, "link_utilisation": max(sent, received) / link}
+            )
+        return out
 
     def energy_joules(self) -> float:
-        """Board energy: idle power plus the measured power of a loaded PE for every PE in use (hardware.md 1.6)."""
-        pes = sum(max(1, s.slices // self.machine.slices_per_pe) for s in self.flat.streams)
-        watts = self.machine.power_idle_watts + pes * self.machine.power_pe_watts
+        """Board energy: idle power of every card plus the measured power of a loaded PE for every PE in use
+        (hardware.md 1.6)."""
+        pes = sum(max(1, self.flat.streams[c].slices // self.machine.slices_per_pe) for c in self.classes.of_unit)
+        watts = self.topology.cards * self.machine.power_idle_watts + pes * self.machine.power_pe_watts
         return watts * self.seconds
 
     def to_json(self, instructions: bool = False) -> dict[str, Any]:
-        """JSON object; with `instructions` also one row an executed instruction."""
+        """JSON object; with `instructions` also one row an executed instruction of the represented units."""
         path = self.critical_path
         on_path = dict.fromkeys(CONTEXTS, 0.0)
-        for i in path:
-            on_path[CONTEXTS[int(self.flat.context[i])]] += float(self.finish[i] - self.start[i])
+        for i, cycles in zip(path, self.path_cycles, strict=True):
+            on_path[CONTEXTS[int(self.flat.context[i])]] += cycles
         bottlenecks = [cost.bottleneck for cost in self.costs]
         out: dict[str, Any] = {
             "format": "rngdc-timing",
-            "version": {"major": 1, "minor": 0},
+            "version": {"major": 1, "minor": 1},
             "machine": self.machine.name,
             "mode": self.machine.mode,
             "machine_digest": self.machine.digest(),
             "cycles": self.cycles,
             "seconds": self.seconds,
             "units": self.units,
-            "instructions_executed": len(self.flat),
+            "cards": self.topology.cards,
+            "tensor": self.topology.tensor,
+            "pipeline": self.topology.pipeline,
+            "replicas": self.topology.replicas,
+            "instructions_executed": self.instructions,
             "macs": self.macs,
             "mac_utilisation": self.mac_utilisation,
             "hbm_read_bytes": self.hbm_read_bytes,
             "hbm_write_bytes": self.hbm_write_bytes,
             "hbm_utilisation": self.hbm_utilisation,
             "energy_joules": self.energy_joules(),
+            "collective_share": self.collective_share,
             "stalls": self.stalls,
             "critical_path": {"instructions": len(path), "cycles_by_context": on_path},
             "layers": [asdict(layer) for layer in self.layers],
             "operations": [asdict(operation) for operation in self.operations],
+            "per_unit": self.per_unit,
+            "per_card": self.per_card,
         }
         if instructions:
+            representatives = self.classes.representatives
             out["instructions"] = {
-                "unit": self.flat.unit.tolist(),
+                "unit": [representatives[c] for c in self.flat.unit.tolist()],
                 "context": [CONTEXTS[c] for c in self.flat.context.tolist()],
                 "location": self.locations,
                 "start": self.start.tolist(),
@@ -296,6 +471,16 @@ class TimingResult:
                 "bottleneck": [bottlenecks[int(c)] for c in self.number],
             }
         return out
+
+
+def _covered(start: NDArray[np.float64], finish: NDArray[np.float64]) -> float:
+    """Length of the union of intervals."""
+    if not len(start):
+        return 0.0
+    order = np.argsort(start, kind="stable")
+    start, reached = start[order], np.maximum.accumulate(finish[order])
+    begin = np.maximum(start, np.concatenate([[start[0]], reached[:-1]]))
+    return float(np.maximum(reached - begin, 0.0).sum())
 
 
 def context_name(context: int) -> str:

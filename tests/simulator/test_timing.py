@@ -36,7 +36,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.machine import load_machine
 from backend_rngd.machine.formulas import dma_time, unit_cycles
 from runtime_sim.errors import SimulationError
-from runtime_sim.event_core import execute
+from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.timing import simulate
 from runtime_sim.trace import write_trace
 
@@ -188,12 +188,15 @@ def test_bandwidth_is_shared_max_min_fairly():
     """
     n = 3
     queue_start = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
-    arguments = (
-        queue_start, np.arange(n), np.zeros((n, 3), np.int64), np.zeros(n),
-        np.array([10.0, 60.0, 60.0]), np.array([1.0, 6.0, 6.0]), np.zeros(n, np.bool_), 10.0,
+    rates = Rates(
+        np.zeros(n), np.array([10.0, 60.0, 60.0]), np.array([1.0, 6.0, 6.0]), np.zeros(n, np.bool_),
+        np.zeros(n, np.bool_),
     )  # fmt: skip
-    completed, _, _, finish, _ = execute(3, *arguments, jit=False)
-    assert completed == 3
+    one = np.zeros(n, np.int64)
+    resources = Resources(np.arange(n + 1), one, np.ones(n), np.array([10.0]), np.zeros(1, np.int64))
+    times = execute(3, queue_start, np.arange(n), np.zeros((n, 3), np.int64), np.arange(n), rates, resources, jit=False)
+    finish = times.finish
+    assert times.completed == 3
     # After 10 cycles 45/60 of... the wide flows have 60 - 7.5 = 52.5 left at rate 10 / 12.
     assert finish.tolist() == pytest.approx([10.0, 10 + 52.5 / (10 / 12), 10 + 52.5 / (10 / 12)])
 
