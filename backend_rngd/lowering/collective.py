@@ -24,6 +24,7 @@ from backend_rngd.isa.descriptors import (
     Alu,
     Commit,
     Dtype,
+    Mode,
     Op,
     Space,
     VectorOp,
@@ -319,7 +320,7 @@ class CollectiveLowering:
             Commit(0, whole.loops, dtype, packet),
             target,
             slices=slices,
-            vector=(VectorOp(Alu.REDUCE, Op.ADD, count=copies, inner=packet),),
+            vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=copies, inner=packet),),
         )
 
     # Sequence parallel and logits ------------------------------------------------------------

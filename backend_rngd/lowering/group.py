@@ -32,7 +32,7 @@ class Scope:
 class _Phase:
     """One exchange of a routine; the wait's released buffers are known when the routine is complete."""
 
-    scope: str
+    scope: Scope
     published: SSAValue | None
     wait: WaitOp
 
@@ -86,7 +86,7 @@ class Group:
 
     def publish(self, scope: Scope, space: str, nbytes: int) -> SSAValue:
         """The buffer that the next phase of `scope` publishes."""
-        parity = len([p for p in self.phases if p.scope == scope.name]) % 2
+        parity = len([p for p in self.phases if p.scope.name == scope.name]) % 2
         name = f"{self.routine}.{scope.name}.{space}{parity}.{nbytes}"
         buffer = self.em.global_buffer(name, space, nbytes, "activation")
         self.mine.add(buffer)
@@ -104,15 +104,16 @@ class Group:
         )
         wait = WaitOp(Wait(semaphore, scope.size - 1), (), location=self.em.location)
         self.em.add(wait)
-        self.phases.append(_Phase(scope.name, buffers[0] if buffers else None, wait))
+        self.phases.append(_Phase(scope, buffers[0] if buffers else None, wait))
 
     def finish(self) -> None:
         """Call when the routine is complete: an even number of phases, and what every wait releases."""
-        for scope in (self.card_scope, self.rank_scope) if self.phases else ():
-            mine = [p for p in self.phases if p.scope == scope.name]
+        scopes = {phase.scope.name: phase.scope for phase in self.phases}
+        for name, scope in scopes.items():
+            mine = [p for p in self.phases if p.scope.name == name]
             if self.repeated and len(mine) % 2:
                 self.exchange(scope, None)
-                mine = [p for p in self.phases if p.scope == scope.name]
+                mine.append(self.phases[-1])
             for i, phase in enumerate(mine):
                 before = mine[i - 1].published
                 if before is not None and len(mine) > 1:

@@ -12,16 +12,20 @@ from xdsl.dialects.builtin import ModuleOp
 
 from backend_rngd.artifact import Placement as StoredPlacement
 from backend_rngd.artifact import placed
+from backend_rngd.artifact.shards import cut
 from backend_rngd.dialect import GlobalOp
 from backend_rngd.emit import Emitted, emit
 from backend_rngd.isa.legality import check_stream
 from backend_rngd.lowering import Lowered, LoweringOptions, Port, lower
-from backend_rngd.machine import load_machine
+from backend_rngd.machine import Machine, load_machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
+from ir.placement import Mesh
 from ir.text import parse_module
 from passes.outline import outline
 from runtime_sim.functional import Card, Unit
+from runtime_sim.group import Launch
+from runtime_sim.system import System
 
 Array = NDArray[Any]
 MACHINE = load_machine()
@@ -110,3 +114,68 @@ class Run:
 def relative(got: Array, want: Array) -> float:
     """Root mean square error relative to the root mean square of `want`."""
     return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-12))
+
+
+class GroupRun(Run):
+    """A partitioned module on the units of a simulated group; inputs, weights and outputs are whole."""
+
+    def __init__(self, module: ModuleOp | str, machine: Machine = MACHINE, **options: Any) -> None:
+        self.module = parse_module(module) if isinstance(module, str) else module
+        outline(self.module)
+        self.module.verify()
+        self.lowered = lower(self.module, machine, LoweringOptions(**options))
+        self.lowered.module.verify()
+        self.mesh = str(Mesh.parse(getattr(self.module.attributes.get("tc.mesh"), "data", "")))
+        place(self.lowered.module, machine)
+        schedule(self.lowered.module)
+        self.emitted = emit(self.lowered.module, machine)
+        self.stream = self.emitted.streams[0]
+        problems = self.emitted.check(machine)
+        assert not problems, "\n".join(map(str, problems[:10]))
+        units = Mesh.parse(self.mesh).size
+        self.system = System(machine, tensor=units)
+        self.card = self.system.units[0].window
+
+    def load(self, inputs: Mapping[str, Array], weights: Callable[[str], Array]) -> None:
+        """Write every unit's part."""
+        for u, unit in enumerate(self.system.units):
+            window = unit.window
+            for p in self.lowered.placements.values():
+                address = self.emitted.globals[p.name].address
+                stored = StoredPlacement(
+                    name=p.name, address=address, bytes=p.bytes, weight=p.weight, permute=p.permute, reshape=p.reshape,
+                    pad=p.pad, dtype=p.dtype, shard=p.shard,
+                )  # fmt: skip
+                window.write(
+                    address, placed(np.asarray(weights(p.weight)).astype(NUMPY[p.dtype]), stored, self.mesh, u)
+                )
+            for name, values in self.lowered.constants.items():
+                window.write(self.emitted.globals[name].address, np.ascontiguousarray(values).view(np.uint8).ravel())
+            for name, values in self.lowered.unit_constants.items():
+                window.write(self.emitted.globals[name].address, np.ascontiguousarray(values[u]).view(np.uint8).ravel())
+            self.card = window
+            for port in self.lowered.inputs:
+                self._clear(port)
+                self._write(port, inputs[port.name])
+            for port in self.lowered.caches:
+                self._clear(port)
+                if port.name in inputs:
+                    self._write(port, cut(inputs[port.name], port.shard, self.mesh, u))
+        self.card = self.system.units[0].window
+
+    def __call__(self, inputs: Mapping[str, Array], weights: Callable[[str], Array] | None = None) -> dict[str, Array]:
+        """Outputs of unit 0 as f32; all units must hold the same bits."""
+        self.load(inputs, weights or (lambda name: inputs[name.removeprefix("arg.")]))
+        work = {
+            unit: [Launch(self.stream, {r: values[u] for r, values in self.emitted.launch.items()})]
+            for u, unit in enumerate(self.system.units)
+        }
+        self.system.run(work)
+        found: list[dict[str, Array]] = []
+        for unit in self.system.units:
+            self.card = unit.window
+            found.append({p.name: self.read(p) for p in self.lowered.outputs})
+        for other in found[1:]:
+            for name, values in other.items():
+                np.testing.assert_array_equal(values, found[0][name])
+        return found[0]
