@@ -81,14 +81,10 @@ class CollectiveLowering:
         if x.space == Space.HBM:
             move_rows(self.em, x, held)
         else:  # one pass of whole rows, padding included
-            nbytes = rows.local * x.pitch
-            width = x.dtype.bytes
-            self.em.execute(
-                self.em.fetch(x.base, [(nbytes // width, width)], x.dtype, 4),
-                x.buffer,
-                compact(nbytes // width, x.dtype),
-                held.buffer,
-            )
+            count, width = rows.local * x.pitch // x.dtype.bytes, x.dtype.bytes
+            packet = 8 if count % 8 == 0 else 4
+            fetch = self.em.fetch(x.base, [(count, width)], x.dtype, packet)
+            self.em.execute(fetch, x.buffer, compact(count, x.dtype), held.buffer)
         return held
 
     def _sum_of_few(self, x: Tensor) -> Tensor:
@@ -401,6 +397,9 @@ class CollectiveLowering:
             group.exchange(group.rank_scope, held.buffer, in_dm=False)
         dims = [_row_dim(d, whole) for d in x.dims]
         image = em.alloc(whole.physical * x.pitch, space="hbm")
+        if whole.physical > whole.batch * whole.length:
+            # Passes over whole slices read rows that hold no token: they get the first row.
+            em.dma(hbm(held.buffer, held.base), hbm(image), [(whole.physical, 0, x.pitch)], x.pitch)
         em.dma(
             peer(held.buffer, Space.HBM, held.base, 0),
             hbm(image),

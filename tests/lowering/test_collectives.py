@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from backend_rngd.machine import load_machine
+from backend_rngd.machine import Machine, load_machine
 from tests.lowering.running import GroupRun, bf16, relative
 
 MACHINE = load_machine()
@@ -69,3 +69,83 @@ def test_all_reduce_over_cards(units: int, batch: int, seq: int) -> None:
 
 def test_all_reduce_over_cards_in_hbm() -> None:
     check_mlp(GroupRun(mlp(4, 1, 130, 96, 64), SMALL_CARDS, spill_bytes=256), 1, 130, 96, 64)
+
+
+@pytest.mark.parametrize("machine", [MACHINE, SMALL_CARDS])
+@pytest.mark.parametrize(("batch", "units"), [(1, 2), (3, 4), (20, 4)])
+def test_gathered_logits(batch: int, units: int, machine: Machine) -> None:
+    vocab, hidden = 101, 64
+    part = -(-vocab // units)
+    text = f"""
+builtin.module attributes {{tc.mesh = "kv={units}"}} {{
+  func.func @main(%x: tensor<{batch}x1x{hidden}xbf16, #tc.axes<"B,S,_">>) -> tensor<{batch}x1x{vocab}xf32, #tc.axes<"B,_,_">>
+      attributes {{arg_names = ["x"], result_names = ["logits"]}} {{
+    %w = tc.weight "w" shard "{vocab}@tp, {hidden}" : tensor<{part}x{hidden}xbf16>
+    %p = tc.contract "b s i, o i -> b s o" (%x, %w) : tensor<{batch}x1x{part}xf32, #tc.axes<"B,_,_">>
+    %g = tc.all_gather %p dim 2 axis tp why "test" : tensor<{batch}x1x{part * units}xf32, #tc.axes<"B,_,_">>
+    %y = tc.slice %g axis 2 start 0 size {vocab} : tensor<{batch}x1x{vocab}xf32, #tc.axes<"B,_,_">>
+    func.return %y : tensor<{batch}x1x{vocab}xf32, #tc.axes<"B,_,_">>
+  }}
+}}
+"""
+    rng = np.random.default_rng(1)
+    x, w = (bf16(rng.standard_normal(s).astype(np.float32)) for s in ((batch, 1, hidden), (vocab, hidden)))
+    got = GroupRun(text, machine)({"x": x}, {"w": w}.__getitem__)["logits"]
+    assert relative(got, x @ w.T) < 0.01
+
+
+@pytest.mark.parametrize(("batch", "seq", "units"), [(1, 64, 2), (1, 128, 4), (2, 64, 4), (1, 16, 2), (1, 1024, 8)])
+@pytest.mark.parametrize("spill", [96 * 1024, 512])
+def test_sequence_parallel(batch: int, seq: int, units: int, spill: int) -> None:
+    hidden, inner = 64, 96
+    part, tokens = inner // units, seq // units
+    whole = f'tensor<{batch}x{seq}x{hidden}xbf16, #tc.axes<"B,S,_">>'
+    local = f'tensor<{batch}x{tokens}x{hidden}xbf16, #tc.axes<"B,S,_">>'
+    h = f'tensor<{batch}x{seq}x{part}xbf16, #tc.axes<"B,S,_">>'
+    text = f"""
+builtin.module attributes {{tc.mesh = "kv={units}"}} {{
+  func.func @main(%x: {whole}) -> {whole} attributes {{arg_names = ["x"], result_names = ["y"]}} {{
+    %a = tc.weight "a" shard "{inner}@tp, {hidden}" : tensor<{part}x{hidden}xbf16>
+    %b = tc.weight "b" shard "{hidden}, {inner}@tp" : tensor<{hidden}x{part}xbf16>
+    %h = tc.contract "b s i, o i -> b s o" (%x, %a) : {h}
+    %p = tc.contract "b s i, o i -> b s o" (%h, %b) : {whole}
+    %r = tc.reduce_scatter %p kind add dim 1 axis tp why "test" : {local}
+    %n = tc.map "mul(a, 2.0)" over "b s h -> b s h" (%r) : {local}
+    %y = tc.all_gather %n dim 1 axis tp why "test" : {whole}
+    func.return %y : {whole}
+  }}
+}}
+"""
+    rng = np.random.default_rng(2)
+    x = bf16(rng.standard_normal((batch, seq, hidden)).astype(np.float32))
+    a = bf16(rng.standard_normal((inner, hidden)).astype(np.float32) / 8)
+    b = bf16(rng.standard_normal((hidden, inner)).astype(np.float32) / 8)
+    run = GroupRun(text, spill_bytes=spill)
+    got = run({"x": x}, {"a": a, "b": b}.__getitem__)["y"]
+    assert relative(got, 2 * (bf16(x @ a.T) @ b.T)) < 0.01
+
+
+def test_axis_index() -> None:
+    """A number that differs between units, as the vocabulary-parallel embedding uses it."""
+    text = """
+builtin.module attributes {tc.mesh = "kv=2"} {
+  func.func @main(%ids: tensor<1x12xi32, #tc.axes<"B,S">>) -> tensor<1x12x32xbf16, #tc.axes<"B,S,_">>
+      attributes {arg_names = ["ids"], result_names = ["y"]} {
+    %w = tc.weight "w" shard "17@tp, 32" : tensor<9x32xbf16>
+    %first = tc.axis_index axis tp scale 9 : tensor<i32>
+    %t = tc.map "sub(a, b)" over "b s, -> b s" (%ids, %first) : tensor<1x12xi32, #tc.axes<"B,S">>
+    %i = tc.map "min(max(a, 0), 8)" over "b s -> b s" (%t) : tensor<1x12xi32, #tc.axes<"B,S">>
+    %x = tc.gather "v h, b s -> b s h" (%w, %i) : tensor<1x12x32xbf16, #tc.axes<"B,S,_">>
+    %m = tc.map "mul(min(max(add(a, 1.0), 0.0), 1.0), min(max(sub(9.0, a), 0.0), 1.0))" over "b s -> b s" (%t)
+        : tensor<1x12xf32, #tc.axes<"B,S">>
+    %p = tc.map "mul(a, b)" over "b s h, b s -> b s h" (%x, %m) : tensor<1x12x32xbf16, #tc.axes<"B,S,_">>
+    %y = tc.all_reduce %p kind add axis tp why "test" : tensor<1x12x32xbf16, #tc.axes<"B,S,_">>
+    func.return %y : tensor<1x12x32xbf16, #tc.axes<"B,S,_">>
+  }
+}
+"""
+    rng = np.random.default_rng(3)
+    w = bf16(rng.standard_normal((17, 32)).astype(np.float32))
+    ids = rng.integers(0, 17, (1, 12), np.int32)
+    got = GroupRun(text)({"ids": ids}, {"w": w}.__getitem__)["y"]
+    np.testing.assert_array_equal(got, w[ids])
