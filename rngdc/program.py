@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
 from backend_rngd.artifact import Bucket, Cache, Constant, HbmMap, Placement, Port
 from backend_rngd.dialect import GlobalOp
 from backend_rngd.emit import Emitted, emit
-from backend_rngd.hoist import Moves, hoist, undo
+from backend_rngd.hoist import hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
 from backend_rngd.lowering.context import MESH
 from backend_rngd.machine import Machine
@@ -23,6 +23,9 @@ from ir.errors import Problem, UserError
 from ir.placement import Mesh
 from passes.outline import outline
 from rngdc.buckets import BucketSpec
+
+SPILL_SHARES = (1.0, 0.6, 0.4, 0.25, 0.12)
+"""What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM."""
 
 Step = Callable[[str, BucketSpec], None]
 """Called before each step with its name."""
@@ -39,6 +42,7 @@ class Program:
     lowered: Lowered
     emitted: Emitted | None = None
     record: Bucket | None = None
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def probes(self) -> list[dict[str, Any]]:
@@ -100,17 +104,13 @@ def compile_programs(
     total = hbm.shared
     peak: dict[str, int] = {}
     for program in programs:
-        module = program.lowered.module
-        shared.set_addresses(program.lowered)
-        step("hoist", program.bucket)
-        moves = hoist(module, machine)
-        dump("hoist", program.bucket, module)
         step("place", program.bucket)
         try:
-            top = _place(module, machine, hbm.shared, moves)
+            top = _place_program(program, machine, options, shared, hbm.shared, dump)
         except UserError as error:
             problems += [Problem(f"{program.bucket.name}: {p.what}", p.why, p.fix) for p in error.problems]
             continue
+        module = program.lowered.module
         total = max(total, top["hbm"])
         for space, used in top.items():
             peak[space] = max(peak.get(space, 0), used)
@@ -129,13 +129,31 @@ def compile_programs(
     )  # fmt: skip
 
 
-def _place(module: ModuleOp, machine: Machine, hbm_base: int, moves: Moves) -> dict[str, int]:
-    """Place; if early transfers are what makes a memory too small, place the program in its original order."""
-    try:
-        return place(module, machine, hbm_base)
-    except UserError:
-        undo(moves)
-        return place(module, machine, hbm_base)
+def _place_program(
+    program: Program, machine: Machine, options: LoweringOptions, shared: _SharedMap, hbm_base: int, dump: Dump
+) -> dict[str, int]:
+    """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
+    first: UserError | None = None
+    for share in SPILL_SHARES:
+        if first is not None:
+            spill = int(options.spill_bytes * share)
+            program.lowered = lower(program.tc, machine, replace(options, spill_bytes=spill))
+            program.notes = [f"values larger than {spill} B a slice lie in HBM: DM is too small for larger ones"]
+        module = program.lowered.module
+        shared.set_addresses(program.lowered)
+        moves = hoist(module, machine)
+        dump("hoist", program.bucket, module)
+        try:
+            return place(module, machine, hbm_base)
+        except UserError as error:
+            first = first or error
+        undo(moves)  # early transfers keep buffers alive for longer
+        try:
+            return place(module, machine, hbm_base)
+        except UserError:
+            continue
+    assert first is not None
+    raise first
 
 
 @dataclass(frozen=True)
