@@ -198,7 +198,10 @@ def join(streams: Sequence[Stream], parts: Sequence[Unrolled]) -> Flat:
     return Flat(
         tuple(streams),
         np.repeat(np.arange(len(parts), dtype=np.int64), [len(rows) for rows, _ in parts]),
-        *(np.ascontiguousarray(table[:, column]) for column in range(4)),
+        np.ascontiguousarray(table[:, 0]),
+        np.ascontiguousarray(table[:, 1]),
+        np.ascontiguousarray(table[:, 2]),
+        np.ascontiguousarray(table[:, 3]),
         np.ascontiguousarray(table[:, 4:]),
         tuple(calls),
     )

@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-Incidence = Sequence[tuple[Hashable, Hashable, float]]  # (what, resource, amount)
+Name = tuple[int, int]  # of a resource: its kind, and the card or unit it belongs to
+Incidence = Sequence[tuple[Hashable, Name, float]]  # (what, resource, amount)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Classes:
 
     of_unit: tuple[int, ...]
     members: tuple[tuple[int, ...], ...]
-    of_resource: Mapping[Hashable, int]
+    of_resource: Mapping[Name, int]
 
     @property
     def representatives(self) -> tuple[int, ...]:
@@ -30,44 +31,42 @@ class Classes:
         return tuple(m[0] for m in self.members)
 
 
-def singletons(units: int, resources: Sequence[Hashable]) -> Classes:
+def singletons(units: int, resources: Sequence[Name]) -> Classes:
     """Every unit for itself."""
     return Classes(
         tuple(range(units)), tuple((u,) for u in range(units)), {r: number for number, r in enumerate(resources)}
     )
 
 
-def refine(
-    initial: Sequence[Hashable], incidence: Sequence[Incidence], resources: Mapping[Hashable, tuple[Hashable, int]]
-) -> Classes:
+def refine(initial: Sequence[Hashable], incidence: Sequence[Incidence], resources: Mapping[Name, int]) -> Classes:
     """Coarsest equitable colouring.
 
-    initial: what a unit runs. incidence: for every unit what it takes of which resource. resources: (kind, owner) of
-    every resource; the owner is a unit, or -1.
+    initial: what a unit runs. incidence: for every unit what it takes of which resource. resources: the unit that
+    owns each resource, or -1.
     """
     units = len(initial)
     colour = _numbers(list(initial))
     names = list(resources)
-    used_by: dict[Hashable, list[tuple[int, Hashable, float]]] = defaultdict(list)
-    owned: list[list[Hashable]] = [[] for _ in range(units)]
+    used_by: dict[Name, list[tuple[int, Hashable, float]]] = defaultdict(list)
+    owned: list[list[Name]] = [[] for _ in range(units)]
     for unit, entries in enumerate(incidence):
         for what, resource, amount in entries:
             used_by[resource].append((unit, what, _rounded(amount)))
-    for name, (_, owner) in resources.items():
+    for name, owner in resources.items():
         if owner >= 0:
             owned[owner].append(name)
     while True:
         signatures: list[Hashable] = []
         for name in names:
-            kind, owner = resources[name]
+            owner = resources[name]
             users = sorted((colour[u], repr(what), amount) for u, what, amount in used_by[name])
-            signatures.append((kind, colour[owner] if owner >= 0 else -1, tuple(users)))
+            signatures.append((name[0], colour[owner] if owner >= 0 else -1, tuple(users)))
         resource_colour = dict(zip(names, _numbers(signatures), strict=True))
         unit_signatures: list[Hashable] = [
             (
                 colour[u],
                 tuple(sorted((repr(what), resource_colour[r], _rounded(x)) for what, r, x in incidence[u])),
-                tuple(sorted((repr(resources[r][0]), resource_colour[r]) for r in owned[u])),
+                tuple(sorted((r[0], resource_colour[r]) for r in owned[u])),
             )
             for u in range(units)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,10 @@ from backend_rngd.machine import Machine
 from runtime_sim.costs import Cost
 from runtime_sim.flatten import Flat
 from runtime_sim.symmetry import Classes
+from runtime_sim.timing_tables import CONTEXTS, Layer, Operation, layers, operations, per_card, per_unit, to_json
 from runtime_sim.topology import Topology
-from runtime_sim.traffic import CARD_IN, CARD_OUT, DM, HBM, Resource
+from runtime_sim.traffic import Resource
 
-CONTEXTS = ("main", "sub", "dma")
 STALLS = (
     "busy",  # data moves or is computed
     "issue",  # issue, pipeline fill, DMA start-up
@@ -36,33 +36,6 @@ STALLS = (
 
 SHARED = ("contention_hbm", "contention_dm", "contention_link", "contention_card")  # by kind of resource
 COLLECTIVES = frozenset({"tc.all_reduce", "tc.all_gather", "tc.reduce_scatter"})
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One call of the entry routine of a represented unit. advance: how much later everything so far is complete than before this call."""
-
-    name: str
-    routine: str
-    unit: int
-    start: float
-    end: float
-    advance: float
-    instructions: int
-
-
-@dataclass(frozen=True)
-class Operation:
-    """All instructions of one source location. stalled: idle cycles of their contexts right before them."""
-
-    location: str
-    instructions: int
-    main: float
-    sub: float
-    dma: float
-    stalled: float
-    macs: int
-    moved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -89,15 +62,15 @@ class TimingResult:
     classes: Classes
     load: dict[Resource, float]
 
-    def _column(self, name: str) -> NDArray[Any]:
+    def column(self, name: str) -> NDArray[Any]:
         return np.array([getattr(c, name) for c in self.costs])[self.number] if len(self.flat) else np.zeros(0)
 
-    def _total(self, name: str) -> int:
+    def total(self, name: str) -> int:
         """Sum of a cost over the instructions of all units."""
-        return int((self._column(name) * self._copies).sum())
+        return int((self.column(name) * self.copies).sum())
 
     @cached_property
-    def _copies(self) -> NDArray[np.int64]:
+    def copies(self) -> NDArray[np.int64]:
         """Units that an instruction stands for."""
         return np.array([len(m) for m in self.classes.members], np.int64)[self.flat.unit]
 
@@ -119,7 +92,7 @@ class TimingResult:
     @property
     def instructions(self) -> int:
         """Instructions that all units together execute."""
-        return int(self._copies.sum())
+        return int(self.copies.sum())
 
     def unit_name(self, number: int) -> str:
         """Name of a class for people."""
@@ -134,17 +107,17 @@ class TimingResult:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates, padding included."""
-        return self._total("macs")
+        return self.total("macs")
 
     @cached_property
     def hbm_read_bytes(self) -> int:
         """Bytes read from HBM."""
-        return self._total("read_bytes")
+        return self.total("read_bytes")
 
     @cached_property
     def hbm_write_bytes(self) -> int:
         """Bytes written to HBM."""
-        return self._total("write_bytes")
+        return self.total("write_bytes")
 
     @property
     def mac_utilisation(self) -> float:
@@ -177,15 +150,13 @@ class TimingResult:
             previous[queue[1:]] = self.finish[queue[:-1]]
         out[:, 0] = self.ready - previous
         out[:, 1] = self.start - self.ready
-        out[:, 2] = self.finish - self.start - self._column("cycles")
+        out[:, 2] = self.finish - self.start - self.column("cycles")
         return out
 
     @cached_property
     def shared(self) -> NDArray[np.float64]:
         """[n, 4]: the excess of every transfer by kind of resource (order of SHARED); rows sum to it exactly."""
-        excess = (
-            np.where(self._column("wait").astype(np.bool_), 0.0, self.gaps[:, 2]) if len(self.flat) else np.zeros(0)
-        )
+        excess = np.where(self.column("wait").astype(np.bool_), 0.0, self.gaps[:, 2]) if len(self.flat) else np.zeros(0)
         total = self.lost.sum(axis=1)
         scale = np.divide(excess, total, out=np.zeros_like(total), where=total > 0)
         out = self.lost * scale[:, None]
@@ -196,7 +167,7 @@ class TimingResult:
     def stalls(self) -> list[dict[str, dict[str, float]]]:
         """For every unit and context, cycles by the names in STALLS; they sum to the makespan."""
         of_class: list[dict[str, dict[str, float]]] = []
-        duration, overhead, waits = self._column("cycles"), self._column("overhead"), self._column("wait").astype(bool)
+        duration, overhead, waits = self.column("cycles"), self.column("overhead"), self.column("wait").astype(bool)
         before = np.maximum(self.cause, 0)
         for number in range(len(self.flat.streams)):
             table: dict[str, dict[str, float]] = {}
@@ -252,7 +223,7 @@ class TimingResult:
         collective was lowered to."""
         if not len(self.flat):
             return np.zeros(0, np.bool_)
-        marked = self._column("collective").astype(np.bool_)
+        marked = self.column("collective").astype(np.bool_)
         for number, stream in enumerate(self.flat.streams):
             named = np.array([name.rsplit("|", 1)[-1] in COLLECTIVES for name in stream.locations] or [False])
             offsets = np.cumsum([0, *(len(r.instructions) for r in stream.routines)])
@@ -270,34 +241,6 @@ class TimingResult:
 
     # Tables ----------------------------------------------------------------------------------------------------------
     @cached_property
-    def layers(self) -> list[Layer]:
-        """Calls made by the entry routine of the represented units, in order."""
-        out: list[Layer] = []
-        done: dict[int, float] = {}
-        for call in self.flat.calls:
-            if call.depth != 1 or call.end == call.first:
-                continue
-            stream = self.flat.streams[call.unit]
-            parent = self.flat.calls[call.parent]
-            location = stream.routines[parent.routine].instructions[call.index].location
-            end = float(self.finish[call.first : call.end].max())
-            unit = self.classes.members[call.unit][0]
-            before = done.get(unit, 0.0)
-            done[unit] = max(before, end)
-            out.append(
-                Layer(
-                    stream.locations[location],
-                    stream.routines[call.routine].name,
-                    unit,
-                    float(self.start[call.first : call.end].min()),
-                    end,
-                    max(0.0, end - before),
-                    call.end - call.first,
-                )
-            )
-        return out
-
-    @cached_property
     def locations(self) -> list[str]:
         """Source location of every executed instruction."""
         tables = {
@@ -309,34 +252,24 @@ class TimingResult:
         return [tables[(u, r)][i] for u, r, i in keys]
 
     @cached_property
+    def layers(self) -> list[Layer]:
+        """Calls made by the entry routine of the represented units, in order."""
+        return layers(self)
+
+    @cached_property
     def operations(self) -> list[Operation]:
         """Cycles of every source location over all calls and units, the costliest first."""
-        names, group = np.unique(np.array(self.locations, dtype=object).astype(str), return_inverse=True)
-        size = len(names)
+        return operations(self)
 
-        def total(values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-            use = (values if where is None else np.where(where, values, 0)) * self._copies
-            return np.bincount(group, weights=use.astype(np.float64), minlength=size).astype(np.float64)
+    @cached_property
+    def per_unit(self) -> list[dict[str, Any]]:
+        """A row a unit: place, shares of the makespan, bytes (`timing_tables.per_unit`)."""
+        return per_unit(self)
 
-        duration = self.finish - self.start
-        by_context = [total(duration, self.flat.context == c) for c in range(3)]
-        stalled = total(self.gaps[:, 0] + self.gaps[:, 1])
-        macs, moved = total(self._column("macs")), total(self._column("moved_bytes"))
-        counts = total(np.ones(len(self.flat)))
-        rows = [
-            Operation(
-                str(names[g]),
-                int(counts[g]),
-                float(by_context[0][g]),
-                float(by_context[1][g]),
-                float(by_context[2][g]),
-                float(stalled[g]),
-                int(macs[g]),
-                int(moved[g]),
-            )
-            for g in range(size)
-        ]
-        return sorted(rows, key=lambda r: -(r.main + r.sub + r.dma))
+    @cached_property
+    def per_card(self) -> list[dict[str, Any]]:
+        """A row a card: bytes of HBM lines and of its link, and their shares of the peak."""
+        return per_card(self)
 
     def utilisation(self, unit: int | None = None) -> dict[str, float]:
         """Share of the makespan that each context of a unit works, of the slowest one by default."""
@@ -346,7 +279,7 @@ class TimingResult:
     def engines(self, unit: int | None = None) -> dict[str, float]:
         """`utilisation` and the share in which the vector engine is held."""
         unit = self.slowest if unit is None else unit
-        mine = (self.flat.unit == self.classes.of_unit[unit]) & self._column("vector").astype(np.bool_)
+        mine = (self.flat.unit == self.classes.of_unit[unit]) & self.column("vector").astype(np.bool_)
         return {
             **self.utilisation(unit),
             "vector": float((self.finish - self.start)[mine].sum()) / (self.cycles or 1.0),
@@ -357,66 +290,6 @@ class TimingResult:
         first = self.classes.members[self.classes.of_unit[self.slowest if unit is None else unit]][0]
         return [layer for layer in self.layers if layer.unit == first]
 
-    @cached_property
-    def per_unit(self) -> list[dict[str, Any]]:
-        """A row a unit: place, shares of the makespan, bytes. `alike`: the first unit that does the same.
-
-        dm_utilisation: share of the data memory's port, transfers of peers included. cluster_bytes, chip_bytes,
-        card_bytes: moved by this unit from or to its cluster, the other cluster and other cards. collective_cycles: in
-        which at least one instruction of a collective is at work or waits.
-        """
-        rows: list[dict[str, Any]] = []
-        port = self.machine.dm_port_bytes_per_cycle
-        reach = np.array([c.reach for c in self.costs]).reshape(-1, 4)[self.number]
-        moved = self._column("moved_bytes")
-        for number, members in enumerate(self.classes.members):
-            mine = self.flat.unit == number
-            first = members[0]
-            dm = self.load.get((DM, first), 0.0)
-            engines = max(1, self.flat.streams[number].slices // self.machine.slices_per_pe)
-            _, cluster, chip, card = (
-                ((moved[mine, None] * reach[mine]).sum(axis=0).tolist()) if mine.any() else [0.0] * 4
-            )
-            rows.append(
-                {
-                    "alike": first,
-                    "finish": float(self.finish[mine].max()) if mine.any() else 0.0,
-                    "instructions": int(mine.sum()),
-                    **self.engines(first),
-                    "wait_sync_cycles": {name: self.stalls[first][name]["wait_sync"] for name in CONTEXTS},
-                    "collective_cycles": _covered(
-                        self.start[mine & self.collective], self.finish[mine & self.collective]
-                    ),
-                    "hbm_read_bytes": int(self._column("read_bytes")[mine].sum()),
-                    "hbm_write_bytes": int(self._column("write_bytes")[mine].sum()),
-                    "dm_bytes": dm,
-                    "dm_utilisation": dm / (self.cycles * port * engines) if self.cycles else 0.0,
-                    "cluster_bytes": cluster,
-                    "chip_bytes": chip,
-                    "card_bytes": card,
-                }
-            )
-        out: list[dict[str, Any]] = []
-        for unit, place in enumerate(self.topology.places):
-            where = {"card": place.card, "pe": place.pe, "replica": place.replica, "stage": place.stage}
-            out.append({"unit": unit, **where, "rank": place.rank, **rows[self.classes.of_unit[unit]]})
-        return out
-
-    @cached_property
-    def per_card(self) -> list[dict[str, Any]]:
-        """A row a card: bytes of HBM lines and of its link, and their shares of the peak."""
-        out: list[dict[str, Any]] = []
-        total = self.cycles or 1.0
-        for card in sorted({p.card for p in self.topology.places}):
-            hbm = self.load.get((HBM, card), 0.0)
-            sent, received = self.load.get((CARD_OUT, card), 0.0), self.load.get((CARD_IN, card), 0.0)
-            row = {"card": card, "hbm_bytes": hbm, "hbm_utilisation": hbm / total / self.machine.hbm_bytes_per_cycle}
-            link = total * self.machine.pcie_peer_bytes_per_cycle
-            out.append(
-                row | {"sent_bytes": sent, "received_bytes": received, "link_utilisation": max(sent, received) / link}
-            )
-        return out
-
     def energy_joules(self) -> float:
         """Board energy: idle power of every card plus the measured power of a loaded PE for every PE in use
         (hardware.md 1.6)."""
@@ -426,61 +299,7 @@ class TimingResult:
 
     def to_json(self, instructions: bool = False) -> dict[str, Any]:
         """JSON object; with `instructions` also one row an executed instruction of the represented units."""
-        path = self.critical_path
-        on_path = dict.fromkeys(CONTEXTS, 0.0)
-        for i, cycles in zip(path, self.path_cycles, strict=True):
-            on_path[CONTEXTS[int(self.flat.context[i])]] += cycles
-        bottlenecks = [cost.bottleneck for cost in self.costs]
-        out: dict[str, Any] = {
-            "format": "rngdc-timing",
-            "version": {"major": 1, "minor": 1},
-            "machine": self.machine.name,
-            "mode": self.machine.mode,
-            "machine_digest": self.machine.digest(),
-            "cycles": self.cycles,
-            "seconds": self.seconds,
-            "units": self.units,
-            "cards": self.topology.cards,
-            "tensor": self.topology.tensor,
-            "pipeline": self.topology.pipeline,
-            "replicas": self.topology.replicas,
-            "instructions_executed": self.instructions,
-            "macs": self.macs,
-            "mac_utilisation": self.mac_utilisation,
-            "hbm_read_bytes": self.hbm_read_bytes,
-            "hbm_write_bytes": self.hbm_write_bytes,
-            "hbm_utilisation": self.hbm_utilisation,
-            "energy_joules": self.energy_joules(),
-            "collective_share": self.collective_share,
-            "stalls": self.stalls,
-            "critical_path": {"instructions": len(path), "cycles_by_context": on_path},
-            "layers": [asdict(layer) for layer in self.layers],
-            "operations": [asdict(operation) for operation in self.operations],
-            "per_unit": self.per_unit,
-            "per_card": self.per_card,
-        }
-        if instructions:
-            representatives = self.classes.representatives
-            out["instructions"] = {
-                "unit": [representatives[c] for c in self.flat.unit.tolist()],
-                "context": [CONTEXTS[c] for c in self.flat.context.tolist()],
-                "location": self.locations,
-                "start": self.start.tolist(),
-                "finish": self.finish.tolist(),
-                "cause": self.cause.tolist(),
-                "bottleneck": [bottlenecks[int(c)] for c in self.number],
-            }
-        return out
-
-
-def _covered(start: NDArray[np.float64], finish: NDArray[np.float64]) -> float:
-    """Length of the union of intervals."""
-    if not len(start):
-        return 0.0
-    order = np.argsort(start, kind="stable")
-    start, reached = start[order], np.maximum.accumulate(finish[order])
-    begin = np.maximum(start, np.concatenate([[start[0]], reached[:-1]]))
-    return float(np.maximum(reached - begin, 0.0).sum())
+        return to_json(self, instructions)
 
 
 def context_name(context: int) -> str:

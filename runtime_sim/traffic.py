@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backend_rngd.isa.descriptors import UNIT_STRIDE, Call, Descriptor, Dma, Endpoint, Notify, Space, Stream, Wait
+from backend_rngd.isa.descriptors import UNIT_STRIDE, Call, Descriptor, Dma, Notify, Space, Stream, Wait
 from backend_rngd.isa.peers import notified, split_unit_stride
 from backend_rngd.machine import Machine
-from backend_rngd.machine.formulas import OWN, Reach, dma_work
+from backend_rngd.machine.formulas import Reach, dma_work
 from runtime_sim.costs import Cost
 from runtime_sim.errors import SimulationError, Site
 from runtime_sim.flatten import CallSite, Unrolled
@@ -70,7 +70,7 @@ class Special:
         numbers: dict[SiteKey, int] = {}
         key: list[int] = []
         for row in self.rows.tolist():
-            _, routine, index, call = table[row, :4].tolist()
+            routine, index, call = (int(x) for x in table[row, 1:4])
             inside = _registers(stream, calls, call, registers)
             what = stream.routines[routine].instructions[index].what
             values = tuple(inside.get(r, Value(r, 0)) for r in _address_registers(what))
@@ -253,11 +253,3 @@ def capacity(resource: Resource, engines: int, machine: Machine) -> float:
     per_engine = machine.dm_port_bytes_per_cycle if kind == DM else machine.dm_cross_cluster_bytes_per_cycle
     # One transfer alone may take exactly this much; rounding must not count as contention.
     return per_engine * engines * (1.0 + 1e-9)
-
-
-def peer_side(side: Endpoint) -> bool:
-    """Whether a side of a transfer names units."""
-    return side.space.is_peer
-
-
-__all__ = ["OWN", "Flow", "Launch", "Resource", "Special", "Traffic", "capacity", "uses"]

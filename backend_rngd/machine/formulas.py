@@ -299,24 +299,29 @@ def collective_time(
         return 0.0
     last = _ring(nbytes, machine) if replicate and kind != "reduce_scatter" else 0.0
     local = units // cards
+    run = nbytes / machine.slices_per_pe  # one slice's piece of one copy
     sync = sync_time(local, 1, machine) if local > 1 else 0.0
     if algorithm == "one_shot":
         if kind == "all_gather":
-            return sync + _pull(nbytes, local, machine) + last
+            return sync + _pull(nbytes, run, local, machine) + last
         copies = nbytes * units if kind == "all_reduce" else nbytes
-        return sync + _pull(copies, local, machine) + _add(copies, element_bytes, machine) + last
+        return sync + _pull(copies, run, local, machine) + _add(copies, element_bytes, machine) + last
+    # A unit's part of a value that every slice holds lies in 1/local of its slices, which add all of it.
+    wide = local if replicate else 1
     if algorithm == "two_phase":
-        scatter = _pull(nbytes, local, machine) + _add(nbytes, element_bytes, machine)
-        return 2 * sync + scatter + _pull(nbytes, local, machine) + last
+        scatter = _pull(nbytes, run, local, machine) + _add(nbytes * wide, element_bytes, machine)
+        return 2 * sync + scatter + _pull(nbytes, run, local, machine) + last
     # Through the cards' links: a unit exchanges its 1/local part with the units of equal rank on the other cards.
     part = nbytes / local
     between = sync_time(cards, cards, machine)
-    gather = sync + _pull(nbytes, local, machine) if local > 1 else 0.0
+    gather = sync + _pull(nbytes, run, local, machine) if local > 1 else 0.0
     if kind == "all_gather":
         return between + _exchange(nbytes * (cards - 1) / cards, local, machine) + gather + last
-    inside = sync + _pull(nbytes, local, machine) + _add(nbytes, element_bytes, machine) if local > 1 else 0.0
+    inside = 0.0
+    if local > 1:
+        inside = sync + _pull(nbytes, run, local, machine) + _add(nbytes * wide, element_bytes, machine)
     exchanged = nbytes * (cards - 1) if kind == "all_reduce" else nbytes * (cards - 1) / cards
-    summed = part * cards if kind == "all_reduce" else part
+    summed = part * cards * wide if kind == "all_reduce" else part * wide
     middle = between + _exchange(exchanged, local, machine) + _add(summed, element_bytes, machine)
     return inside + middle + (gather + last if kind == "all_reduce" else 0.0)
 
@@ -325,18 +330,19 @@ def best_collective(
     kind: CollectiveKind, nbytes: int, units: int, cards: int, machine: Machine, replicate: bool = True
 ) -> tuple[Algorithm, float]:
     """The fastest algorithm and its cycles."""
-    times = {
+    times: dict[Algorithm, float] = {
         a: collective_time(kind, a, nbytes, units, cards, machine, replicate=replicate)
         for a in collective_algorithms(kind, units, cards)
     }
     return min(times.items(), key=lambda item: item[1])
 
 
-def _pull(nbytes: float, units: int, machine: Machine) -> float:
-    """One command that reads `nbytes`, spread evenly over the DM of `units` units of a card."""
+def _pull(nbytes: float, run: float, units: int, machine: Machine) -> float:
+    """One command that reads `nbytes` in runs of `run` bytes, spread evenly over the DM of `units` units of a card."""
     near = min(units, machine.pes_per_cluster) / units
-    cycles = 2 * near * nbytes / machine.dma_engine_bytes_per_cycle
-    cycles += (1 - near) * nbytes / min(machine.dma_engine_bytes_per_cycle, machine.dm_cross_cluster_bytes_per_cycle)
+    requests = nbytes / run * math.ceil(run / machine.dma_request_bytes)
+    engine = requests * machine.dma_request_bytes / machine.dma_engine_bytes_per_cycle
+    cycles = 2 * near * engine + (1 - near) * max(engine, nbytes / machine.dm_cross_cluster_bytes_per_cycle)
     return machine.dma_startup_cycles + (units - 1) * machine.dma_descriptor_cycles + cycles
 
 
