@@ -45,6 +45,18 @@ def _wide_logits() -> type[ModulePass]:
     return WideLogits
 
 
+def _plan_tp() -> type[ModulePass]:
+    from passes.plan_tp import PlanTp
+
+    return PlanTp
+
+
+def _partition() -> type[ModulePass]:
+    from passes.partition import Partition
+
+    return Partition
+
+
 def get_passes() -> dict[str, PassFactory]:
     """The passes of this layer. To add one: a file, a factory above, a line here, a `.mlir` test."""
     return {
@@ -54,4 +66,6 @@ def get_passes() -> dict[str, PassFactory]:
         "wide-logits": _wide_logits,
         "cast-bf16": _cast_bf16,
         "specialise": _specialise,
+        "plan-tp": _plan_tp,
+        "partition": _partition,
     }
