@@ -13,10 +13,11 @@ from backend_rngd.machine.formulas import OWN, Reach, dma_startup, dma_time, dma
 class Cost:
     """What one instruction takes when it has the machine for itself.
 
-    fixed: cycles in any case. work: further cycles of a transfer, stretched when a resource is shared. overhead: the
-    part of `fixed` that moves no data (issue, fill, start-up). demand: bytes a cycle of `work` at full speed, of HBM
-    lines if the transfer touches HBM: transfers that share a resource get equal parts of it. reach: shares of moved_bytes by where the peer side of a
-    transfer lies. wait: a wait for other units, which takes as long as they take. collective: serves other units.
+    fixed: cycles in any case. work: further cycles of a transfer, stretched when a resource is shared. demand: bytes a
+    cycle of `work` at full speed, of HBM lines if the transfer touches HBM: transfers that share a resource get equal
+    parts of it. overhead: the part of `fixed` that moves no data (issue, fill, start-up). reach: shares of moved_bytes
+    by where the peer side of a transfer lies. wait: a wait for other units, which takes as long as they take.
+    collective: serves other units.
     """
 
     fixed: float
@@ -67,8 +68,9 @@ def cost_of(
             moved *= n
         peer = what.source.space.is_peer or what.destination.space.is_peer
         lines = work.hbm_lines * machine.hbm_line_bytes
+        demand = (lines or moved) / rest if rest > 0 else 0.0
         return Cost(
-            startup, rest, (lines or moved) / rest if rest > 0 else 0.0, startup, False, 0, work.hbm_read_bytes, work.hbm_write_bytes, moved, "dma", reach,
+            startup, rest, demand, startup, False, 0, work.hbm_read_bytes, work.hbm_write_bytes, moved, "dma", reach,
             collective=peer,
         )  # fmt: skip
     if isinstance(what, Wait):

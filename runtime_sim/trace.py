@@ -1,20 +1,22 @@
 """Timeline of a timing run for the Perfetto viewer (ui.perfetto.dev) or chrome://tracing.
 
-One process a unit with the lanes Layers, Main, Sub, DMA and Vector. A span carries the fields of the vendor's device
-profile (category NPU, begin_cycle, end_cycle), so that a trace of a real card can be compared span by span.
+One process a unit, named by its card and PE, with the lanes Layers, Main, Sub, DMA and Vector. A span carries the
+fields of the vendor's device profile (category NPU, begin_cycle, end_cycle), so that a trace of a real card can be
+compared span by span.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime_sim.timing_result import CONTEXTS, TimingResult
+from runtime_sim.timing_result import SHARED, TimingResult
+from runtime_sim.timing_tables import CONTEXTS
 
 LANES = ("Layers", "Main", "Sub", "DMA", "Vector")
 PROTOBUF_SUFFIXES = (".pftrace", ".perfetto-trace")
@@ -34,52 +36,66 @@ class Span:
 
 
 def spans(result: TimingResult) -> Iterator[Span]:
-    """Spans of a result, lane by lane, each lane in time order and without overlaps."""
+    """Spans of a result, unit by unit and lane by lane, each lane in time order and without overlaps.
+
+    Units that do the same at the same time (`TimingResult.classes`) are all shown.
+    """
     yield from _layer_spans(result)
-    names = [short_name(location) for location in result.locations]
-    gaps = result.gaps
-    for unit in range(result.units):
-        for context in range(len(CONTEXTS)):
-            mine = np.nonzero((result.flat.unit == unit) & (result.flat.context == context))[0].tolist()
-            for i in mine:
-                cost = result.costs[int(result.number[i])]
-                arguments: dict[str, Any] = {
-                    "location": result.locations[i],
-                    "routine": result.flat.streams[unit].routines[int(result.flat.routine[i])].name,
-                    "instruction": int(result.flat.index[i]),
-                    "bottleneck": cost.bottleneck,
-                }
-                if gaps[i, 0] > 0 and result.cause[i] >= 0:
-                    cause = int(result.cause[i])
-                    arguments["waited_cycles"] = float(gaps[i, 0])
-                    arguments["waited_for"] = f"{CONTEXTS[int(result.flat.context[cause])]}: {names[cause]}"
-                if gaps[i, 1] > 0:
-                    arguments["vector_engine_taken_cycles"] = float(gaps[i, 1])
-                if gaps[i, 2] > 1e-6:
-                    arguments["hbm_shared_cycles"] = float(gaps[i, 2])
-                if cost.moved_bytes:
-                    arguments["bytes"] = cost.moved_bytes
-                if cost.macs:
-                    arguments["macs"] = cost.macs
-                yield Span(
-                    unit, _CONTEXT_LANE[context], names[i], float(result.start[i]), float(result.finish[i]), arguments
-                )
-        users = [
-            i for i in np.nonzero(result.flat.unit == unit)[0].tolist() if result.costs[int(result.number[i])].vector
-        ]
-        for i in sorted(users, key=lambda k: result.start[k]):
-            by = CONTEXTS[int(result.flat.context[i])]
-            yield Span(unit, 4, names[i], float(result.start[i]), float(result.finish[i]), {"context": by})
+    of_class = [_class_spans(result, number) for number in range(len(result.classes.members))]
+    for unit, number in enumerate(result.classes.of_unit):
+        for span in of_class[number]:
+            yield replace(span, unit=unit)
+
+
+def _class_spans(result: TimingResult, number: int) -> list[Span]:
+    """What the contexts and the vector engine of a unit of a class do."""
+    flat = result.flat
+    gaps, shared, locations = result.gaps, result.shared, result.locations
+    out: list[Span] = []
+    vector: list[Span] = []
+    for context in range(len(CONTEXTS)):
+        for i in np.nonzero((flat.unit == number) & (flat.context == context))[0].tolist():
+            cost = result.costs[int(result.number[i])]
+            name = short_name(locations[i])
+            arguments: dict[str, Any] = {
+                "location": locations[i],
+                "routine": flat.streams[number].routines[int(flat.routine[i])].name,
+                "instruction": int(flat.index[i]),
+                "bottleneck": cost.bottleneck,
+            }
+            if gaps[i, 0] > 0 and result.cause[i] >= 0:
+                cause = int(result.cause[i])
+                arguments["waited_cycles"] = float(gaps[i, 0])
+                arguments["waited_for"] = f"{CONTEXTS[int(flat.context[cause])]}: {short_name(locations[cause])}"
+            if result.waker[i] >= 0:
+                sender = int(flat.unit[int(result.waker[i])])
+                arguments["sync_cycles"] = float(gaps[i, 2])
+                arguments["last_notify_of"] = result.unit_name(sender)
+            if gaps[i, 1] > 0:
+                arguments["vector_engine_taken_cycles"] = float(gaps[i, 1])
+            for what, cycles in zip(SHARED, shared[i].tolist(), strict=True):
+                if cycles > 1e-6:
+                    arguments[f"{what.removeprefix('contention_')}_shared_cycles"] = cycles
+            if cost.moved_bytes:
+                arguments["bytes"] = cost.moved_bytes
+            if cost.macs:
+                arguments["macs"] = cost.macs
+            begin, end = float(result.start[i]), float(result.finish[i])
+            out.append(Span(number, _CONTEXT_LANE[context], name, begin, end, arguments))
+            if cost.vector:
+                vector.append(Span(number, 4, name, begin, end, {"context": CONTEXTS[context]}))
+    return out + sorted(vector, key=lambda span: span.begin)
 
 
 def _layer_spans(result: TimingResult) -> Iterator[Span]:
     """Layers overlap (the next one's transfers start early): a lane shows when each one's completion advanced."""
-    done: dict[int, float] = {}
-    for layer in result.layers:
-        before = max(done.get(layer.unit, 0.0), layer.start)
-        done[layer.unit] = max(before, layer.end)
-        arguments = {"first_start_cycle": layer.start, "instructions": layer.instructions, "routine": layer.routine}
-        yield Span(layer.unit, 0, short_name(layer.name), before, max(before, layer.end), arguments)
+    for unit in range(result.units):
+        done = 0.0
+        for layer in result.layers_of(unit):
+            before = max(done, layer.start)
+            done = max(before, layer.end)
+            arguments = {"first_start_cycle": layer.start, "instructions": layer.instructions, "routine": layer.routine}
+            yield Span(unit, 0, short_name(layer.name), before, done, arguments)
 
 
 def short_name(location: str) -> str:
@@ -100,6 +116,10 @@ def write_trace(result: TimingResult, path: str | Path) -> int:
     raise ValueError(f"trace file {path.name}: the name must end with .json, .pftrace or .perfetto-trace")
 
 
+def _process_name(result: TimingResult, unit: int) -> str:
+    return f"unit {unit}: {result.topology.describe(unit)}"
+
+
 def _lane_ids(result: TimingResult) -> list[tuple[int, int, str]]:
     return [(unit, lane, LANES[lane]) for unit in range(result.units) for lane in range(len(LANES))]
 
@@ -112,7 +132,8 @@ def _write_json(result: TimingResult, path: Path) -> int:
         json.dump({"machine": result.machine.name, "mode": result.machine.mode, "cycles": result.cycles}, file)
         file.write(',"traceEvents":[\n')
         meta: list[dict[str, Any]] = [
-            {"ph": "M", "name": "process_name", "pid": u, "args": {"name": f"unit {u}"}} for u in range(result.units)
+            {"ph": "M", "name": "process_name", "pid": u, "args": {"name": _process_name(result, u)}}
+            for u in range(result.units)
         ]
         for unit, lane, name in _lane_ids(result):
             meta.append({"ph": "M", "name": "thread_name", "pid": unit, "tid": lane, "args": {"name": name}})
@@ -160,7 +181,7 @@ def _write_protobuf(result: TimingResult, path: Path) -> int:
         described = packet().track_descriptor
         described.uuid = track(unit, 15)
         described.process.pid = unit + 1
-        described.process.process_name = f"unit {unit}"
+        described.process.process_name = _process_name(result, unit)
     for unit, lane, name in _lane_ids(result):
         described = packet().track_descriptor
         described.uuid, described.parent_uuid = track(unit, lane), track(unit, 15)

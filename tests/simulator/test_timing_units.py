@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +42,7 @@ from runtime_sim.errors import SimulationError
 from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.timing import TimingResult, simulate
 from runtime_sim.topology import Topology
+from runtime_sim.trace import write_trace
 
 BOOK = load_machine()
 SILICON = load_machine(mode="silicon")
@@ -455,3 +457,18 @@ def test_json_names_units_and_cards():
     assert (data["units"], data["cards"], data["tensor"], data["replicas"]) == (16, 2, 8, 2)
     assert len(data["stalls"]) == 16
     assert data["instructions_executed"] == 48 and len(data["instructions"]["start"]) == 3
+
+
+def test_a_trace_has_a_process_for_every_pe(tmp_path):
+    """Units simulated once are all drawn; a wait names the unit whose notify ended it."""
+    result = simulate(one_shot(8, 8192), BOOK, topology=Topology.of(BOOK, 8, 1, 2), launch=launch(8))
+    file = tmp_path / "t.json"
+    number = write_trace(result, file)
+    events = json.loads(file.read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"]
+    assert names == [f"unit {u}: card {u // 8} PE {u % 8}" for u in range(16)]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert len(spans) == number == 16 * 3
+    waits = [e for e in spans if e["args"]["bottleneck"] == "wait"]
+    assert {e["args"]["sync_cycles"] for e in waits} == {600.0}
+    assert all(e["args"]["last_notify_of"].startswith("unit 0 on card 0") for e in waits)
