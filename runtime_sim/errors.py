@@ -25,6 +25,7 @@ class SimulationError(Exception):
     BOUNDS = "out of bounds"
     UNINITIALISED = "uninitialised read"
     RACE = "race between contexts"
+    UNIT_RACE = "race between units"
     DEADLOCK = "deadlock"
 
     def __init__(self, kind: str, what: str, fix: str = "", site: Site | None = None) -> None:

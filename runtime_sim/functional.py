@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backend_rngd.isa.descriptors import Call, Instruction, Stream
+from backend_rngd.isa.descriptors import Call, Dma, Instruction, Stream
 from backend_rngd.machine import Machine
 from runtime_sim.errors import SimulationError, Site
 from runtime_sim.memory import Card, Hbm, RowMemory
 from runtime_sim.plans import Plan, plan_of
+from runtime_sim.topology import Place
 from runtime_sim.workers import single_threaded_blas
 
 __all__ = ["Card", "Executed", "Program", "SimulationError", "Unit"]
@@ -47,6 +48,7 @@ class Program:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.plans: list[list[Plan | None]] = [[None] * len(r.instructions) for r in stream.routines]
+        self._peer_transfers: dict[int, list[tuple[int, Dma]]] = {}
 
     def plan(self, unit: Unit, routine: int, index: int) -> Plan:
         """The decoded instruction."""
@@ -57,6 +59,16 @@ class Program:
             plan = self.plans[routine][index] = plan_of(what, unit)
         return plan
 
+    def peer_transfers(self, routine: int) -> list[tuple[int, Dma]]:
+        """Transfers of a routine that name other units, with their indices."""
+        found = self._peer_transfers.get(routine)
+        if found is None:
+            items = enumerate(self.stream.routines[routine].instructions)
+            transfers = [(i, x.what) for i, x in items if isinstance(x.what, Dma)]
+            found = [(i, op) for i, op in transfers if op.source.space.is_peer or op.destination.space.is_peer]
+            self._peer_transfers[routine] = found
+        return found
+
     def site(self, routine: int, index: int) -> Site:
         """Place of an instruction, for errors."""
         instruction = self.stream.routines[routine].instructions[index]
@@ -65,29 +77,17 @@ class Program:
         return Site(self.stream.routines[routine].name, index, location)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a unit is: its card and the first of its PEs on the card."""
-
-    card: int = 0
-    pe: int = 0
-
-    def __str__(self) -> str:
-        return f"card {self.card} PE {self.pe}"
-
-
 class Unit:
     """One PE (64 slices) or several fused PEs: DM, TRF, VRF, 64 registers, and a window of the card's HBM.
 
     `checks` turns on the detection of uninitialised reads; bounds and legality are always checked. `peers` are the
-    units that peer addresses name, by their numbers (`isa.descriptors`); `number` is the unit's own among them.
+    units that peer addresses name, by their numbers (`isa.descriptors`); `place.rank` is the unit's own.
     """
 
     def __init__(self, window: Hbm, slices: int, checks: bool = True, place: Place | None = None) -> None:
         machine: Machine = window.machine
         self.window = window
-        self.place = place or Place()
-        self.number = 0
+        self.place = place or Place(0, 0, 0, 0, 0)
         self.peers: dict[int, Unit] = {0: self}
         self.machine = machine
         self.slices = slices

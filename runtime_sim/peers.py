@@ -30,7 +30,7 @@ def peer(unit: Unit, number: int, space: Space) -> Unit:
     if space is Space.PEER_DM and found.place.card != unit.place.card:
         raise SimulationError(
             SimulationError.ILLEGAL,
-            f"transfer between {unit.place} and the DM of {found.place}",
+            f"transfer between a unit of card {unit.place.card} and the DM of a unit of card {found.place.card}",
             "other cards are reached through HBM, over PCIe",
         )
     return found

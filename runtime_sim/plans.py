@@ -41,7 +41,7 @@ class Plan(Protocol):
         raise NotImplementedError
 
 
-class _Static:
+class StaticPlan:
     """Reads and writes at fixed addresses: checked at the first run only, because written bytes stay written."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Static:
         self.generation = unit.generation
 
 
-class ExecPlan(_Static):
+class ExecPlan(StaticPlan):
     """A Tensor Unit pass."""
 
     def __init__(self, op: Exec, unit: Unit) -> None:
@@ -178,7 +178,7 @@ def _interleaved(groups: Sequence[Array], packet: int) -> Array:
     return np.concatenate(parts, axis=4).reshape(*shape[:3], -1)
 
 
-def _fetch_reads(plan: _Static, fetch: Any, dm: RowMemory, rows: slice) -> None:
+def _fetch_reads(plan: StaticPlan, fetch: Any, dm: RowMemory, rows: slice) -> None:
     width = fetch.dtype.bytes
     tensors = [(fetch.base, fetch.loops)]
     if fetch.second is not None:
@@ -188,7 +188,7 @@ def _fetch_reads(plan: _Static, fetch: Any, dm: RowMemory, rows: slice) -> None:
         plan.reads.append((dm, Footprint.of(base, loops, width), rows, "fetch"))
 
 
-class LoadTrfPlan(_Static):
+class LoadTrfPlan(StaticPlan):
     """StoTRF: the stream, cut in `lanes` equal parts, as contiguous bytes of each lane."""
 
     def __init__(self, op: LoadTrf, unit: Unit) -> None:
@@ -243,7 +243,7 @@ class LoadTrfPlan(_Static):
         return self.target
 
 
-class LoadVrfPlan(_Static):
+class LoadVrfPlan(StaticPlan):
     """StoVRF: the stream, widened to 32 bit if asked, as contiguous bytes."""
 
     def __init__(self, op: LoadVrf, unit: Unit) -> None:
@@ -272,7 +272,7 @@ class LoadVrfPlan(_Static):
         return self.target
 
 
-class MemsetPlan(_Static):
+class MemsetPlan(StaticPlan):
     """ITOS: a 32-bit pattern."""
 
     def __init__(self, op: Memset, unit: Unit) -> None:
