@@ -95,14 +95,16 @@ class PlanTp(ModulePass):
 def choose_mesh(module: ModuleOp, size: int) -> Mesh:
     """The mesh with the fewest query heads a unit, then the fewest key-value heads, padding included.
 
-    Of equal ones that without padding of key-value heads (`kv` = gcd), then that with most `kv`.
+    Of equal ones that without padding of key-value heads (`kv` = gcd), then that with most `kv`. Where every query head
+    has its own key-value head there is nothing for `r` to cut.
     """
     attentions = [op for op in module.walk() if isinstance(op, tc.AttentionOp)]
 
     def cost(kv: int) -> tuple[int, int, bool, int]:
         own = [-(-shape_of(a.k)[1] // kv) for a in attentions]
         heads = sum(n * -(-a.group // (size // kv)) for n, a in zip(own, attentions, strict=True))
-        padded = any(shape_of(a.k)[1] % kv for a in attentions)
+        # Without groups there is nothing that copies of keys and values could serve.
+        padded = any(shape_of(a.k)[1] % kv for a in attentions if a.group > 1)
         return heads, sum(own), padded, -kv
 
     best = min((kv for kv in range(1, size + 1) if size % kv == 0), key=cost)

@@ -32,7 +32,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.contract_base import compact
 from backend_rngd.lowering.emitter import Emitter, Place, dm, hbm
 from backend_rngd.lowering.group import Group, Scope
-from backend_rngd.lowering.move import load_rows, move_rows, ring_broadcast, ring_packet, store_rows
+from backend_rngd.lowering.move import load_rows, move_rows, place_of, ring_broadcast, ring_packet, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
 from backend_rngd.machine.formulas import collective_time
 from ir.errors import UnsupportedError
@@ -66,46 +66,68 @@ class CollectiveLowering:
             return self._sum_of_few(x)
         return self._sum_of_many(x)
 
-    def reserve(self, space: Space, nbytes: int) -> SSAValue:
-        """A published buffer for the operand of the next collective."""
-        return self.group.publish(self.group.card_scope, space.name.lower(), nbytes)
+    def reserve(self, space: Space, nbytes: int, padded: bool = False) -> SSAValue:
+        """A published buffer for the operand of the next collective. padded: its bytes that hold no value are zero."""
+        buffer = self.group.publish(self.group.card_scope, space.name.lower(), nbytes)
+        if padded and space == Space.DM:
+            self.em.memset(buffer, 0, nbytes)
+        return buffer
 
-    def _published(self, x: Tensor) -> Tensor:
-        """`x` itself if it was computed into a published buffer, else a copy in one."""
+    def _published(self, x: Tensor, whole_rows: bool) -> Tensor:
+        """`x` itself if it was computed into a published buffer, else a copy in one. whole_rows: padding is read."""
         if x.buffer in self.group.mine:
             return x
         rows = x.rows
         assert rows is not None
         count = rows.physical if x.space == Space.HBM else rows.local
-        held = replace(x, buffer=self.reserve(x.space, count * x.pitch), base=0)
+        held = replace(x, buffer=self.reserve(x.space, count * x.pitch, whole_rows), base=0)
         if x.space == Space.HBM:
             move_rows(self.em, x, held)
-        else:  # one pass of whole rows, padding included
-            count, width = rows.local * x.pitch // x.dtype.bytes, x.dtype.bytes
-            packet = 8 if count % 8 == 0 else 4
-            fetch = self.em.fetch(x.base, [(count, width)], x.dtype, packet)
-            self.em.execute(fetch, x.buffer, compact(count, x.dtype), held.buffer)
+        else:
+            features, width = _features(x), x.dtype.bytes
+            packet = 8 if features % 8 == 0 else 4
+            loops = [(rows.local, x.pitch), (features, width)]
+            commit = Commit(0, ((rows.local, held.pitch), (features, width)), x.dtype, packet)
+            self.em.execute(self.em.fetch(x.base, loops, x.dtype, packet), x.buffer, commit, held.buffer)
         return held
+
+    def needs_padding(self, features: int, pitch: int, replicated: bool) -> bool:
+        """Whether an all-reduce of rows of `pitch` elements exchanges the padding behind the features too."""
+        return self._width(features, pitch, replicated) != features
+
+    def _width(self, features: int, pitch: int, replicated: bool) -> int:
+        """Elements of a row that are exchanged: the features, or with their padding where only that divides."""
+        group = self.group
+
+        def fits(width: int) -> bool:
+            if not replicated:
+                return width % (4 * group.local) == 0
+            return _piece(width, group.local, self.em.slices) is not None
+
+        if fits(features):
+            return features
+        if fits(pitch):
+            return pitch
+        raise UnsupportedError(
+            f"an all-reduce of {features} features over {group.units} units",
+            f"neither {features} nor {pitch} elements are a multiple of 4 for each of {group.local} units of a card",
+            "use fewer units (-tp), or a hidden size that is a multiple of 4 times their number",
+        )
 
     def _sum_of_few(self, x: Tensor) -> Tensor:
         """Rows in every slice."""
         group, em = self.group, self.em
-        width, features = x.dtype.bytes, _features(x)
+        width = x.dtype.bytes
         rows = x.rows
         assert rows is not None
         count = rows.local
+        features = self._width(_features(x), x.pitch // width, True)
         whole = count * features * width
         one_shot = _piece(features, 1, em.slices)
         two_phase = _piece(features, group.local, em.slices)
         times = self._times(whole, one_shot is not None, two_phase is not None)
-        if not times:
-            raise UnsupportedError(
-                f"an all-reduce of {features} features over {group.units} units",
-                f"no piece of a multiple of 4 features divides them over {group.local} units and {em.slices} slices",
-                "use fewer units (-tp), or a hidden size that is a multiple of 4 times their number",
-            )
         scope = group.card_scope
-        held = self._published(x)
+        held = self._published(x, features != _features(x))
         group.exchange(scope, held.buffer)
         if min(times, key=lambda name: times[name]) == "one_shot":
             assert one_shot is not None
@@ -205,16 +227,11 @@ class CollectiveLowering:
     def _sum_of_many(self, x: Tensor) -> Tensor:
         """Rows on slices: the unit with number u on its card owns the rows of slices [u * share, (u + 1) * share)."""
         group, em = self.group, self.em
-        rows, width, features = x.rows, x.dtype.bytes, _features(x)
+        rows, width = x.rows, x.dtype.bytes
         assert rows is not None
-        if features % (4 * group.local) or em.slices % group.local:
-            raise UnsupportedError(
-                f"an all-reduce of {features} features over {group.units} units",
-                f"the features of a row are spread over {group.local} slices in multiples of 4 while they are added",
-                "use fewer units (-tp), or a hidden size that is a multiple of 4 times their number",
-            )
+        features = self._width(_features(x), x.pitch // width, False)
         scope = group.card_scope
-        held = self._published(x)
+        held = self._published(x, features != _features(x))
         group.exchange(scope, held.buffer)
         share, size = em.slices // group.local, features // group.local
         piece = size * width
@@ -252,7 +269,7 @@ class CollectiveLowering:
                 "use a bucket whose length is a multiple of 64",
             )
         scope = group.card_scope
-        held = self._published(x)
+        held = self._published(x, False)
         group.exchange(scope, held.buffer, in_dm=False)
         share = rows.physical // group.local
         own = group.register(on_card=share * x.pitch, card=1)
@@ -265,39 +282,32 @@ class CollectiveLowering:
             sums = self._add_rows(source, group.cards, group.local, share, x, scope)
         group.exchange(scope, sums, in_dm=False)
         target = em.alloc(rows.physical * x.pitch, space="hbm")
-        em.dma(
-            peer(sums, Space.HBM, 0, scope.register),
-            hbm(target),
-            [(group.local, UNIT_STRIDE, share * x.pitch)],
-            share * x.pitch,
-        )
+        loops = [(group.local, UNIT_STRIDE, share * x.pitch), (share, x.pitch, x.pitch)]
+        em.dma(peer(sums, Space.HBM, 0, scope.register), hbm(target), loops, _row_bytes(x))
         return replace(x, buffer=target, base=0)
 
     def _add_rows(self, source: Place, copies: int, step: int, share: int, x: Tensor, scope: Scope) -> SSAValue:
         """Sum of `copies` images of `share` rows, `step` units apart, in a buffer that `scope` will publish."""
-        em = self.em
         sums = self.group.publish(scope, "hbm", share * x.pitch)
-        slices = max(n for n in range(1, min(em.slices, share) + 1) if share % n == 0)
-        per_slice = share // slices
-        chunk = max(1, min(per_slice, SLOT_BYTES // (copies * x.pitch)))
-        elements = x.pitch // x.dtype.bytes
-        for first in range(0, per_slice, chunk):
-            count = min(chunk, per_slice - first)
-            slots = em.alloc(copies * count * x.pitch, "copies")
-            loops = [
-                (slices, per_slice * x.pitch, DM_SLICE_STRIDE),
-                (copies, step * UNIT_STRIDE, count * x.pitch),
-            ]
-            em.dma(source._replace(base=source.base + first * x.pitch), dm(slots), loops, count * x.pitch)
-            total = em.alloc(count * x.pitch, "sum")
-            self._add(slots, copies, count * elements, x.dtype, total, slices)
-            em.dma(
-                dm(total),
-                hbm(sums, first * x.pitch),
-                [(slices, DM_SLICE_STRIDE, per_slice * x.pitch)],
-                count * x.pitch,
-            )
+        self._add_in_pieces(source, copies, step * UNIT_STRIDE, share, x, sums)
         return sums
+
+    def _add_in_pieces(self, source: Place, copies: int, distance: int, count: int, x: Tensor, sums: SSAValue) -> None:
+        """sums[row] = sum over the copies, `distance` bytes apart, of `count` rows in HBM; slices share the rows."""
+        em, run = self.em, _row_bytes(x)
+        slices = max(n for n in range(1, min(em.slices, count) + 1) if count % n == 0)
+        per_slice = count // slices
+        chunk = max(1, min(per_slice, SLOT_BYTES // (copies * run)))
+        for first in range(0, per_slice, chunk):
+            rows = min(chunk, per_slice - first)
+            slots = em.alloc(copies * rows * run, "copies")
+            loops = [(slices, per_slice * x.pitch, DM_SLICE_STRIDE), (copies, distance, rows * run)]
+            begin = source._replace(base=source.base + first * x.pitch)
+            em.dma(begin, dm(slots), [*loops, (rows, x.pitch, run)], run)
+            total = em.alloc(rows * run, "sum")
+            self._add(slots, copies, rows * run // x.dtype.bytes, x.dtype, total, slices)
+            loops = [(slices, DM_SLICE_STRIDE, per_slice * x.pitch), (rows, run, x.pitch)]
+            em.dma(dm(total), hbm(sums, first * x.pitch), loops, run)
 
     def _add(self, slots: SSAValue, copies: int, count: int, dtype: Dtype, target: SSAValue, slices: int) -> None:
         """target[i] = sum over the copies of slots[copy][i], `count` elements a slice, in f32."""
@@ -333,10 +343,17 @@ class CollectiveLowering:
         rows = x.rows
         assert rows is not None
         if x.space == Space.HBM:
-            return self._published(x)
+            return self._published(x, False)
         image = replace(x, buffer=self.reserve(Space.HBM, rows.physical * x.pitch), space=Space.HBM, base=0)
         store_rows(self.em, x, image, rows.local)
         return image
+
+    def _exchange_with_all(self, published: SSAValue) -> None:
+        """All units of the group have published an HBM buffer: those of the card, then those of equal rank, which have
+        heard of their cards."""
+        self.group.exchange(self.group.card_scope, published, in_dm=False)
+        if self.group.cards > 1:
+            self.group.exchange(self.group.rank_scope, published, in_dm=False)
 
     def _gather_features(self, x: Tensor, dim: int, output: Callable[[int], SSAValue]) -> Tensor:
         """Features: the image of every unit is a part of the result in all rows."""
@@ -345,9 +362,7 @@ class CollectiveLowering:
         assert rows is not None
         features = [d for d in x.dims if d.kind == "feature"]
         held = self._image(x)
-        group.exchange(group.card_scope, held.buffer, in_dm=False)
-        if group.cards > 1:
-            group.exchange(group.rank_scope, held.buffer, in_dm=False)
+        self._exchange_with_all(held.buffer)
         outermost = x.dims[dim].stride == max(d.stride for d in features) and x.dims[dim].size > 1
         if outermost and x.pitch <= min(d.stride for d in features):  # channel-major: images lie one after the other
             nbytes = x.dims[dim].size * x.dims[dim].stride
@@ -392,23 +407,16 @@ class CollectiveLowering:
         part = rows.length
         whole = RowSpace.make(rows.batch, part * group.units, em.slices)
         held = self._image(x)
-        group.exchange(group.card_scope, held.buffer, in_dm=False)
-        if group.cards > 1:
-            group.exchange(group.rank_scope, held.buffer, in_dm=False)
+        self._exchange_with_all(held.buffer)
         dims = [_row_dim(d, whole) for d in x.dims]
         image = em.alloc(whole.physical * x.pitch, space="hbm")
-        if whole.physical > whole.batch * whole.length:
-            # Passes over whole slices read rows that hold no token: they get the first row.
-            em.dma(hbm(held.buffer, held.base), hbm(image), [(whole.physical, 0, x.pitch)], x.pitch)
-        em.dma(
-            peer(held.buffer, Space.HBM, held.base, 0),
-            hbm(image),
-            [
-                (rows.batch, rows.batch_stride * x.pitch, whole.batch_stride * x.pitch),
-                (group.units, UNIT_STRIDE, part * x.pitch),
-            ],
-            part * x.pitch,
-        )
+        self._fill(place_of(held), image, whole, x)
+        loops = [
+            (rows.batch, rows.batch_stride * x.pitch, whole.batch_stride * x.pitch),
+            (group.units, UNIT_STRIDE, part * x.pitch),
+            (part, x.pitch, x.pitch),
+        ]
+        em.dma(peer(held.buffer, Space.HBM, held.base, 0), hbm(image), loops, _row_bytes(x))
         gathered = Tensor(image, Space.HBM, x.dtype, tuple(dims), whole, 0, x.pitch)
         return self._where_it_fits(gathered)
 
@@ -425,60 +433,66 @@ class CollectiveLowering:
         assert rows is not None
         if group.units == 1:
             return x
-        if not x.dims[dim].is_row or group.cards > 1:
+        if not x.dims[dim].is_row:
             raise UnsupportedError(
-                "a reduce-scatter of features or over several cards",
-                "only tokens are scattered, among the units of a card",
-                "turn sequence parallelism off",
+                "a reduce-scatter of features", "only tokens are scattered", "turn sequence parallelism off"
             )
         part = rows.length // group.units
         mine = RowSpace.make(rows.batch, part, em.slices)
         held = self._image(x)
-        group.exchange(group.card_scope, held.buffer, in_dm=False)
-        own = group.register(on_card=part * x.pitch, card=1)
+        self._exchange_with_all(held.buffer)
+        own = group.register(part=part * x.pitch)
         nbytes = part * x.pitch
         copies = em.alloc(group.units * rows.batch * nbytes, space="hbm")
-        em.dma(
-            peer(held.buffer, Space.HBM, held.base, own),
-            hbm(copies),
-            [(group.units, UNIT_STRIDE, rows.batch * nbytes), (rows.batch, rows.batch_stride * x.pitch, nbytes)],
-            nbytes,
-        )
+        loops = [
+            (group.units, UNIT_STRIDE, rows.batch * nbytes),
+            (rows.batch, rows.batch_stride * x.pitch, nbytes),
+            (part, x.pitch, x.pitch),
+        ]
+        em.dma(peer(held.buffer, Space.HBM, held.base, own), hbm(copies), loops, _row_bytes(x))
         sums = em.alloc(mine.physical * x.pitch, space="hbm")
-        slices = max(n for n in range(1, min(em.slices, rows.batch * part) + 1) if rows.batch * part % n == 0)
-        per_slice = rows.batch * part // slices
-        chunk = max(1, min(per_slice, SLOT_BYTES // (group.units * x.pitch)))
-        elements = x.pitch // x.dtype.bytes
-        dense = em.alloc(rows.batch * nbytes, space="hbm") if mine.batch_stride != part else sums
-        for first in range(0, per_slice, chunk):
-            count = min(chunk, per_slice - first)
-            slots = em.alloc(group.units * count * x.pitch, "copies")
-            em.dma(
-                hbm(copies, first * x.pitch),
-                dm(slots),
-                [
-                    (slices, per_slice * x.pitch, DM_SLICE_STRIDE),
-                    (group.units, rows.batch * nbytes, count * x.pitch),
-                ],
-                count * x.pitch,
-            )
-            total = em.alloc(count * x.pitch, "sum")
-            self._add(slots, group.units, count * elements, x.dtype, total, slices)
-            em.dma(
-                dm(total),
-                hbm(dense, first * x.pitch),
-                [(slices, DM_SLICE_STRIDE, per_slice * x.pitch)],
-                count * x.pitch,
-            )
-        # Rows that hold no token are read by passes over whole slices: they get the first row.
-        if mine.physical > rows.batch * part:
-            em.dma(hbm(dense), hbm(sums), [(mine.physical, 0, x.pitch)], x.pitch) if dense is not sums else em.dma(
-                hbm(dense), hbm(sums, part * x.pitch), [(mine.physical - part, 0, x.pitch)], x.pitch
-            )
-        if dense is not sums:
-            em.dma(hbm(dense), hbm(sums), [(rows.batch, nbytes, mine.batch_stride * x.pitch)], nbytes)
+        packed = sums if mine.batch_stride == part else em.alloc(rows.batch * nbytes, space="hbm")
+        self._add_in_pieces(hbm(copies), group.units, rows.batch * nbytes, rows.batch * part, x, packed)
+        self._fill(hbm(packed), sums, mine, x)
+        if packed is not sums:
+            loops = [(rows.batch, nbytes, mine.batch_stride * x.pitch), (part, x.pitch, x.pitch)]
+            em.dma(hbm(packed), hbm(sums), loops, _row_bytes(x))
         dims = [_row_dim(d, mine) for d in x.dims]
         return self._where_it_fits(Tensor(sums, Space.HBM, x.dtype, tuple(dims), mine, 0, x.pitch))
+
+    def local_slice(self, x: Tensor, dim: int, size: int) -> Tensor:
+        """The own part of the tokens of dimension `dim`: a copy inside the own memory, from where it differs by unit."""
+        group, em = self.group, self.em
+        rows = x.rows
+        assert rows is not None
+        if not x.dims[dim].is_row or size * group.units != rows.length:
+            raise UnsupportedError(
+                f"the own part of dimension {dim} of {x.shape}",
+                "only tokens are cut, and into equal parts",
+                "choose a bucket whose length is a multiple of the units",
+            )
+        image = x
+        if x.space == Space.DM:
+            buffer = em.alloc(rows.physical * x.pitch, space="hbm")
+            image = replace(x, buffer=buffer, space=Space.HBM, base=0)
+            store_rows(em, x, image, rows.local)
+        mine = RowSpace.make(rows.batch, size, em.slices)
+        target = em.alloc(mine.physical * x.pitch, space="hbm")
+        self._fill(place_of(image), target, mine, x)
+        own = group.register(part=UNIT_STRIDE + size * x.pitch)
+        loops = [(rows.batch, rows.batch_stride * x.pitch, mine.batch_stride * x.pitch), (size, x.pitch, x.pitch)]
+        em.dma(peer(image.buffer, Space.HBM, image.base, own), hbm(target), loops, _row_bytes(x))
+        dims = [_row_dim(d, mine) for d in x.dims]
+        return self._where_it_fits(Tensor(target, Space.HBM, x.dtype, tuple(dims), mine, 0, x.pitch))
+
+    def _fill(self, first: Place, target: SSAValue, rows: RowSpace, like: Tensor) -> None:
+        """Passes over whole slices read rows that hold no token: they get the row at `first`."""
+        used = rows.batch * rows.length
+        if rows.physical == used:
+            return
+        start = used if rows.batch_stride == rows.length else 0
+        loops = [(rows.physical - start, 0, like.pitch)]
+        self.em.dma(first, hbm(target, start * like.pitch), loops, _row_bytes(like))
 
 
 def _feature(size: int, stride: int) -> Dim:
@@ -502,6 +516,10 @@ def _features(x: Tensor) -> int:
     for d in x.features:
         total *= d.size
     return total
+
+
+def _row_bytes(x: Tensor) -> int:
+    return round_up(_features(x) * x.dtype.bytes, 8)
 
 
 def dense(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import CallOp, LaunchOp, RoutineOp
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
 from backend_rngd.lowering.tensor import round_up
@@ -36,6 +36,7 @@ class Program:
         self.units = self.mesh.size
         self._semaphores = 0
         self._launch: dict[tuple[int, ...], int] = {}
+        self.own_unit = self.launch_register(tuple(u * UNIT_STRIDE for u in range(self.units)))
         self.main = self.routine("main")
         self.forms: dict[str, list[tuple[Form, str]]] = {}
 

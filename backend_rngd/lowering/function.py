@@ -266,9 +266,21 @@ class FunctionLowering:
             self._contract(op, lambda nbytes: self.collectives.reserve(Space.HBM, nbytes))
         elif isinstance(user, tc.AllReduceOp) and user is op.next_op:
             # Nothing lies between the contraction and its all-reduce, so that the buffer is the next phase's.
-            self._contract(op, None, self.collectives.reserve)
+            self._contract(op, None, lambda space, nbytes: self._reserve(op, space, nbytes))
         else:
             self._contract(op, None)
+
+    def _reserve(self, op: tc.ContractOp, space: Space, nbytes: int) -> SSAValue:
+        """The buffer of a contraction whose result the next operation adds over all units."""
+        rows = self._rows_of(op)
+        features = product(shape_of(op.result)) // (rows.batch * rows.length)
+        pitch = nbytes // (rows.physical if space == Space.HBM else rows.local) // dtype_of(op.result).bytes
+        padded = self.collectives.needs_padding(features, pitch, rows.replicated)
+        return self.collectives.reserve(space, nbytes, padded)
+
+    def _rows_of(self, op: tc.ContractOp) -> RowSpace:
+        rows = [v.rows for o in op.operands if isinstance(v := self.env[o], Tensor) and v.rows is not None]
+        return rows[0]
 
     def _output_name(self, value: SSAValue) -> str | None:
         """The program output that a value is, seen through views, if it is nothing else."""
@@ -396,6 +408,12 @@ class FunctionLowering:
         """See `collective.py`."""
         check_axis(self.parent, op.axis.data)
         self.env[op.result] = self.collectives.reduce_scatter(self._dense(op.x), int(op.dim.value.data))
+
+    def op_tc_local_slice(self, op: tc.LocalSliceOp) -> None:
+        """See `collective.py`."""
+        check_axis(self.parent, op.axis.data)
+        dim = int(op.dim.value.data)
+        self.env[op.result] = self.collectives.local_slice(self._dense(op.x), dim, shape_of(op.result)[dim])
 
     def _dense(self, value: SSAValue) -> Tensor:
         t = self.tensor(value)

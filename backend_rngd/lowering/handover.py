@@ -31,7 +31,7 @@ def add_handover(program: Program, slots: Slots) -> None:
     if any(t.rows is None for t in values.values()):
         raise UnsupportedError("a value without tokens between layers", "stages hand over tokens", "pass tokens")
     ready, sent = program.semaphore(), program.semaphore()
-    own = program.launch_register(tuple(u * UNIT_STRIDE for u in range(program.units)))
+    own = program.own_unit
     following, previous = program.units * UNIT_STRIDE, 2 * program.units * UNIT_STRIDE
     receive, send = (_emitter(program, name) for name in (RECEIVE, SEND))
     receive.add(NotifyOp(Notify(own, previous, (), ready), location=RECEIVE))
