@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import DictionaryAttr, ModuleOp, StringAttr
 
 from frontend.assemble import Attempt, MainBuilder, Mode
 from frontend.aten import Meta
@@ -119,6 +119,7 @@ def _capture(source: ModelSource, num_hidden_layers: int | None, weights: str) -
     began = time.perf_counter()
     builder = MainBuilder(source, attempt, depth, aliases, buffers)
     module = builder.build()
+    _keep_plan(module, skeleton)
     seconds["convert"] = time.perf_counter() - began
     began = time.perf_counter()
     table = weight_table(source, builder.used_weights, buffers, aliases, weights)
@@ -142,6 +143,14 @@ def _capture(source: ModelSource, num_hidden_layers: int | None, weights: str) -
         notes=notes,
     )
     return Captured(module, table, info)
+
+
+def _keep_plan(module: ModuleOp, skeleton: Skeleton) -> None:
+    """Store the model's own tensor-parallel plan (`base_model_tp_plan`, and the head's) for the pass plan-tp."""
+    plan = getattr(skeleton.model, "_tp_plan", None)
+    if plan:
+        styles = {str(pattern): StringAttr(str(style)) for pattern, style in plan.items()}
+        module.attributes["tc.tp_plan"] = DictionaryAttr(styles)
 
 
 def _attempt(

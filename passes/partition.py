@@ -33,7 +33,7 @@ from ir.dialects import tc
 from ir.interpreter import find_function, names_of
 from ir.placement import Shard
 from ir.spmd import argument_shards
-from ir.types import elem_of, labelled_dims, shape_of, tensor, tensor_type
+from ir.types import labelled_dims, shape_of, tensor_type
 from passes.provenance import PATH, inherit
 from passes.reshard import Reshard, local_type, name_of
 from passes.sharding import Sharding, static_values
@@ -135,8 +135,8 @@ class _Function:
             return value
         key = (op.operands[index], want)
         if key not in self.moved:
-            reason = reason or f"{name_of(op.operands[index], op)} from [{have}] to [{want}]"
-            self.moved[key] = self.reshard.move(value, have, want, f"{self._where(op)}: {reason}")
+            reason = reason or f"{name_of(op.operands[index], op)} is needed as [{want}]"
+            self.moved[key] = self.reshard.move(value, have, want, f"{self._where(op)}: {reason}, it lies as [{have}]")
         return self.moved[key]
 
     def _weight(self, op: tc.WeightOp) -> None:
@@ -174,7 +174,7 @@ class _Function:
             final = self.sharding.retired(op, step)
             value = self.env[op.results[0]][0]
             weight = next((name_of(o, op) for o in op.operands if o in self.static), "an operand")
-            why = f"{self._where(op)}: partial sums, {weight} is cut along the summed axis"
+            why = f"{self._where(op)}: sum over an axis along which {weight} is cut"
             value = self.reshard.retire(value, step.result, final, step.partial, why)
             self.env[op.results[0]] = (value, final)
 
@@ -220,14 +220,6 @@ class _Function:
             have = self.env[operand][1]
             want = self.sharding.whole(operand) if main and not name.startswith("cache.") else have
             shards.append(want)
-            values.append(self._wanted(op, index, want, f"result {name} of @{self.old.sym_name.data} is whole"))
+            values.append(self._wanted(op, index, want, f"result {name} is whole in every unit"))
         self.block.add_op(ReturnOp(*values))
         return shards
-
-
-def bytes_of(value: SSAValue) -> int:
-    """Bytes of a value with static sizes."""
-    size = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i1": 1}[elem_of(value)]
-    for dim in tensor(value).get_shape():
-        size *= dim
-    return size

@@ -12,6 +12,8 @@ from xdsl.passes import ModulePass
 from passes.cast_bf16 import CastBf16
 from passes.fuse_elementwise import FuseElementwise
 from passes.last_token import LastToken
+from passes.partition import Partition
+from passes.plan_tp import PlanTp
 from passes.simplify import Simplify
 from passes.specialise import Specialise
 from passes.wide_logits import WideLogits
@@ -38,6 +40,15 @@ def specialise_stage(batch: int, seq: int, kv: int | None) -> list[ModulePass]:
         # Sizes that became 1 make reshapes and contractions trivial.
         Simplify(),
     ]
+
+
+def shard_stage(tensor: int, sequence_parallel: bool = False, plan: str | None = None) -> list[ModulePass]:
+    """Once per bucket, after specialise: one program for `tensor` units. Empty for one unit without a user's plan."""
+    if tensor == 1 and plan is None:
+        return []
+    place = PlanTp(size=tensor, sequence_parallel=sequence_parallel, plan=plan)
+    # A plan for one unit is only checked.
+    return [place, Partition()] if tensor > 1 else [place]
 
 
 def spec(passes: Sequence[ModulePass]) -> str:

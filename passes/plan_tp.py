@@ -32,6 +32,7 @@ from ir.errors import Problem, UserError
 from ir.interpreter import find_function, names_of
 from ir.placement import Factor, Factors, Mesh, Shard
 from ir.types import axis_names, shape_of
+from passes.notes import add_notes
 from passes.partition import SEQUENCE
 from passes.sharding import Placed, Sharding, static_values
 from passes.tp_roles import LOGITS, End, Follower
@@ -39,9 +40,6 @@ from passes.tp_styles import COLUMN, EMBEDDING, MODEL_PLAN, REPLICATE, ROW, Styl
 
 INPUT_IDS = "input_ids"
 """The argument of @main with token numbers."""
-
-NOTES = "tc.notes"
-"""Module attribute with remarks for the user: what was asked for and could not be done in this bucket."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,14 @@ class PlanTp(ModulePass):
         mesh = styles.mesh or choose_mesh(op, self.size)
         if mesh.size != self.size:
             raise UserError([Problem(f"mesh {mesh}", f"it has {mesh.size} units, not {self.size}", "correct the plan")])
-        notes: list[str] = []
-        rows = self._sequence(op, notes)
+        rows = self._sequence(op)
         sharding = Sharding(mesh, rows)
         Planner(op, sharding, styles).run()
         op.attributes[tc.PLAN] = StringAttr(str(mesh))
         if rows is not None:
             op.attributes[SEQUENCE] = IntegerAttr(rows, i64)
-        if notes:
-            op.attributes[NOTES] = ArrayAttr([StringAttr(n) for n in notes])
 
-    def _sequence(self, module: ModuleOp, notes: list[str]) -> int | None:
+    def _sequence(self, module: ModuleOp) -> int | None:
         """The number of tokens to cut under sequence parallelism."""
         if not self.sequence_parallel:
             return None
@@ -85,9 +80,8 @@ class PlanTp(ModulePass):
                 rows = shape_of(value)[axis_names(value).index("S")]
                 if rows % self.size == 0:
                     return rows
-                notes.append(
-                    f"no sequence parallelism in this bucket: {rows} tokens are no multiple of {self.size} units"
-                )
+                why = f"{rows} tokens are no multiple of {self.size} units"
+                add_notes(module, [f"no sequence parallelism in this bucket: {why}"])
                 return None
         return None
 

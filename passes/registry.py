@@ -57,6 +57,12 @@ def _partition() -> type[ModulePass]:
     return Partition
 
 
+def _split_stages() -> type[ModulePass]:
+    from passes.split_stages import SplitStages
+
+    return SplitStages
+
+
 def get_passes() -> dict[str, PassFactory]:
     """The passes of this layer. To add one: a file, a factory above, a line here, a `.mlir` test."""
     return {
@@ -68,4 +74,5 @@ def get_passes() -> dict[str, PassFactory]:
         "specialise": _specialise,
         "plan-tp": _plan_tp,
         "partition": _partition,
+        "split-stages": _split_stages,
     }
