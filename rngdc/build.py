@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,16 +91,12 @@ def build(options: BuildOptions, progress: Progress, problems: list[Problem] | N
     """Build an artifact. Raises UserError with every problem found (`problems`: those the caller has found already)."""
     clock, notes, machine = Clock(), list[str](), load_machine(options.machine)
     with clock.stage("resolve"):
-        problems = list(problems or [])
-        check_options(options, machine, problems)
-        _check_built(options, problems)
-        writer = _writer(options, problems)
-        source, buckets = resolve(options, problems, notes, progress)
-        if problems or source is None or writer is None:
-            raise UserError(problems)
+        source, buckets, writer = check_all(options, machine, list(problems or []), notes, progress)
     captured, captured_text = front(options, source, notes, clock, progress)
     with clock.stage("passes"):
-        modules = bucket_modules(options, captured, buckets, progress)
+        modules = specialise_modules(options, captured, buckets, progress)
+        modules = shard_modules(options, modules, notes, progress)
+    _check_memory(options, modules, machine)
     with clock.stage("backend"):
         programs = compile_modules(modules, machine, progress, options.dump_ir, clock.steps)
     with clock.stage("write"), writer:
@@ -125,12 +121,25 @@ def build(options: BuildOptions, progress: Progress, problems: list[Problem] | N
             pipeline=options.parallel.pipeline,
             units=options.parallel.tensor,
             slices=machine.slices_per_pe,
+            mesh=mesh_text(modules.values()),
         )
         manifest = write_programs(
             writer, programs, machine, model, parallel, options.weights, weights, linked, options.name
         )
     seconds = clock.stages | {"total": clock.total()}
     return BuildReport(str(options.output), manifest, seconds, clock.steps, notes, programs.peak)
+
+
+def check_all(
+    options: BuildOptions, machine: Machine, problems: list[Problem], notes: list[str], progress: Progress
+) -> tuple[ModelSource, list[BucketSpec], ArtifactWriter]:
+    """Everything that can be checked before work begins. Raises UserError with all problems."""
+    check_options(options, machine, problems)
+    writer = _writer(options, problems)
+    source, buckets = resolve(options, problems, notes, progress)
+    if problems or source is None or writer is None:
+        raise UserError(problems)
+    return source, buckets, writer
 
 
 def front(
@@ -156,22 +165,70 @@ def front(
     return captured, text
 
 
-def bucket_modules(
+def specialise_modules(
     options: BuildOptions, captured: Captured, buckets: list[BucketSpec], progress: Progress
 ) -> dict[BucketSpec, ModuleOp]:
-    """The module of every bucket: sizes put in, and with tensor parallelism the part of one processing element."""
+    """The module of every bucket, of static sizes."""
     from passes.opt import run_pipeline
     from passes.pipeline import specialise_stage
 
     modules: dict[BucketSpec, ModuleOp] = {}
     for bucket in buckets:
-        progress(f"{bucket.name}: passes")
+        progress(f"{bucket.name}: specialise")
         module = captured.module.clone()
         kv = None if captured.info.kind == "encoder" else bucket.attention_size
         stage = specialise_stage(bucket.batch, bucket.input_length, kv)
         run_pipeline(module, stage, options.dump_ir / bucket.name if options.dump_ir else None)
         modules[bucket] = module
     return modules
+
+
+def shard_modules(
+    options: BuildOptions, modules: dict[BucketSpec, ModuleOp], notes: list[str], progress: Progress
+) -> dict[BucketSpec, ModuleOp]:
+    """With tensor parallelism, every module becomes that of one unit. Raises UserError for all buckets."""
+    from passes.notes import notes as module_notes
+    from passes.opt import run_pipeline
+    from passes.pipeline import shard_stage
+
+    spread = options.parallel
+    plan = str(spread.plan) if spread.plan is not None else None
+    stage = shard_stage(spread.tensor, spread.sequence, plan)
+    if spread.sequence and spread.tensor == 1:
+        notes.append("--sequence-parallel has no effect with -tp 1")
+    if not stage:
+        return modules
+    found: dict[tuple[str, str, str], Problem] = {}
+    for bucket, module in modules.items():
+        progress(f"{bucket.name}: shard")
+        try:
+            run_pipeline(module, stage, options.dump_ir / bucket.name / "shard" if options.dump_ir else None)
+        except UserError as error:
+            found |= {(p.what, p.why, p.fix): p for p in error.problems}
+        notes += [n for n in module_notes(module) if n not in notes]
+    if found:
+        raise UserError(list(found.values()))
+    return modules
+
+
+def mesh_text(modules: Iterable[ModuleOp]) -> str:
+    """The mesh that the modules of all buckets were partitioned for; empty for one unit."""
+    from ir.dialects import tc
+
+    meshes = {str(mesh) for mesh in map(tc.mesh_of, modules) if mesh is not None}
+    if len(meshes) > 1:
+        raise AssertionError(f"buckets were partitioned for different meshes: {', '.join(sorted(meshes))}")
+    return meshes.pop() if meshes else ""
+
+
+def _check_memory(options: BuildOptions, modules: dict[BucketSpec, ModuleOp], machine: Machine) -> None:
+    from passes.outline import outline
+    from rngdc.estimate import memory_of, memory_problems
+
+    for module in modules.values():
+        outline(module)
+    if problems := memory_problems(memory_of(modules.values()), options.parallel, machine):
+        raise UserError(problems)
 
 
 def compile_modules(
@@ -220,12 +277,6 @@ def compile_modules(
             )
     close()
     return programs
-
-
-def _check_built(options: BuildOptions, problems: list[Problem]) -> None:
-    if options.parallel.tensor > 1 and not problems:
-        why = "streams for several processing elements are not built yet"
-        problems.append(Problem(f"-tp {options.parallel.tensor}", why, "use -tp 1"))
 
 
 def _writer(options: BuildOptions, problems: list[Problem]) -> ArtifactWriter | None:

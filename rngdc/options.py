@@ -90,10 +90,6 @@ def _check_parallel(parallel: ParallelOptions, machine: Machine, problems: list[
         why = "there is no such file"
         what = f"--tensor-parallel-plan {parallel.plan}"
         problems.append(Problem(what, why, "give a YAML file as docs/parallelism.md describes it"))
-    for flag, given in (("--tensor-parallel-plan", parallel.plan), ("--sequence-parallel", parallel.sequence)):
-        if given and parallel.tensor == 1:
-            why = "with one processing element a layer is not spread"
-            problems.append(Problem(f"{flag} with -tp 1", why, "raise -tp, or leave the option out"))
 
 
 def check_stages(parallel: ParallelOptions, layers: int | None, problems: list[Problem]) -> None:

@@ -129,8 +129,8 @@ def suggest(lengths: NDArray[np.int64]) -> Suggestion:
             steps[end] += max(0, inside)
         filled += sum(range(prompt + 1, prompt + output + 1))
     longest = int((prompts + outputs).max())
-    decode = _choose(steps or Counter({_rounded(longest): 1}), filled or 1)
-    return Suggestion(len(lengths), longest, _choose(reads, needed), decode)
+    steps[_rounded(longest)] += 0  # whatever a prefill bucket holds, a decode bucket must hold
+    return Suggestion(len(lengths), longest, _choose(reads, needed), _choose(steps, filled or 1))
 
 
 def _rounded(n: int) -> int:
