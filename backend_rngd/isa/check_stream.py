@@ -2,18 +2,19 @@
 
 The race check walks every routine in program order and asks, for every instruction, which earlier instructions of other
 contexts touch the same bytes; `after` must cover them (directly or through what those waited for) and must not say
-more.
+more. What several units do to each other is looked at in `check_units`.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from backend_rngd.isa.check_memory import MemoryCheck, Ranges, check_ranges
 from backend_rngd.isa.check_one import check
+from backend_rngd.isa.check_units import check_units
 from backend_rngd.isa.descriptors import (
     After,
     Call,
@@ -27,10 +28,13 @@ from backend_rngd.isa.descriptors import (
     LoadTrf,
     LoadVrf,
     Memset,
+    Notify,
     Routine,
     Space,
     Stream,
+    Wait,
 )
+from backend_rngd.isa.expand import synchronises
 from backend_rngd.isa.footprint import NO_LAUNCH, Access, Launch, footprint, slice_range, within_unit
 from backend_rngd.isa.hazards import CONTEXTS, Hazards
 from backend_rngd.isa.rules import Violation
@@ -100,6 +104,7 @@ def check_stream(
     out: list[Violation] = []
     place = _Place(out, stream)
     _check_header(stream, machine, place)
+    _check_launch(launch, frozenset(host_registers), machine, place)
     if out:
         return out
     order = _check_calls(stream, place)
@@ -119,7 +124,7 @@ def check_stream(
             _check_unit(place.at(routine, index), instruction, stream.slices, machine, touched[index], stashes)
         _check_waits(stream, routine, touched, place)
         _check_types(routine, touched, place)
-    _check_registers(stream, footprints, place, machine, hbm_regions, frozenset(host_registers))
+    _check_memory(stream, footprints, place, machine, hbm_regions, buffers, frozenset(host_registers), launch)
     return out
 
 
@@ -339,35 +344,23 @@ def _check_types(routine: Routine, touched: Sequence[Sequence[Access]], place: _
                     break
 
 
-# Registers and HBM ---------------------------------------------------------------------------------------------------
-class _Regions:
-    def __init__(self, regions: Sequence[tuple[int, int]]) -> None:
-        self.starts = sorted(a for a, _ in regions)
-        self.ends = {a: a + n for a, n in regions}
-
-    def holds(self, low: int, high: int) -> bool:
-        i = bisect.bisect_right(self.starts, low) - 1
-        return i >= 0 and high <= self.ends[self.starts[i]]
-
-
-def _check_registers(
+# Registers, HBM, other units -----------------------------------------------------------------------------------------
+def _check_memory(
     stream: Stream,
     footprints: Sequence[Sequence[Sequence[Access]]],
     place: _Place,
     machine: Machine,
     regions: Sequence[tuple[int, int]] | None,
+    buffers: Sequence[BufferSpan] | None,
     host: frozenset[int],
+    launch: Launch,
 ) -> None:
-    """Follow every call from the entry with the values of its registers."""
-    known = _Regions(regions if regions is not None else [(0, machine.hbm_bytes)])
-    spans: list[dict[int, list[tuple[int, int, int]]]] = []  # per routine: register -> (low, high, instruction)
-    for routine, touched in zip(stream.routines, footprints, strict=True):
-        span: dict[int, list[tuple[int, int, int]]] = {}
-        for index in range(len(routine.instructions)):
-            for access in touched[index]:
-                if access.space == "hbm":
-                    span.setdefault(access.register, []).append((access.low, access.high, index))
-        spans.append(span)
+    """Registers are set, addresses stay in the memory map, and units keep out of each other's way."""
+    units = max((len(values) for values in launch.values()), default=1)
+    registers = {r: (0,) * units for r in (0, *host)} | {r: tuple(values) for r, values in launch.items()}
+    hbm = Ranges(regions if regions is not None else [(0, machine.hbm_bytes)])
+    fixed = [(b.address, b.nbytes) for b in buffers or () if b.routine < 0]
+    shared = Ranges(fixed if buffers is not None else [(0, machine.dm_slice_bytes)])
     reported: set[tuple[int, int, str]] = set()
 
     def report(routine: int, index: int, rule: str, message: str) -> None:
@@ -375,29 +368,25 @@ def _check_registers(
             reported.add((routine, index, rule))
             place.at(stream.routines[routine], index).add(rule, message)
 
-    def enter(number: int, registers: dict[int, int]) -> None:
-        for register, found in spans[number].items():
-            if register not in registers:
-                report(number, found[0][2], "register", f"register {register} is read but never set")
-                continue
-            value = registers[register]
-            one_buffer = register not in host and register != 0
-            if one_buffer and known.holds(min(f[0] for f in found) + value, max(f[1] for f in found) + value):
-                continue
-            for low, high, index in found:
-                if not known.holds(low + value, high + value):
-                    message = f"HBM bytes [{low + value}, {high + value}) lie in no single buffer"
-                    report(number, index, "hbm-bounds", message)
-        for index, instruction in enumerate(stream.routines[number].instructions):
+    for number, routine in enumerate(stream.routines if buffers is not None else ()):
+        for index, instruction in enumerate(routine.instructions):
             what = instruction.what
-            if not isinstance(what, Call):
-                continue
-            inside = dict(registers)
-            for target, source, immediate in what.moves:
-                if source not in registers:
-                    report(number, index, "register", f"register {source} is read but never set")
-                else:
-                    inside[target] = registers[source] + immediate
-            enter(what.routine, inside)
+            if isinstance(what, (Notify, Wait)):
+                ranges = what.ranges if isinstance(what, Notify) else (*what.ranges, *what.arrived)
+                if message := check_ranges(ranges, shared):
+                    report(number, index, "sync-range", message)
+    found = MemoryCheck(stream, footprints, units, hbm, shared, host, report)
+    found.enter(0, registers)
+    if not errors(place.out) and synchronises(stream):
+        check_units(stream, units, registers, footprints, report)
 
-    enter(0, {0: 0, **{r: 0 for r in host}})
+
+def _check_launch(launch: Launch, host: frozenset[int], machine: Machine, place: _Place) -> None:
+    """Launch registers: their own, with a value of every unit."""
+    if len({len(values) for values in launch.values()}) > 1:
+        place.add("launch", "launch registers have values for different numbers of units")
+    for register, values in launch.items():
+        if not 0 < register < machine.registers or register in host:
+            place.add("launch", f"register {register}")
+        if any(not 0 <= value < 1 << 63 for value in values):
+            place.add("launch", f"register {register} holds {tuple(values)}")

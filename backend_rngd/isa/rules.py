@@ -73,11 +73,16 @@ RULES: dict[str, str] = {
     "dma-register": "registers 0 to 63, and only HBM addresses use one (FT:hal_pert_isa)",
     "gather": "gather reads HBM into DM, scatter writes DM to HBM, indices are aligned words in HBM (B:dma-engine)",
     # Other units
-    "peer": "a peer address names a unit of the program and an address in its map",
+    "peer": "a peer address names a unit of the program and an address in its map, the own unit's only where it must",
     "semaphore": "a unit has a limited number of semaphores (chosen)",
     "notify-units": "a notify names whole units, each once (canonical)",
     "wait-count": "a wait consumes at least one notification",
-    "sync-range": "ranges of a notify or wait are aligned to 8 B, ascending and do not touch (canonical)",
+    "sync-range": "ranges of a notify or wait are whole shared buffers, ascending and not touching (canonical)",
+    "launch": "launch registers are their own and have a value of every unit",
+    "deadlock": "every wait is notified often enough",
+    "semaphore-balance": "every notification is waited for",
+    "wait-order": "a wait is over only when those it is meant for have notified",
+    "unit-race": "accesses of different units to the same bytes are ordered by notify and wait",
     # Streams
     "header": "units have 64, 128 or 256 slices; names, locations and routines are consistent",
     "call": "calls name a routine that has instructions, never recursively, and set registers once",

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from backend_rngd.emit import Emitted, emit
-from backend_rngd.isa.descriptors import Instruction, Routine, Stream
+from backend_rngd.isa.descriptors import Call, Instruction, Routine, Stream
 from backend_rngd.isa.legality import errors
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
 from backend_rngd.machine import load_machine
@@ -97,12 +97,22 @@ def category(path: Path_, value: Any) -> str:
     return "count"
 
 
+def reachable(stream: Stream) -> list[int]:
+    """Routines that the entry calls, directly or not (those of other pipeline stages are in the stream as well)."""
+    found = [0]
+    for number in found:
+        for i in stream.routines[number].instructions:
+            if isinstance(i.what, Call) and i.what.routine not in found:
+                found.append(i.what.routine)
+    return sorted(found)
+
+
 def mutate(stream: Stream, rng: random.Random) -> Mutant:
     """One random field of one random instruction changed (not its source location, which has no meaning to hardware).
 
     The kind of field is drawn before the field, so that the many dependency counts do not crowd out the rest.
     """
-    places = [(r, i) for r, routine in enumerate(stream.routines) for i in range(len(routine.instructions))]
+    places = [(r, i) for r in reachable(stream) for i in range(len(stream.routines[r].instructions))]
     r, i = rng.choice(places)
     instruction = stream.routines[r].instructions[i]
     found: dict[str, list[tuple[Path_, Any]]] = {}
