@@ -23,7 +23,7 @@ from ir.text import parse_module
 from ir.types import numpy_dtype, shape_of
 from rngdc.compare_passes import Fault, PassComparison, Weights, Worth, compare_passes
 from rngdc.probes import Key, ProbeReader
-from runtime_sim.runtime import Device, read_cache, write_cache
+from runtime_sim.runtime import Device
 
 if TYPE_CHECKING:
     from xdsl.dialects.builtin import ModuleOp
@@ -189,12 +189,12 @@ def compare_streams(
     device.clear_caches()
     for name, place in caches.items():
         if name in inputs:
-            write_cache(device.card, place, inputs[name])
+            device.write_cache(place, inputs[name])
     reader = ProbeReader(artifact, bucket, device.unit)
-    outputs = device.run(bucket, inputs, observer=reader)
+    outputs = device.run(bucket, inputs, observers={device.unit: reader})
     for name, place in caches.items():
         if name in inputs:
-            outputs[name] = read_cache(device.card, place, bucket.batch, bucket.attention_size)
+            outputs[name] = device.read_cache(place, bucket.batch, bucket.attention_size)
     plain = run(module, inputs, weights)
     judge = _Judge(module, reader.values)
     exact = run(module, inputs, weights, observe=judge)

@@ -1,4 +1,4 @@
-"""Greedy generation and embeddings on a simulated card: chooses buckets, pads, keeps positions, counts its time."""
+"""Greedy generation and embeddings on simulated cards: chooses buckets, pads, keeps positions, counts its time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.artifact import ArtifactError, ArtifactProblem, Bucket
-from runtime_sim.runtime import Array, Device
+from runtime_sim.ports import Array
+from runtime_sim.runtime import Device, Invocation
 
 Listener = Callable[[int, int, Array], None]
 """Called with (row, token id, its logits as f32) for every token, in the order of computation."""
@@ -58,52 +59,135 @@ def generate(
 ) -> list[Generation]:
     """Greedy continuations of `prompts`, all decoded together. A stop token ends a row and is its last token.
 
-    Raises ArtifactError with everything that fits no bucket, before any work.
+    Neighbouring prompts go to the same replica; the rows of a replica pass through its stages in micro-batches. Raises
+    ArtifactError with everything that fits no bucket, before any work.
     """
     rows = [Generation(list(prompt)) for prompt in prompts]
-    groups, decoders = _plan(device, rows, max_tokens)
-    waited = 0.0
-    for first, count, bucket in groups:
-        group = rows[first : first + count]
-        ids = np.zeros((bucket.batch, bucket.input_length), np.int32)
-        last = np.zeros(bucket.batch, np.int32)
-        for i, row in enumerate(group):
-            ids[i, : len(row.prompt_ids)] = row.prompt_ids
-            last[i] = len(row.prompt_ids) - 1
-        # Padding stands behind the prompt and takes the positions that follow: no row sees it, decoding overwrites it.
-        positions = np.tile(np.arange(bucket.input_length, dtype=np.int32), (bucket.batch, 1))
-        logits = _logits(device.run(bucket, {"input_ids": ids, "position_ids": positions, "last": last}, row=first))
-        waited += device.time(bucket).seconds
-        for i, row in enumerate(group):
-            row.first = waited
-            _take(row, first + i, logits[i], stop_ids, listener)
-    active: list[Generation] = [row for row in rows if row.finish != "eos" and len(row.token_ids) < max_tokens]
-    while active:
-        longest = max(len(row.prompt_ids) + len(row.token_ids) for row in active)
-        bucket = next(b for b in decoders if b.attention_size >= longest)
-        ids = np.zeros((bucket.batch, 1), np.int32)
-        positions = np.zeros((bucket.batch, 1), np.int32)
-        for i, row in enumerate(rows):
-            ids[i, 0] = row.token_ids[-1]
-            positions[i, 0] = min(len(row.prompt_ids) + len(row.token_ids) - 1, bucket.attention_size - 1)
-        inputs = {"input_ids": ids, "position_ids": positions, "last": np.zeros(bucket.batch, np.int32)}
-        logits = _logits(device.run(bucket, inputs))
-        seconds = device.time(bucket).seconds
-        for row in active:
-            i = rows.index(row)
-            row.steps.append(seconds)
-            _take(row, i, logits[i], stop_ids, listener)
-        active = [row for row in active if row.finish != "eos" and len(row.token_ids) < max_tokens]
+    shares = _shares(len(rows), device.replicas)
+    plans: list[_Plan] = []
+    problems: dict[ArtifactProblem, None] = {}  # in order, each once
+    for first, last in shares:
+        try:
+            plans.append(_plan(device, rows, first, last, max_tokens))
+        except ArtifactError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ArtifactError(list(problems))
+    for replica, plan in enumerate(plans):
+        _Replica(device, replica, plan, max_tokens, stop_ids, listener).generate()
     return rows
 
 
-def _take(row: Generation, index: int, logits: Array, stop_ids: Sequence[int], listener: Listener | None) -> None:
-    token = int(np.argmax(logits))
-    row.token_ids.append(token)
-    if token in stop_ids:
-        row.finish = "eos"
-    if listener is not None:
-        listener(index, token, logits)
+def _shares(count: int, parts: int) -> list[tuple[int, int]]:
+    """[first, last) of every part of `count` rows; empty parts are left out."""
+    size = -(-count // parts) if count else 0
+    return [(first, min(count, first + size)) for first in range(0, count, max(size, 1))]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a replica does: its rows, their number in the whole, which prefill program reads which of them (first row,
+    count, bucket), and the decode programs by size with the rows of each micro-batch."""
+
+    rows: list[Generation]
+    offset: int
+    groups: list[tuple[int, int, Bucket]]
+    decoders: list[Bucket]
+
+
+class _Replica:
+    """A replica at work on its rows."""
+
+    def __init__(
+        self,
+        device: Device,
+        replica: int,
+        plan: _Plan,
+        max_tokens: int,
+        stop_ids: Sequence[int],
+        listener: Listener | None,
+    ) -> None:
+        self.device, self.replica, self.plan = device, replica, plan
+        self.max_tokens, self.stop_ids, self.listener = max_tokens, stop_ids, listener
+
+    def generate(self) -> None:
+        """First token of every row, then the others."""
+        self._prefill()
+        while any(self._active(row) for row in self.plan.rows):
+            self._step()
+
+    def _active(self, row: Generation) -> bool:
+        return row.finish != "eos" and len(row.token_ids) < self.max_tokens
+
+    def _prefill(self) -> None:
+        rows, groups = self.plan.rows, self.plan.groups
+        runs: list[Invocation] = []
+        for first, count, bucket in groups:
+            ids = np.zeros((bucket.batch, bucket.input_length), np.int32)
+            last = np.zeros(bucket.batch, np.int32)
+            for i, row in enumerate(rows[first : first + count]):
+                ids[i, : len(row.prompt_ids)] = row.prompt_ids
+                last[i] = len(row.prompt_ids) - 1
+            # Padding stands behind the prompt and takes the positions that follow: no row sees it, decoding
+            # overwrites it.
+            positions = np.tile(np.arange(bucket.input_length, dtype=np.int32), (bucket.batch, 1))
+            runs.append(Invocation(bucket, {"input_ids": ids, "position_ids": positions, "last": last}, first))
+        outputs = self.device.run_all(runs, self.replica)
+        finished = self._finish_times([bucket for _, _, bucket in groups])
+        for (first, count, _), found, when in zip(groups, outputs, finished, strict=True):
+            logits = _logits(found)
+            for i in range(count):
+                rows[first + i].first = when
+                self._take(first + i, logits[i])
+
+    def _finish_times(self, buckets: Sequence[Bucket]) -> list[float]:
+        """When each of several programs in a row has ended. Equal ones overlap in the stages, others do not."""
+        times: list[float] = []
+        before, count = 0.0, 0
+        for i, bucket in enumerate(buckets):
+            if i and bucket.name != buckets[i - 1].name:
+                before, count = times[-1], 0
+            count += 1
+            one = self.device.time(bucket).seconds
+            if self.device.stages == 1:
+                times.append(before + count * one)
+            else:
+                times.append(before + self.device.time(bucket, count).seconds)
+        return times
+
+    def _step(self) -> None:
+        """One more token for every active row, in micro-batches that are in flight together."""
+        rows = self.plan.rows
+        active = [row for row in rows if self._active(row)]
+        longest = max(len(row.prompt_ids) + len(row.token_ids) for row in active)
+        bucket = next(b for b in self.plan.decoders if b.attention_size >= longest)
+        starts = [s for s in range(0, len(rows), bucket.batch) if any(map(self._active, rows[s : s + bucket.batch]))]
+        outputs = self.device.run_all([self._decode(bucket, first) for first in starts], self.replica)
+        seconds = self._finish_times([bucket] * len(starts))[-1]
+        for first, found in zip(starts, outputs, strict=True):
+            logits = _logits(found)
+            for i, row in enumerate(rows[first : first + bucket.batch]):
+                if self._active(row):
+                    row.steps.append(seconds)
+                    self._take(first + i, logits[i])
+
+    def _decode(self, bucket: Bucket, first: int) -> Invocation:
+        ids = np.zeros((bucket.batch, 1), np.int32)
+        positions = np.zeros((bucket.batch, 1), np.int32)
+        for i, row in enumerate(self.plan.rows[first : first + bucket.batch]):
+            ids[i, 0] = row.token_ids[-1]
+            positions[i, 0] = min(len(row.prompt_ids) + len(row.token_ids) - 1, bucket.attention_size - 1)
+        inputs = {"input_ids": ids, "position_ids": positions, "last": np.zeros(bucket.batch, np.int32)}
+        return Invocation(bucket, inputs, first)
+
+    def _take(self, index: int, logits: Array) -> None:
+        row = self.plan.rows[index]
+        token = int(np.argmax(logits))
+        row.token_ids.append(token)
+        if token in self.stop_ids:
+            row.finish = "eos"
+        if self.listener is not None:
+            self.listener(self.plan.offset + index, token, logits)
 
 
 def _logits(outputs: dict[str, Array]) -> Array:
@@ -112,15 +196,13 @@ def _logits(outputs: dict[str, Array]) -> Array:
     return logits.reshape(logits.shape[0], logits.shape[-1])
 
 
-def _plan(
-    device: Device, rows: Sequence[Generation], max_tokens: int
-) -> tuple[list[tuple[int, int, Bucket]], list[Bucket]]:
-    """Which prefill program reads which rows (first row, count, bucket), and the decode programs by size."""
+def _plan(device: Device, everyone: Sequence[Generation], offset: int, end: int, max_tokens: int) -> _Plan:
+    """What the replica of rows [offset, end) does. Raises ArtifactError."""
+    rows = list(everyone[offset:end])
     buckets, problems = device.artifact.buckets, list[ArtifactProblem]()
+    capacity = min((c.batch for c in device.artifact.manifest.caches), default=len(rows))
     prefill = sorted((b for b in buckets if b.phase == "prefill"), key=lambda b: (b.batch, b.input_length))
-    decode = [b for b in buckets if b.phase == "decode" and b.batch >= len(rows)]
-    decode.sort(key=lambda b: (b.batch, b.attention_size))
-    decode = [b for b in decode if b.batch == decode[0].batch] if decode else []
+    decode = _decoders([b for b in buckets if b.phase == "decode"], len(rows), device.stages)
     if max_tokens < 1:
         problems.append(ArtifactProblem(f"{max_tokens} tokens", "there is nothing to generate", "ask for 1 or more"))
     if not prefill:
@@ -128,13 +210,14 @@ def _plan(
     if not decode and max_tokens > 1:
         largest = max((b.batch for b in buckets if b.phase == "decode"), default=0)
         why = f"the largest decode bucket has {largest} rows"
-        problems.append(ArtifactProblem(f"{len(rows)} prompts at once", why, "build a larger decode bucket (-db)"))
+        fix = "build a larger decode bucket (-db), or use more replicas"
+        problems.append(ArtifactProblem(f"{len(rows)} prompts at once", why, fix))
     reach = max((b.attention_size for b in decode), default=0)
     vocab = device.artifact.manifest.model.vocab_size
     longest = max((b.input_length for b in prefill), default=0)
     for i, row in enumerate(rows):
         n = len(row.prompt_ids)
-        name = f"prompt {i + 1}" if len(rows) > 1 else "the prompt"
+        name = f"prompt {offset + i + 1}" if len(everyone) > 1 else "the prompt"
         if not n:
             problems.append(ArtifactProblem(f"{name} is empty", "there is no token to start from", "write something"))
         if prefill and n > longest:
@@ -163,11 +246,30 @@ def _plan(
             count += 1
         groups.append((at, count, bucket))
         at += count
-    capacity = min((c.batch for c in device.artifact.manifest.caches), default=len(rows))
     if any(first + bucket.batch > capacity for first, _, bucket in groups):
         why = f"prefill buckets of several rows would write behind the {capacity} rows of the cache"
         raise ArtifactError([ArtifactProblem(f"{len(rows)} prompts", why, "build a prefill bucket with batch 1")])
-    return groups, decode
+    return _Plan(rows, offset, groups, decode)
+
+
+def _decoders(buckets: Sequence[Bucket], rows: int, stages: int) -> list[Bucket]:
+    """The decode programs to use, of one batch size, by attention size.
+
+    With one stage the smallest batch that takes all rows. With more stages the largest one that makes a micro-batch for
+    every stage, or as many micro-batches as can be; their rows must fit the caches, which are as large as the largest
+    batch.
+    """
+    sizes = sorted({b.batch for b in buckets})
+    largest = max(sizes, default=0)
+    if not rows or rows > largest:
+        return []
+    fitting = [n for n in sizes if -(-rows // n) * n <= largest]
+    if stages == 1:
+        batch = next(n for n in sizes if n >= rows)
+    else:
+        busy = [n for n in fitting if -(-rows // n) >= stages]
+        batch = max(busy) if busy else min(fitting)
+    return sorted((b for b in buckets if b.batch == batch), key=lambda b: b.attention_size)
 
 
 def embed(device: Device, prompt: Sequence[int]) -> Embedding:

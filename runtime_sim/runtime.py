@@ -1,6 +1,6 @@
-"""Runs the programs of an artifact on a simulated card: loads weights, feeds inputs, reads outputs, tells the time.
+"""Runs the programs of an artifact on simulated cards: loads weights, feeds inputs, reads outputs, tells the time.
 
-    device = Device(open_artifact(path))
+    device = Device(open_artifact(path), pipeline_parallel_size=2)
     device.load()
     logits = device.run(bucket, {"input_ids": ids, ...})["logits"]
     device.time(bucket).seconds
@@ -10,37 +10,96 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
-import numpy as np
-from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
-
-from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, Bucket, Cache, Port, placed
-from backend_rngd.artifact.weights import DTYPES
+from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, Bucket, Cache, Placement, placed
+from backend_rngd.artifact.shards import replicas
 from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.description import Mode
-from runtime_sim.functional import Card, Observer, Unit
+from runtime_sim.functional import Observer, Unit
+from runtime_sim.group import Launch
+from runtime_sim.ports import Array, join_cache, read_cache, read_port, split_cache, write_cache, write_port
+from runtime_sim.residence import Residence
+from runtime_sim.system import System
 from runtime_sim.timing import TimingResult, simulate
 
-Array = NDArray[Any]
 PAGE = 4096
 
 
-class Device:
-    """A simulated card with an artifact on it."""
+@dataclass(frozen=True)
+class Invocation:
+    """One run of a program. `row` is the cache row of the program's first batch row; `observers` see what units do."""
 
-    def __init__(self, artifact: Artifact, mode: Mode = "documented", checks: bool = False) -> None:
-        """`checks` finds uninitialised reads. Raises ArtifactError if the machine description has changed."""
+    bucket: Bucket
+    inputs: Mapping[str, Array]
+    row: int = 0
+    observers: Mapping[Unit, Observer] = field(default_factory=dict[Unit, Observer])
+
+
+class Device:
+    """Simulated cards with an artifact on them.
+
+    The artifact fixes how many units work on a layer; pipeline stages (the built number by default) and data-parallel
+    replicas are chosen here. Units are neighbours in the order replica, stage, rank.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        mode: Mode = "documented",
+        checks: bool = False,
+        pipeline_parallel_size: int | None = None,
+        data_parallel_size: int = 1,
+    ) -> None:
+        """`checks` finds uninitialised reads, and races between units. Raises ArtifactError with everything that is
+        wrong: the machine description has changed, the stages do not fit the model, a card is too small."""
         self.artifact = artifact
         manifest = artifact.manifest
         self.machine = machine_of(artifact, mode)
-        self.card = Card(self.machine, -(-manifest.hbm.total // PAGE) * PAGE)
-        self.unit = Unit(self.card, manifest.parallel.slices, checks)
-        self._times: dict[str, TimingResult] = {}
+        stages = manifest.parallel.pipeline if pipeline_parallel_size is None else pipeline_parallel_size
+        sizes = (("pipeline", stages), ("data", data_parallel_size))
+        wrong = [
+            ArtifactProblem(f"{name} parallel size {n}", "there is nothing to run on", "choose 1 or more")
+            for name, n in sizes
+            if n < 1
+        ]
+        if wrong:
+            raise ArtifactError(wrong)
+        self.residence = Residence(artifact, stages, self.machine)
+        parallel, hbm = manifest.parallel, manifest.hbm
+        self.checks = checks
+        self.system = System(
+            self.machine, parallel.units, stages, data_parallel_size, parallel.slices,
+            -(-hbm.total // PAGE) * PAGE, hbm.weights + hbm.constants, checks,
+        )  # fmt: skip
+        problems = self.residence.problems(self.system.topology, self.machine)
+        if problems:
+            raise ArtifactError(problems)
+        self._times: dict[tuple[str, int], TimingResult] = {}
 
+    @property
+    def units(self) -> list[Unit]:
+        """All units: replica after replica, stage after stage, rank after rank."""
+        return self.system.units
+
+    @property
+    def unit(self) -> Unit:
+        """The first unit."""
+        return self.system.units[0]
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.system.topology.pipeline
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel replicas."""
+        return self.system.topology.replicas
+
+    # Contents of HBM -------------------------------------------------------------------------------------------------
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Copy weights and constants to HBM and clear the caches. `progress(done, total)` counts bytes.
 
@@ -52,58 +111,142 @@ class Device:
             what = f"{self.artifact.directory} has no weights"
             raise ArtifactError([ArtifactProblem(what, "it was built for timing only (--weights none)", fix)])
         self.artifact.check_linked()
-        total = sum(p.bytes for p in manifest.placements)
+        holders = {p.name: self._holders(p) for p in manifest.placements}
+        total = sum(p.bytes * len(holders[p.name]) for p in manifest.placements)
         done = 0
         for placement in manifest.placements:
-            self.card.write(placement.address, placed(self.artifact.weight(placement.weight), placement))
-            done += placement.bytes
+            done += self._place(placement, holders[placement.name])
             if progress is not None:
                 progress(done, total)
         raw = self.artifact.constant_bytes()
-        for constant in manifest.constants:
-            self.card.write(constant.address, raw[constant.offset : constant.offset + constant.bytes])
+        for unit in self.units:
+            if unit.window.shared is not None:
+                continue
+            for constant in manifest.constants:
+                first = constant.offset + constant.bytes * (unit.place.rank if constant.per_unit else 0)
+                unit.window.write(constant.address, raw[first : first + constant.bytes])
         self.clear_caches()
+
+    def _holders(self, placement: Placement) -> list[Unit]:
+        """Units whose windows an image is written to."""
+        stages = {s for s, held in enumerate(self.residence.needs) if placement in held.placements}
+        return [u for u in self.units if u.place.stage in stages and u.window.shared is None]
+
+    def _place(self, placement: Placement, holders: Sequence[Unit]) -> int:
+        """Write an image; returns the bytes written. It is laid out once for all units that hold the same part."""
+        if not holders:
+            return 0
+        mesh = self.artifact.manifest.parallel.mesh
+        array = self.artifact.weight(placement.weight)
+        parts: dict[int, list[Unit]] = {}
+        for unit in holders:
+            same = replicas(placement.shard, mesh, unit.place.rank)[0] if placement.shard else 0
+            parts.setdefault(same, []).append(unit)
+        for rank, units in parts.items():
+            image = placed(array, placement, mesh, rank)
+            for unit in units:
+                unit.window.write(placement.address, image)
+        return placement.bytes * len(holders)
 
     def clear_caches(self) -> None:
         """Zero every KV cache."""
-        for cache in self.artifact.manifest.caches:
-            self.card.clear(cache.address, cache.bytes)
+        for unit in self.units:
+            for cache in self.residence.needs[unit.place.stage].caches:
+                unit.window.clear(cache.address, cache.bytes)
 
+    def read_cache(self, cache: Cache, rows: int, length: int, replica: int = 0) -> Array:
+        """Keys or values [rows, heads, length, width] of the first rows and positions of a cache, all heads."""
+        units = self.system.stage(self.residence.stage_of(cache.name), replica)
+        parts = [read_cache(unit.window, cache, rows, length) for unit in units]
+        return join_cache(cache, parts, self.artifact.manifest.parallel.mesh)
+
+    def write_cache(self, cache: Cache, values: Array, replica: int = 0) -> None:
+        """Write keys or values [rows, heads, length, width] of all heads to the start of a cache; the rest is zero."""
+        mesh = self.artifact.manifest.parallel.mesh
+        for unit in self.system.stage(self.residence.stage_of(cache.name), replica):
+            write_cache(unit.window, cache, split_cache(cache, values, mesh, unit.place.rank))
+
+    # Running ---------------------------------------------------------------------------------------------------------
     def run(
-        self, bucket: Bucket, inputs: Mapping[str, Array], row: int = 0, observer: Observer | None = None
+        self,
+        bucket: Bucket,
+        inputs: Mapping[str, Array],
+        row: int = 0,
+        observers: Mapping[Unit, Observer] | None = None,
+        replica: int = 0,
     ) -> dict[str, Array]:
         """Execute a program and return its outputs by name.
 
         `inputs` have the shapes of the bucket's ports; inputs that the program does not have are ignored, missing ones
         are an error. `row` is the cache row of the program's first batch row. Raises SimulationError.
         """
-        for port in bucket.inputs:
-            write_port(self.card, port, inputs[port.name])
-        self.unit.reset()
-        registers = {register: row * nbytes for nbytes, register in bucket.row_registers.items()}
-        self.unit.run(self.artifact.stream(bucket), registers, observer)
-        return {port.name: read_port(self.card, port) for port in bucket.outputs}
+        return self.run_all([Invocation(bucket, inputs, row, observers or {})], replica)[0]
 
-    def time(self, bucket: Bucket) -> TimingResult:
-        """When a program's instructions run; simulated once a bucket, for it does not depend on values."""
-        if bucket.name not in self._times:
-            self._times[bucket.name] = simulate(self.artifact.stream(bucket), self.machine)
-        return self._times[bucket.name]
+    def run_all(self, invocations: Sequence[Invocation], replica: int = 0) -> list[dict[str, Array]]:
+        """Execute programs on a replica, several in flight at once if it has stages. Raises SimulationError."""
+        units = self.system.replica(replica)
+        outputs: list[dict[str, Array]] = [{} for _ in invocations]
+        if len(units) == 1:
+            for invocation, found in zip(invocations, outputs, strict=True):
+                self._alone(units[0], invocation, found)
+            return outputs
+        for unit in units:
+            unit.reset()
+        last = self.system.unit(0, self.stages - 1, replica)
+        work: dict[Unit, list[Launch]] = {}
+        for unit in units:
+            work[unit] = [
+                Launch(
+                    self.residence.stream(invocation.bucket, unit.place.stage),
+                    self._registers(unit, invocation),
+                    partial(_write_inputs, unit, invocation),
+                    partial(_read_outputs, unit, invocation, found) if unit is last else None,
+                    invocation.observers.get(unit),
+                )
+                for invocation, found in zip(invocations, outputs, strict=True)
+            ]
+        self.system.run(work, replica, races=self.checks)
+        return outputs
+
+    def _alone(self, unit: Unit, invocation: Invocation, found: dict[str, Array]) -> None:
+        """A unit without others: no synchronisation to look after."""
+        unit.reset()
+        _write_inputs(unit, invocation)
+        stream = self.residence.stream(invocation.bucket, 0)
+        unit.run(stream, self._registers(unit, invocation), invocation.observers.get(unit))
+        _read_outputs(unit, invocation, found)
+
+    @staticmethod
+    def _registers(unit: Unit, invocation: Invocation) -> dict[int, int]:
+        bucket = invocation.bucket
+        rows = {register: invocation.row * nbytes for nbytes, register in bucket.row_registers.items()}
+        return rows | {register: values[unit.place.rank] for register, values in bucket.launch.items()}
+
+    # Time ------------------------------------------------------------------------------------------------------------
+    def time(self, bucket: Bucket, repeats: int = 1) -> TimingResult:
+        """When a program's instructions run; simulated once, for it does not depend on values.
+
+        `repeats`: how many runs of the program follow each other through the stages (micro-batches).
+        """
+        key = (bucket.name, repeats)
+        if key not in self._times:
+            streams = [self.residence.stream(bucket, s) for s in range(self.stages)]
+            if len(self.units) == 1 and repeats == 1:
+                self._times[key] = simulate(streams[0], self.machine)
+            else:
+                self._times[key] = simulate(
+                    streams, self.machine, topology=self.system.topology, launch=bucket.launch, repeats=repeats
+                )
+        return self._times[key]
 
 
-def read_cache(card: Card, cache: Cache, rows: int, length: int) -> Array:
-    """Keys or values [rows, heads, length, width] of the first rows and positions of a cache."""
-    shape = (cache.batch, cache.heads, cache.capacity, cache.width)
-    whole = card.read(cache.address, cache.bytes).view(DTYPES["bf16"])[: math.prod(shape)].reshape(shape)
-    return whole[:rows, :, :length]
+def _write_inputs(unit: Unit, invocation: Invocation) -> None:
+    for port in invocation.bucket.inputs:
+        write_port(unit.window, port, invocation.inputs[port.name])
 
 
-def write_cache(card: Card, cache: Cache, values: Array) -> None:
-    """Write keys or values [rows, heads, length, width] to the start of a cache; the rest becomes zero."""
-    shape = (cache.batch, cache.heads, cache.capacity, cache.width)
-    whole = np.zeros(shape, DTYPES["bf16"])
-    whole[: values.shape[0], :, : values.shape[2]] = values
-    card.write(cache.address, whole)
+def _read_outputs(unit: Unit, invocation: Invocation, found: dict[str, Array]) -> None:
+    found |= {port.name: read_port(unit.window, port) for port in invocation.bucket.outputs}
 
 
 def machine_of(artifact: Artifact, mode: Mode) -> Machine:
@@ -115,29 +258,3 @@ def machine_of(artifact: Artifact, mode: Mode) -> Machine:
         what = f"{artifact.directory} was built for another description of machine {made_for.name}"
         raise ArtifactError([ArtifactProblem(what, why, "build it again")])
     return machine
-
-
-def write_port(card: Card, port: Port, values: Array) -> None:
-    """Write an input: zeros everywhere, then every element at its place."""
-    dtype = DTYPES[port.dtype]
-    if tuple(values.shape) != port.shape:
-        raise ValueError(f"input {port.name} has shape {list(values.shape)}, the program takes {list(port.shape)}")
-    raw = np.zeros(port.bytes, np.uint8)
-    _elements(raw, port)[...] = (
-        np.ascontiguousarray(values.astype(dtype)).view(np.uint8).reshape(*port.shape, dtype.itemsize)
-    )
-    card.write(port.address, raw)
-
-
-def read_port(card: Card, port: Port) -> Array:
-    """Read an output as a dense array of its element type."""
-    dtype = DTYPES[port.dtype]
-    span = sum((n - 1) * s for n, s in zip(port.shape, port.strides, strict=True)) + dtype.itemsize
-    raw = card.read(port.address, span)
-    return np.ascontiguousarray(_elements(raw, port)).view(dtype).reshape(port.shape)
-
-
-def _elements(raw: NDArray[np.uint8], port: Port) -> NDArray[np.uint8]:
-    """The bytes of every element of a port: shape + (element size,)."""
-    size = DTYPES[port.dtype].itemsize
-    return as_strided(raw, (*port.shape, size), (*port.strides, 1))
