@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.dialects.func import CallOp, FuncOp
+from xdsl.ir import SSAValue
 
 from ir.dialects import tc
 from ir.interpreter import find_function, names_of
@@ -104,25 +105,40 @@ def waste_report(module: ModuleOp) -> list[Waste]:
     mesh = tc.mesh_of(module) or tc.mesh_of(module, tc.PLAN)
     if mesh is None:
         return []
-    vocabulary = {
-        op.fqn.data
-        for user in module.walk()
-        if isinstance(user, tc.GatherOp)
-        for op in [user.table.owner]
-        if isinstance(op, tc.WeightOp)
-    }
+    vocabulary = _vocabulary(module)
     padded: dict[tuple[str, int, int], list[str]] = {}
     for op in module.walk():
         if not isinstance(op, tc.WeightOp) or (shard := op.placement()) is None:
             continue
         for factor in (f for dim in shard.dims for f in dim if f.axis):
             if factor.padded(mesh) != factor.size:
-                what = _kind(factor.axis or "", op.fqn.data in vocabulary or op.fqn.data.startswith("lm_head"))
+                what = _kind(factor.axis or "", op.fqn.data in vocabulary)
                 inner = _inside(shard, factor.size) if what in ("intermediate", "vocabulary") else 1
                 padded.setdefault((what, factor.size * inner, factor.padded(mesh) * inner), []).append(op.fqn.data)
     return [
         Waste(what, size, full, 1 - size / full, len(names), names[0]) for (what, size, full), names in padded.items()
     ]
+
+
+def _vocabulary(module: ModuleOp) -> set[str]:
+    """The names of the weights that token numbers, or the logits, index."""
+    names: set[str] = set()
+    for op in module.walk():
+        if isinstance(op, tc.WeightOp) and (op.fqn.data.startswith("lm_head") or _is_table(op.result, module)):
+            names.add(op.fqn.data)
+    return names
+
+
+def _is_table(value: SSAValue, module: ModuleOp) -> bool:
+    for use in value.uses:
+        user = use.operation
+        if isinstance(user, tc.GatherOp) and use.index == 0:
+            return True
+        if isinstance(user, CallOp):
+            argument = find_function(module, user.callee.string_value()).body.block.args[use.index]
+            if _is_table(argument, module):
+                return True
+    return False
 
 
 def _kind(axis: str, vocabulary: bool) -> str:

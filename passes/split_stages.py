@@ -32,8 +32,8 @@ from ir.errors import Problem, UserError
 from ir.interpreter import find_function
 from ir.types import ELEMENT_BYTES, elem_of, shape_of
 from passes.notes import add_notes
-from passes.plan_tp import argument_name
 from passes.provenance import PATH
+from passes.tp_planner import argument_name
 
 STAGE = "stage"
 """Attribute of a call: the number of its stage."""
