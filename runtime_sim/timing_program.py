@@ -49,6 +49,7 @@ class Program:
     uses: list[dict[int, float]] = field(default_factory=list[dict[int, float]])
 
     def __post_init__(self) -> None:
+        self.own_costs: dict[tuple[int, int], Cost] = {}  # of transfers inside a unit
         self.traffic = Traffic(self.topology, self.launch)
         unrolled: dict[int, Unrolled] = {}
         special: dict[int, Special] = {}
@@ -172,7 +173,10 @@ class Program:
         if what.source.space.is_peer or what.destination.space.is_peer:
             return -1  # `_site_row`
         unit = members[0]
-        cost = cost_of(what, instruction.context, self.machine, engines)
+        name_of_cost = (id(instruction), engines)
+        if name_of_cost not in self.own_costs:  # stages share instructions
+            self.own_costs[name_of_cost] = cost_of(what, instruction.context, self.machine, engines)
+        cost = self.own_costs[name_of_cost]
         taken = uses_of(what, cost, unit, None, self.topology, self.machine)
         card = self.topology.places[unit].card
         beside = sum(self.topology.places[m].card == card for m in members)
