@@ -52,6 +52,7 @@ class CollectiveLowering:
         self.group = group
         self.em = em
         self.spill = spill
+        self.reserved: SSAValue | None = None  # what the next collective publishes, if it was computed in place
 
     # All-reduce ------------------------------------------------------------
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -66,21 +67,24 @@ class CollectiveLowering:
             return self._sum_of_few(x)
         return self._sum_of_many(x)
 
-    def reserve(self, space: Space, nbytes: int, padded: bool = False) -> SSAValue:
-        """A published buffer for the operand of the next collective. padded: its bytes that hold no value are zero."""
-        buffer = self.group.publish(self.group.card_scope, space.name.lower(), nbytes)
+    def reserve(self, space: Space, nbytes: int, shared: bool, padded: bool = False) -> SSAValue:
+        """A published buffer for the operand of the next collective. shared: see `Group.publish`. padded: its bytes
+        that hold no value are zero."""
+        self.reserved = buffer = self.group.publish(self.group.card_scope, space.name.lower(), nbytes, shared)
         if padded and space == Space.DM:
             self.em.memset(buffer, 0, nbytes)
         return buffer
 
     def _published(self, x: Tensor, whole_rows: bool) -> Tensor:
         """`x` itself if it was computed into a published buffer, else a copy in one. whole_rows: padding is read."""
-        if x.buffer in self.group.mine:
+        reserved, self.reserved = self.reserved, None
+        if x.buffer is reserved:
             return x
         rows = x.rows
         assert rows is not None
         count = rows.physical if x.space == Space.HBM else rows.local
-        held = replace(x, buffer=self.reserve(x.space, count * x.pitch, whole_rows), base=0)
+        shared = not rows.replicated
+        held = replace(x, buffer=self.reserve(x.space, count * x.pitch, shared, whole_rows), base=0)
         if x.space == Space.HBM:
             move_rows(self.em, x, held)
         else:
@@ -89,6 +93,7 @@ class CollectiveLowering:
             loops = [(rows.local, x.pitch), (features, width)]
             commit = Commit(0, ((rows.local, held.pitch), (features, width)), x.dtype, packet)
             self.em.execute(self.em.fetch(x.base, loops, x.dtype, packet), x.buffer, commit, held.buffer)
+        self.reserved = None
         return held
 
     def needs_padding(self, features: int, pitch: int, replicated: bool) -> bool:
@@ -154,7 +159,7 @@ class CollectiveLowering:
         own = group.register(on_card=parts * size * width, card=1)
         em.dma(peer(held.buffer, held.space, held.base, own), dm(slots), loops, size * width)
         nbytes = count * size * width
-        mine = self._between_cards(slots, count * size, x.dtype, parts)
+        mine = self._between_cards(slots, count * size, x.dtype, parts, False)
         group.exchange(scope, mine)
         total = self._spread_buffer(nbytes, parts * group.local)
         loops = [(group.local, UNIT_STRIDE, parts * DM_SLICE_STRIDE), (parts, DM_SLICE_STRIDE, DM_SLICE_STRIDE)]
@@ -172,25 +177,25 @@ class CollectiveLowering:
             out[name] = collective_time("all_reduce", name, nbytes, group.units, group.cards, machine)
         return out
 
-    def _between_cards(self, slots: SSAValue, count: int, dtype: Dtype, slices: int) -> SSAValue:
+    def _between_cards(self, slots: SSAValue, count: int, dtype: Dtype, slices: int, shared: bool) -> SSAValue:
         """Sum of the card's copies, then of the cards' sums, in a published buffer: `count` elements of `slices`."""
         group, em = self.group, self.em
         nbytes = count * dtype.bytes
         if group.cards == 1:
-            total = group.publish(group.card_scope, "dm", nbytes)
+            total = group.publish(group.card_scope, "dm", nbytes, shared)
             self._add(slots, group.local, count, dtype, total, slices)
             return total
         mine = em.alloc(nbytes, "card sum") if group.local > 1 else slots
         if group.local > 1:
             self._add(slots, group.local, count, dtype, mine, slices)
         scope = group.rank_scope
-        image = group.publish(scope, "hbm", slices * nbytes)
+        image = group.publish(scope, "hbm", slices * nbytes, False)
         em.dma(dm(mine), hbm(image), [(slices, DM_SLICE_STRIDE, nbytes)], nbytes)
         group.exchange(scope, image, in_dm=False)
         copies = em.alloc(group.cards * nbytes, "card sums")
         loops = [(slices, nbytes, DM_SLICE_STRIDE), (group.cards, group.local * UNIT_STRIDE, nbytes)]
         em.dma(peer(image, Space.HBM, 0, scope.register), dm(copies), loops, nbytes)
-        total = group.publish(group.card_scope, "dm", nbytes)
+        total = group.publish(group.card_scope, "dm", nbytes, shared)
         self._add(copies, group.cards, count, dtype, total, slices)
         return total
 
@@ -245,17 +250,17 @@ class CollectiveLowering:
             (rows.local, held.pitch, piece),
         ]
         em.dma(peer(held.buffer, held.space, held.base, own), dm(slots), loops, piece)
-        mine = self._between_cards(slots, rows.local * size, x.dtype, em.slices)
+        mine = self._between_cards(slots, rows.local * size, x.dtype, em.slices, True)
         group.exchange(scope, mine)
-        target = em.alloc(rows.local * x.pitch)
+        # The others have read what this unit published, so the result may take its place.
         loops = [
             (group.local, UNIT_STRIDE, share * DM_SLICE_STRIDE),
             (share, group.local * DM_SLICE_STRIDE, DM_SLICE_STRIDE),
             (group.local, DM_SLICE_STRIDE, piece),
-            (rows.local, piece, x.pitch),
+            (rows.local, piece, held.pitch),
         ]
-        em.dma(peer(mine, Space.DM, 0, scope.register), dm(target), loops, piece)
-        return replace(x, buffer=target, base=0)
+        em.dma(peer(mine, Space.DM, 0, scope.register), dm(held.buffer, held.base), loops, piece)
+        return held
 
     def _sum_in_hbm(self, x: Tensor) -> Tensor:
         """Rows in HBM: the unit with number u on its card owns an equal share of the physical rows."""
@@ -281,14 +286,13 @@ class CollectiveLowering:
             source = peer(sums, Space.HBM, 0, rank.register)
             sums = self._add_rows(source, group.cards, group.local, share, x, scope)
         group.exchange(scope, sums, in_dm=False)
-        target = em.alloc(rows.physical * x.pitch, space="hbm")
         loops = [(group.local, UNIT_STRIDE, share * x.pitch), (share, x.pitch, x.pitch)]
-        em.dma(peer(sums, Space.HBM, 0, scope.register), hbm(target), loops, _row_bytes(x))
-        return replace(x, buffer=target, base=0)
+        em.dma(peer(sums, Space.HBM, 0, scope.register), hbm(held.buffer, held.base), loops, _row_bytes(x))
+        return held
 
     def _add_rows(self, source: Place, copies: int, step: int, share: int, x: Tensor, scope: Scope) -> SSAValue:
         """Sum of `copies` images of `share` rows, `step` units apart, in a buffer that `scope` will publish."""
-        sums = self.group.publish(scope, "hbm", share * x.pitch)
+        sums = self.group.publish(scope, "hbm", share * x.pitch, False)
         self._add_in_pieces(source, copies, step * UNIT_STRIDE, share, x, sums)
         return sums
 
@@ -344,7 +348,7 @@ class CollectiveLowering:
         assert rows is not None
         if x.space == Space.HBM:
             return self._published(x, False)
-        image = replace(x, buffer=self.reserve(Space.HBM, rows.physical * x.pitch), space=Space.HBM, base=0)
+        image = replace(x, buffer=self.reserve(Space.HBM, rows.physical * x.pitch, False), space=Space.HBM, base=0)
         store_rows(self.em, x, image, rows.local)
         return image
 
@@ -461,7 +465,7 @@ class CollectiveLowering:
         return self._where_it_fits(Tensor(sums, Space.HBM, x.dtype, tuple(dims), mine, 0, x.pitch))
 
     def local_slice(self, x: Tensor, dim: int, size: int) -> Tensor:
-        """The own part of the tokens of dimension `dim`: a copy inside the own memory, from where it differs by unit."""
+        """The own part of the tokens of dimension `dim`: a copy inside the own memory, from a unit's own place."""
         group, em = self.group, self.em
         rows = x.rows
         assert rows is not None

@@ -263,7 +263,7 @@ class FunctionLowering:
         uses = list(final.uses)
         user = uses[0].operation if len(uses) == 1 else None
         if isinstance(user, tc.AllGatherOp) and self._output_name(user.result) is not None:
-            self._contract(op, lambda nbytes: self.collectives.reserve(Space.HBM, nbytes))
+            self._contract(op, lambda nbytes: self.collectives.reserve(Space.HBM, nbytes, False))
         elif isinstance(user, tc.AllReduceOp) and user is op.next_op:
             # Nothing lies between the contraction and its all-reduce, so that the buffer is the next phase's.
             self._contract(op, None, lambda space, nbytes: self._reserve(op, space, nbytes))
@@ -276,7 +276,7 @@ class FunctionLowering:
         features = product(shape_of(op.result)) // (rows.batch * rows.length)
         pitch = nbytes // (rows.physical if space == Space.HBM else rows.local) // dtype_of(op.result).bytes
         padded = self.collectives.needs_padding(features, pitch, rows.replicated)
-        return self.collectives.reserve(space, nbytes, padded)
+        return self.collectives.reserve(space, nbytes, not rows.replicated, padded)
 
     def _rows_of(self, op: tc.ContractOp) -> RowSpace:
         rows = [v.rows for o in op.operands if isinstance(v := self.env[o], Tensor) and v.rows is not None]

@@ -46,7 +46,6 @@ class Group:
     routine: str
     repeated: bool
     phases: list[_Phase] = field(default_factory=list[_Phase])
-    mine: set[SSAValue] = field(default_factory=set[SSAValue])  # buffers made by `publish`
 
     @property
     def units(self) -> int:
@@ -85,13 +84,13 @@ class Group:
         """The units with the own number on all cards."""
         return Scope("rank", self.register(rank=1), self.cards, self.local)
 
-    def publish(self, scope: Scope, space: str, nbytes: int) -> SSAValue:
-        """The buffer that the next phase of `scope` publishes."""
+    def publish(self, scope: Scope, space: str, nbytes: int, shared: bool = True) -> SSAValue:
+        """The buffer that the next phase of `scope` publishes. shared: by all routines, which needs an even number of
+        phases in each of them."""
         parity = len([p for p in self.phases if p.scope.name == scope.name]) % 2
-        name = f"{self.routine}.{scope.name}.{space}{parity}.{nbytes}"
-        buffer = self.em.global_buffer(name, space, nbytes, "activation")
-        self.mine.add(buffer)
-        return buffer
+        owner = "publish" if shared else self.routine
+        name = f"{owner}.{scope.name}.{space}{parity}.{nbytes}"
+        return self.em.global_buffer(name, space, nbytes, "activation")
 
     def exchange(self, scope: Scope, published: SSAValue | None, in_dm: bool = True) -> None:
         """All units of `scope` publish and wait for each other. `in_dm`: the buffer lies in DM (HBM needs no waits:

@@ -30,6 +30,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
+from backend_rngd.machine import Machine
 
 CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (hardware.md 2.8 supply limit)
 TRF_K = 1024  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
@@ -39,11 +40,16 @@ GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are 
 
 @dataclass(frozen=True)
 class Group:
-    """Output channels [start, start + slices * passes * 16): slice j holds `passes * 16` neighbours, 16 a pass."""
+    """Output channels [start, start + slices * passes * 16); slice j of a ring holds `passes * 16` of them, 16 a pass.
+
+    ring: slices that exchange their tokens. Rings smaller than the unit hold copies of the same weights, and each works
+    on the tokens of its own slices: a few channels keep all slices busy.
+    """
 
     start: int
     passes: int
     slices: int
+    ring: int
 
     @property
     def per_slice(self) -> int:
@@ -88,7 +94,7 @@ class TokensStream(ContractionMapping):
         widest = max(k for _, k in chunks)
         count = rows.physical
         limit = max(1, min(8, GROUP_BYTES // (count * CHANNELS * dtype.bytes)))
-        groups = channel_groups(w.rows, em.slices, limit)
+        groups = channel_groups(w.rows, em.slices, limit, rows.local, w.k, em.machine)
         result = self._output(dims, dtype, x, w, output) if output is not None else self._result(dims, dtype, x, w.rows)
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
@@ -108,7 +114,7 @@ class TokensStream(ContractionMapping):
         partial = CHANNELS * 4
         acc = [em.alloc(count * partial, "partial") for _ in range(batch)] if split else []
         part = em.alloc(count * partial, "partial") if split else None
-        if any(g.slices < em.slices for g in groups):  # slices without channels take part with zero weights
+        if any(g.slices < g.ring for g in groups):  # slices without channels take part with zero weights
             for buffer in buffers:
                 em.memset(buffer, 0, CHANNELS * widest * 2)
         self._load_weights(w, groups, jobs[0], chunks, buffers[0])
@@ -122,20 +128,22 @@ class TokensStream(ContractionMapping):
                 tokens, loaded = self._tokens_chunk(x, k0, k), (number // batch, c)
             base = self._next_half(em.machine.trf_bytes_per_slice // 8, 2 * k * 2)
             em.load_trf(em.fetch(0, [(8, k * 2), (2, 8 * k * 2), (k, 2)], Dtype.BF16, 16), buffers[i % 2], 8, base)
-            final = _Area(finals[g % len(finals)], count, row, dtype, t * CHANNELS * dtype.bytes)
+            ring = groups[g].ring
+            seen = rows.local * ring  # tokens that a slice meets
+            final = _Area(finals[g % len(finals)], seen, row, dtype, t * CHANNELS * dtype.bytes)
             if not split:
-                self._pass(tokens, k0 if resident else 0, k, packet, base, final, vector)
+                self._pass(tokens, k0 if resident else 0, k, packet, base, final, ring, vector)
             else:
                 assert part is not None
-                mine = _Area(acc[number % batch], count, partial, Dtype.F32)
-                here = mine if c == 0 else _Area(part, count, partial, Dtype.F32)
-                self._pass(tokens, k0 if resident else 0, k, packet, base, here, ())
+                mine = _Area(acc[number % batch], seen, partial, Dtype.F32)
+                here = mine if c == 0 else _Area(part, seen, partial, Dtype.F32)
+                self._pass(tokens, k0 if resident else 0, k, packet, base, here, ring, ())
                 if c > 0:
                     goal = final if last and not own_epilogue else mine
                     ops = vector if last and not own_epilogue else ()
-                    self._add(mine.buffer, part, count * CHANNELS, goal.commit, goal.buffer, ops)
+                    self._add(mine.buffer, part, seen * CHANNELS, goal.commit, goal.buffer, ops)
                 if last and own_epilogue:
-                    self._apply(mine.buffer, count * CHANNELS, final.commit, final.buffer, vector)
+                    self._apply(mine.buffer, seen * CHANNELS, final.commit, final.buffer, vector)
             if last and t == groups[g].passes - 1:
                 self._rows_home(final.buffer, row, groups[g], result)
         return result
@@ -162,7 +170,11 @@ class TokensStream(ContractionMapping):
         self.em.dma(
             hbm(w.buffer, (group.start + job[1] * CHANNELS) * w.pitch + k0 * 2),
             dm(buffer),
-            [(group.slices, group.per_slice * w.pitch, DM_SLICE_STRIDE), (CHANNELS, w.pitch, k * 2)],
+            [
+                (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
+                (group.slices, group.per_slice * w.pitch, DM_SLICE_STRIDE),
+                (CHANNELS, w.pitch, k * 2),
+            ],
             k * 2,
         )
 
@@ -175,9 +187,9 @@ class TokensStream(ContractionMapping):
         return Tensor(buffer, Space.DM, x.dtype, (), rows, 0, k * 2)
 
     def _pass(
-        self, x: Tensor, k0: int, k: int, packet: int, base: int, target: _Area, vector: Sequence[VectorOp]
+        self, x: Tensor, k0: int, k: int, packet: int, base: int, target: _Area, ring: int, vector: Sequence[VectorOp]
     ) -> None:
-        """All tokens against the 16 channels that each slice holds; rows come out as (local row, slice)."""
+        """The tokens of a ring against the 16 channels that each slice holds; rows come out as (local row, slice)."""
         em, rows = self.em, x.rows
         assert rows is not None
         em.execute(
@@ -185,12 +197,12 @@ class TokensStream(ContractionMapping):
             x.buffer,
             target.commit,
             target.buffer,
-            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.local * (k // packet)),
+            switch=Switch(SwitchKind.BROADCAST01, 1, ring, rows.local * (k // packet)),
             contract=Contract(
                 8,
                 packet // 16,
                 base,
-                ((rows.local, 0, 0), (k // packet, packet * 2, REDUCE), (em.slices, 0, 0), (2, k * 2, BROADCAST)),
+                ((rows.local, 0, 0), (k // packet, packet * 2, REDUCE), (ring, 0, 0), (2, k * 2, BROADCAST)),
                 packet,
                 packet.bit_length() - 1,
                 LaneMode.INTERLEAVED,
@@ -210,9 +222,10 @@ class TokensStream(ContractionMapping):
             pitch = group.slices * run
             target, base = em.alloc(local * pitch, "rows"), 0
         loops = [
+            (em.slices // group.ring, group.ring * DM_SLICE_STRIDE, group.ring * DM_SLICE_STRIDE),
             (group.slices, DM_SLICE_STRIDE, run),
-            (em.slices, row, DM_SLICE_STRIDE),
-            (local, em.slices * row, pitch),
+            (group.ring, row, DM_SLICE_STRIDE),
+            (local, group.ring * row, pitch),
         ]
         em.dma(dm(channels), dm(target, base), loops, run)
         if spilled:
@@ -228,18 +241,49 @@ def _row_bytes(nbytes: int, banks: int) -> int:
     return nbytes + FLIT_BYTES if nbytes % banks == 0 else nbytes
 
 
-def channel_groups(rows: int, slices: int, limit: int) -> list[Group]:
-    """Groups of at most `limit` passes that cover `rows` channels (a multiple of 64) with as few passes as possible."""
+def channel_groups(rows: int, slices: int, limit: int, local: int, k: int, machine: Machine) -> list[Group]:
+    """Groups of at most `limit` passes that cover `rows` channels (a multiple of 64).
+
+    local: tokens a slice, k: elements of K; they decide whether the channels that do not fill all slices go to smaller
+    rings (less to multiply, more copies of the weights to transfer).
+    """
     groups: list[Group] = []
     start, width = 0, slices * CHANNELS
-    while start < rows:
+    while rows - start >= width:
         rest = rows - start
         passes = -(-rest // width)
         if passes > limit or rest % (passes * CHANNELS):
             passes = max(1, min(limit, rest // width))
-            group = Group(start, passes, min(slices, rest // (passes * CHANNELS)))
+            groups.append(Group(start, passes, min(slices, rest // (passes * CHANNELS)), slices))
         else:
-            group = Group(start, passes, rest // (passes * CHANNELS))
-        groups.append(group)
-        start += group.slices * group.per_slice
+            groups.append(Group(start, passes, rest // (passes * CHANNELS), slices))
+        start += groups[-1].slices * groups[-1].per_slice
+    if start < rows:
+        groups += _last_channels(start, (rows - start) // CHANNELS, slices, local, k, machine)
     return groups
+
+
+def _last_channels(start: int, count: int, slices: int, local: int, k: int, machine: Machine) -> list[Group]:
+    """Fewer blocks of 16 channels than slices: one large ring, or rings of powers of two that add up to `count`."""
+    whole = [Group(start, 1, count, slices)]
+    parts: list[Group] = []
+    at = start
+    ring = slices
+    while count:
+        ring //= 2
+        if count >= ring:
+            parts.append(Group(at, 1, ring, ring))
+            at, count = at + ring * CHANNELS, count - ring
+
+    def cycles(groups: Sequence[Group]) -> float:
+        """Multiplications behind the transfer of the weights, or the transfer where that takes longer."""
+        total = 0.0
+        for g in groups:
+            nbytes = g.slices * (slices // g.ring) * CHANNELS * k * 2
+            transfer = machine.dma_startup_cycles + nbytes / min(
+                machine.dma_engine_bytes_per_cycle, machine.hbm_bytes_per_cycle / machine.pes_per_chip
+            )
+            total += max(local * (k / 32) * g.ring * 2, transfer) + machine.pass_issue_cycles
+        return total
+
+    return min(whole, parts, key=cycles)

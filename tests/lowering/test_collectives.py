@@ -78,8 +78,8 @@ def test_gathered_logits(batch: int, units: int, machine: Machine) -> None:
     part = -(-vocab // units)
     text = f"""
 builtin.module attributes {{tc.mesh = "kv={units}"}} {{
-  func.func @main(%x: tensor<{batch}x1x{hidden}xbf16, #tc.axes<"B,S,_">>) -> tensor<{batch}x1x{vocab}xf32, #tc.axes<"B,_,_">>
-      attributes {{arg_names = ["x"], result_names = ["logits"]}} {{
+  func.func @main(%x: tensor<{batch}x1x{hidden}xbf16, #tc.axes<"B,S,_">>)
+      -> tensor<{batch}x1x{vocab}xf32, #tc.axes<"B,_,_">> attributes {{arg_names = ["x"], result_names = ["logits"]}} {{
     %w = tc.weight "w" shard "{vocab}@tp, {hidden}" : tensor<{part}x{hidden}xbf16>
     %p = tc.contract "b s i, o i -> b s o" (%x, %w) : tensor<{batch}x1x{part}xf32, #tc.axes<"B,_,_">>
     %g = tc.all_gather %p dim 2 axis tp why "test" : tensor<{batch}x1x{part * units}xf32, #tc.axes<"B,_,_">>

@@ -12,7 +12,7 @@ from backend_rngd.lowering.contract_base import split_k
 from backend_rngd.lowering.stream_tokens import channel_groups
 from backend_rngd.lowering.stream_weights import column_tiles
 from ir import expr as ex
-from tests.lowering.running import Run, bf16, relative, tensor_text
+from tests.lowering.running import MACHINE, Run, bf16, relative, tensor_text
 
 
 def contraction(b: int, s: int, k: int, n: int, element: str = "bf16", after: str = "") -> str:
@@ -111,9 +111,16 @@ def test_any_shape(tokens: tuple[int, int], k: int, n: int) -> None:
     assert run(*tokens, k, n)[1] < 4e-3
 
 
-@given(st.integers(1, 200).map(lambda v: v * 64), st.integers(1, 64).map(lambda v: v * 4), st.integers(1, 8))
-def test_tiles_cover_every_channel_once(rows: int, per_slice: int, limit: int) -> None:
-    for tiles in (column_tiles(rows, per_slice, 64), channel_groups(rows, 64, limit)):
+@given(
+    st.integers(1, 200).map(lambda v: v * 64),
+    st.integers(1, 64).map(lambda v: v * 4),
+    st.integers(1, 8),
+    st.integers(1, 32),
+    st.integers(1, 128).map(lambda v: v * 32),
+)
+def test_tiles_cover_every_channel_once(rows: int, per_slice: int, limit: int, local: int, k: int) -> None:
+    groups = channel_groups(rows, 64, limit, local, k, MACHINE)
+    for tiles in (column_tiles(rows, per_slice, 64), groups):
         position = 0
         for tile in tiles:
             assert tile.start == position
@@ -121,7 +128,7 @@ def test_tiles_cover_every_channel_once(rows: int, per_slice: int, limit: int) -
             assert tile.per_slice % 4 == 0
             position += tile.slices * tile.per_slice
         assert position == rows
-    assert all(g.passes <= limit for g in channel_groups(rows, 64, limit))
+    assert all(g.passes <= limit and g.slices <= g.ring and 64 % g.ring == 0 for g in groups)
 
 
 @given(st.integers(1, 1000).map(lambda v: v * 32), st.sampled_from([1024, 4096]))
