@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from backend_rngd.isa.check_transfer import MAX_UNITS
 from backend_rngd.isa.descriptors import UNIT_STRIDE, Context, Notify, Wait
 from backend_rngd.isa.rules import Report
 
@@ -21,10 +22,12 @@ def check_notify(report: Report, desc: Notify, context: Context | None) -> None:
     before: tuple[int, int] | None = None
     reach = 0
     for size, stride in sorted(desc.units, key=lambda loop: abs(loop[1])):
-        if size < 2 or abs(stride) <= reach:
+        if not 2 <= size <= MAX_UNITS or abs(stride) <= reach or abs(stride) > MAX_UNITS:
             report.add("notify-units", f"loops {desc.units} over units name a unit twice or do nothing")
             break
         reach += (size - 1) * abs(stride)
+    if not 0 <= desc.base // UNIT_STRIDE < MAX_UNITS or reach >= MAX_UNITS:
+        report.add("notify-units", f"units from {desc.base // UNIT_STRIDE} on, {reach} further")
     for size, stride in desc.units:
         if before is not None and before[1] == size * stride:
             report.add("loop-merge", f"notify: loops of {before[0]} and {size} units are one of {before[0] * size}")

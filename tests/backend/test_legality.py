@@ -26,11 +26,13 @@ from isa_builders import (
     vrf,
 )
 from mutants import another, leaves, replaced
+from spmd import UNIT_RULES
 
 from backend_rngd.isa.descriptors import (
     BROADCAST,
     DM_SLICE_STRIDE,
     REDUCE,
+    UNIT_STRIDE,
     After,
     Alu,
     Call,
@@ -47,6 +49,7 @@ from backend_rngd.isa.descriptors import (
     LaneMode,
     Memset,
     Mode,
+    Notify,
     Op,
     Operand,
     Routine,
@@ -55,6 +58,7 @@ from backend_rngd.isa.descriptors import (
     Stream,
     SwitchKind,
     VectorOp,
+    Wait,
 )
 from backend_rngd.isa.legality import RULES, BufferSpan, check, check_stream, errors
 from backend_rngd.machine import load_machine
@@ -141,7 +145,33 @@ LEGAL: dict[str, Descriptor] = {
         Endpoint(Space.DM, 0), Endpoint(Space.DM, 4096), ((SLICES, DM_SLICE_STRIDE, 64), (8, 64, 8192)), 64
     ),
     "call": Call(1, ((8, 0, 64), (9, 1, 0))),
+    "gather of units": Dma(
+        Endpoint(Space.PEER_DM, 4096, 63),
+        Endpoint(Space.DM, 8192),
+        ((4, UNIT_STRIDE, 256), (SLICES, DM_SLICE_STRIDE, DM_SLICE_STRIDE)),
+        256,
+    ),
+    "rows of units": Dma(
+        Endpoint(Space.PEER_HBM, UNIT_STRIDE + 4096),
+        Endpoint(Space.DM, 0),
+        ((4, 2 * UNIT_STRIDE - 512, 128), (SLICES, 128, DM_SLICE_STRIDE)),
+        128,
+    ),
+    "broadcast to units": Dma(
+        Endpoint(Space.DM, 0),
+        Endpoint(Space.PEER_HBM, 64, 62),
+        ((4, 0, UNIT_STRIDE), (SLICES, DM_SLICE_STRIDE, 128)),
+        128,
+    ),
+    "notify": Notify(63, UNIT_STRIDE, ((4, 8), (2, 1)), 5, ((64, 128), (256, 8))),
+    "notify one": Notify(0, 3 * UNIT_STRIDE, (), 0),
+    "wait": Wait(5, 7, ((64, 128),), ((0, 8),)),
 }
+PEERS, ROWS = LEGAL["gather of units"], LEGAL["rows of units"]
+assert isinstance(PEERS, Dma)
+assert isinstance(ROWS, Dma)
+NOTIFY = Notify(63, UNIT_STRIDE, ((4, 8), (2, 1)), 5, ((64, 128), (256, 8)))
+WAIT = Wait(5, 7, ((64, 128),), ((0, 8),))
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -314,6 +344,32 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("gather", None, gather(index=put(INDEX, strides=(8,)))),
     ("gather", None, gather(index=put(INDEX, strides=(8, 2)))),
     ("gather", None, gather(index=put(INDEX, scatter=True))),
+    ("stride-range", None, put(ROWS, loops=((4, UNIT_STRIDE + (1 << 31), 128), *ROWS.loops[1:]))),
+    ("bounds", None, put(PEERS, source=Endpoint(Space.PEER_DM, 524288, 63))),
+    ("bounds", None, put(PEERS, source=Endpoint(Space.PEER_DM, 193 * DM_SLICE_STRIDE, 63))),
+    ("dma-register", None, put(PEERS, source=Endpoint(Space.PEER_DM, 4096, 64))),
+    ("dma-register", None, put(NOTIFY, register=-1)),
+    ("dma-alignment", None, put(PEERS, destination=Endpoint(Space.PEER_DM, 8196, 63))),
+    ("write-twice", None, put(PEERS, loops=((4, UNIT_STRIDE, 128), *PEERS.loops[1:]))),
+    ("peer", None, put(PEERS, source=Endpoint(Space.PEER_DM, UNIT_STRIDE << 16))),
+    ("gather", None, put(gather(), source=Endpoint(Space.PEER_HBM, 0))),
+    ("context", "main", NOTIFY),
+    ("context", "sub", WAIT),
+    ("semaphore", None, put(NOTIFY, semaphore=-1)),
+    ("semaphore", None, put(WAIT, semaphore=MACHINE.semaphores)),
+    ("notify-units", None, put(NOTIFY, base=64)),
+    ("notify-units", None, put(NOTIFY, base=-UNIT_STRIDE)),
+    ("notify-units", None, put(NOTIFY, units=((1, 8),))),
+    ("notify-units", None, put(NOTIFY, units=((4, 1), (2, 1)))),
+    ("notify-units", None, put(NOTIFY, units=((1 << 40, 1),))),
+    ("loop-count", None, put(NOTIFY, units=tuple((2, 3**i) for i in range(9)))),
+    ("loop-merge", None, put(NOTIFY, units=((4, 2), (2, 1)))),
+    ("wait-count", None, put(WAIT, count=0)),
+    ("sync-range", None, put(NOTIFY, ranges=((4, 8),))),
+    ("sync-range", None, put(NOTIFY, ranges=((64, 0),))),
+    ("sync-range", None, put(WAIT, ranges=((64, 8), (72, 8)))),
+    ("sync-range", None, put(WAIT, arrived=((64, 8), (0, 8)))),
+    ("bounds", None, put(WAIT, ranges=((524288, 8),))),
     ("call", None, Call(1, ((0, 0, 8),))),
     ("call", None, Call(1, ((8, 64, 8),))),
     ("call", None, Call(1, ((8, 0, 8), (8, 0, 16)))),
@@ -444,7 +500,7 @@ def test_buffers() -> None:
 
 
 def test_every_rule_is_covered() -> None:
-    covered = {rule for rule, _, _ in BROKEN} | {rule for rule, _, _ in STREAMS} | {"dm-bounds"}
+    covered = {rule for rule, _, _ in BROKEN} | {rule for rule, _, _ in STREAMS} | {"dm-bounds"} | UNIT_RULES
     assert covered == set(RULES)
 
 
