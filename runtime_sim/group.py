@@ -15,7 +15,7 @@ from runtime_sim.clocks import START, Clock, Clocks, Counts, Frame
 from runtime_sim.errors import SimulationError, Site
 from runtime_sim.functional import REGISTERS, Executed, Observer, Program, Unit, moved
 from runtime_sim.peers import PeerDmaPlan
-from runtime_sim.races import Instance, Races, Regions
+from runtime_sim.races import Instance, Races
 from runtime_sim.workers import single_threaded_blas
 
 Steps = Generator[None, None, None]
@@ -51,7 +51,7 @@ class Group:
         self.units = list(units)
         self.names = list(names or (f"unit {i} (card {u.place.card} PE {u.place.pe})" for i, u in enumerate(units)))
         self.number = {id(unit): i for i, unit in enumerate(self.units)}
-        self.regions = Regions()
+        self.races = Races(self.units)
 
     def run(self, work: Sequence[Sequence[Launch]], races: bool = True, seed: int | None = None) -> None:
         """Run the launches of every unit, one after the other on each, all units at once.
@@ -81,7 +81,8 @@ class _Run:
         self.random = None if seed is None else random.Random(seed)
         self.races: Races | None = None
         if races:
-            self.races = Races(group.units, group.regions)
+            self.races = group.races
+            self.races.start()
             for runner in self.runners:
                 runner.announce(self.races)
 

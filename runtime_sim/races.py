@@ -112,37 +112,42 @@ class _History:
     near: list[_History] = field(default_factory=list["_History"])
 
 
-class Regions:
-    """Regions by what they cover; kept from run to run, for a program's accesses are the same every time."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Piece, ...], Region] = {}
-
-    def of(self, pieces: Iterable[Piece]) -> Region:
-        """The region of these bytes."""
-        key = tuple(pieces)
-        region = self._known.get(key)
-        if region is None:
-            region = self._known[key] = Region(key)
-        return region
-
-
 class Races:
-    """Watches one run of a group."""
+    """Watches a group of units. What programs touch is found once; `start` begins another run."""
 
-    def __init__(self, units: Sequence[Unit], regions: Regions) -> None:
-        self.regions = regions
+    def __init__(self, units: Sequence[Unit]) -> None:
         self.number = {id(unit): i for i, unit in enumerate(units)}
         self.spans: list[dict[str, list[tuple[int, int]]]] = [{"dm": [], "hbm": []} for _ in units]
-        self._touches: dict[tuple[int, ...], tuple[Touch, ...]] = {}
+        self._regions: dict[tuple[Piece, ...], Region] = {}
+        self._touches: dict[tuple[int, ...], tuple[Plan, tuple[Touch, ...]]] = {}
         self._histories: dict[tuple[int, str], dict[int, _History]] = {}
+        self._announced: dict[tuple[int, int, int], Plan] = {}
+
+    def start(self) -> None:
+        """Forget all accesses: the host has seen the end of everything before."""
+        for table in self._histories.values():
+            for history in table.values():
+                history.reads.clear()
+                history.writes.clear()
 
     def announce(self, plan: PeerDmaPlan, unit: Unit) -> None:
-        """Note the bytes of other units that a transfer touches with the current registers."""
+        """Note the bytes of other units that a transfer touches with the current registers, before the run."""
+        key = (id(plan), unit.registers[plan.op.source.register], unit.registers[plan.op.destination.register])
+        if key in self._announced:
+            return
+        self._announced[key] = plan
         for touch in self._of_peer(plan, unit):
-            spans = self.spans[touch.owner][touch.space]
-            if (touch.region.low, touch.region.high) not in spans:
-                spans.append((touch.region.low, touch.region.high))
+            spans, span = self.spans[touch.owner][touch.space], (touch.region.low, touch.region.high)
+            if span not in spans:
+                spans.append(span)
+                self._touches.clear()
+
+    def _region(self, pieces: Iterable[Piece]) -> Region:
+        key = tuple(pieces)
+        region = self._regions.get(key)
+        if region is None:
+            region = self._regions[key] = Region(key)
+        return region
 
     # Accesses --------------------------------------------------------------------------------------------------------
     def touches(self, unit: Unit, plan: Plan, what: object) -> tuple[Touch, ...]:
@@ -152,8 +157,8 @@ class Races:
             key = (id(plan), unit.registers[what.source.register], unit.registers[what.destination.register])
         found = self._touches.get(key)
         if found is None:
-            found = self._touches[key] = tuple(self._find(unit, plan))
-        return found
+            found = self._touches[key] = (plan, tuple(self._find(unit, plan)))  # the plan lives as long as its id
+        return found[1]
 
     def _find(self, unit: Unit, plan: Plan) -> list[Touch]:
         me = self.number[id(unit)]
@@ -165,10 +170,10 @@ class Races:
         elif isinstance(plan, StaticPlan):
             for memory, footprint, rows, _ in plan.reads:
                 if memory is unit.dm:
-                    out.append(Touch(me, "dm", self.regions.of([(_rows(rows), footprint)]), False))
+                    out.append(Touch(me, "dm", self._region([(_rows(rows), footprint)]), False))
             for memory, footprint, rows in plan.writes:
                 if memory is unit.dm:
-                    out.append(Touch(me, "dm", self.regions.of([(_rows(rows), footprint)]), True))
+                    out.append(Touch(me, "dm", self._region([(_rows(rows), footprint)]), True))
         return [t for t in out if t.owner != me or self._shared(t)]
 
     def _shared(self, touch: Touch) -> bool:
@@ -195,7 +200,7 @@ class Races:
             else:
                 pieces = [(HBM_ROW, plan.footprint(side, side.address(unit)))]
             space = "dm" if side.in_dm else "hbm"
-            out.append(Touch(self.number[id(side.unit)], space, self.regions.of(pieces), write))
+            out.append(Touch(self.number[id(side.unit)], space, self._region(pieces), write))
         return out
 
     # Checking --------------------------------------------------------------------------------------------------------
