@@ -6,7 +6,8 @@ after:  ``dma(weights of pass 8), dma(result of pass 7)``
 A transfer may move if it reads what no instruction writes (weights and constants) and as far as the last instruction
 before it that touches its target buffer. Which transfers go first is decided by list scheduling with the closed forms
 of engine time; the memory that the longer life of the targets costs is kept within a budget. Everything else stays in
-order.
+order: transfers that are not free, notifies and waits among them, so that what a wait leaves idle is filled with
+weights.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import BlockArgument, Operation, SSAValue
 
 from backend_rngd.attributes import bytes_of, space_of
-from backend_rngd.dialect import AllocOp, CallOp, DmaOp, GetGlobalOp, GlobalOp, InstructionOp, RoutineOp
-from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset
+from backend_rngd.dialect import AllocOp, CallOp, DmaOp, GetGlobalOp, GlobalOp, InstructionOp, LaunchOp, RoutineOp
+from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from backend_rngd.isa.footprint import Access, footprint
 from backend_rngd.isa.hazards import Hazards
 from backend_rngd.liveness import Live, constant_values, live_bytes
 from backend_rngd.machine import Machine
-from backend_rngd.machine.formulas import dma_time, unit_cycles
+from backend_rngd.machine.formulas import dma_time, sync_time, unit_cycles
+from backend_rngd.sync_ops import SyncOp
 
 CONTEXTS = {"main": Context.MAIN, "sub": Context.SUB, "dma": Context.DMA}
 
@@ -39,6 +41,7 @@ class _Item:
     needs: tuple[int, ...] = ()  # instructions that must be finished, as positions in the segment
     earliest: int = 0  # first position it may stand at (free transfers only)
     free: bool = False
+    notify: int = -1  # a wait: the own notify that it answers; others send theirs at about the same time
     nbytes: int = 0  # DM bytes that live longer if it moves forward
     finish: float = -1.0
 
@@ -65,12 +68,19 @@ def hoist(module: ModuleOp, machine: Machine, share: float = 0.9) -> Moves:
         for op in module.body.block.ops
         if isinstance(op, GlobalOp) and op.buffer_type.space.data == "dm"
     )
+    latency = _latency(module, machine)
     for routine in module.body.block.ops:
         if isinstance(routine, RoutineOp):
             live = live_bytes(routine)
             for segment in _segments(routine):
-                _hoist_segment(segment, live, budget, constants, machine, out)
+                _hoist_segment(segment, live, budget, constants, machine, latency, out)
     return out
+
+
+def _latency(module: ModuleOp, machine: Machine) -> float:
+    """Cycles from a notify to the end of the wait that answers it, when all units of the group are equally far."""
+    units = max((len(op.value_list) for op in module.body.block.ops if isinstance(op, LaunchOp)), default=1)
+    return sync_time(units, -(-units // machine.pes_per_chip), machine)
 
 
 def undo(moves: Moves) -> None:
@@ -99,7 +109,7 @@ def _virtual(segment: Sequence[InstructionOp]) -> list[list[Access]]:
     out: list[list[Access]] = []
     for op in segment:
         found: list[Access] = []
-        for (_, value), access in zip(op.touched(), footprint(op.descriptor), strict=True):
+        for value, access in _touched(op):
             if value not in base:
                 space = space_of(value)
                 base[value] = top[space]
@@ -111,10 +121,19 @@ def _virtual(segment: Sequence[InstructionOp]) -> list[list[Access]]:
     return out
 
 
-def _items(
-    segment: Sequence[InstructionOp], constants: set[SSAValue], machine: Machine
-) -> tuple[list[_Item], list[list[Access]]]:
+def _touched(op: InstructionOp) -> list[tuple[SSAValue, Access]]:
+    """Buffers with the bytes touched in them; of notifies and waits the whole buffers."""
+    if isinstance(op, SyncOp):
+        return [
+            (value, Access(space_of(value), ((0, bytes_of(value)),), role == "arrived")) for role, value in op.roles()
+        ]
+    found = zip(op.touched(), footprint(op.descriptor), strict=True)
+    return [(value, access) for (_, value), access in found]
+
+
+def _items(segment: Sequence[InstructionOp], constants: set[SSAValue], machine: Machine) -> list[_Item]:
     accesses = _virtual(segment)
+    notifies: dict[int, int] = {}  # semaphore -> position of the last notify
     hazards = Hazards(accesses)
     queues: dict[Context, list[int]] = {c: [] for c in CONTEXTS.values()}
     touched: dict[SSAValue, int] = {}
@@ -129,17 +148,26 @@ def _items(
             item.free = isinstance(op.destination.owner, AllocOp)
             item.earliest = touched.get(op.destination, -1) + 1
             item.nbytes = bytes_of(op.destination) if op.destination not in touched else 0
+        desc = op.descriptor
+        if isinstance(desc, Notify):
+            notifies[desc.semaphore] = i
+        elif isinstance(desc, Wait):
+            item.notify = notifies.get(desc.semaphore, -1)
         for value in op.operands:
             touched[value] = i
         queues[context].append(i)
         items.append(item)
-    return items, accesses
+    return items
 
 
 def _cycles(op: InstructionOp, context: Context, machine: Machine) -> float:
     desc = op.descriptor
     if isinstance(desc, Dma):
         return dma_time(desc, machine)
+    if isinstance(desc, Notify):
+        return float(machine.notify_issue_cycles)
+    if isinstance(desc, Wait):
+        return 0.0
     assert isinstance(desc, (Exec, LoadTrf, LoadVrf, Memset))
     return unit_cycles(desc, context, machine).total
 
@@ -158,9 +186,13 @@ class _Queue:
         return self.positions[self.next] if self.next < len(self.positions) else None
 
 
-def _ready(item: _Item, items: Sequence[_Item]) -> float | None:
+def _ready(item: _Item, items: Sequence[_Item], latency: float) -> float | None:
     """When everything it needs is finished, or None if some of that has not even started."""
     at = 0.0
+    if item.notify >= 0:
+        if items[item.notify].finish < 0:
+            return None
+        at = items[item.notify].finish + latency
     for j in item.needs:
         if items[j].finish < 0:
             return None
@@ -174,9 +206,10 @@ def _hoist_segment(
     budget: int,
     constants: set[SSAValue],
     machine: Machine,
+    latency: float,
     moves: Moves,
 ) -> None:
-    items, _ = _items(segment, constants, machine)
+    items = _items(segment, constants, machine)
     if not any(item.free for item in items):
         return
     origin = live.index[segment[0]]
@@ -192,14 +225,14 @@ def _hoist_segment(
             head = queue.head
             if head is None or (queue is dma and waiting.head is not None and waiting.head < head):
                 continue  # a transfer never moves back
-            ready = _ready(items[head], items)
+            ready = _ready(items[head], items, latency)
             if ready is not None and (best is None or max(ready, queue.time) < best[0]):
                 best = (max(ready, queue.time), head, queue)
         head = waiting.head
         if head is not None:
             ahead = dma.head
             moved = ahead is not None and ahead < head
-            ready = _ready(items[head], items)
+            ready = _ready(items[head], items, latency)
             allowed = not moved or (ahead is not None and _fits(items[head], ahead, head, origin, live, budget))
             if ready is not None and allowed and (best is None or max(ready, dma.time) < best[0]):
                 if moved and ahead is not None:

@@ -1,0 +1,319 @@
+"""A stream as every unit of its group runs it: calls followed, registers resolved, reduced to what other units can see.
+
+What is kept: notifies, waits, transfers with a peer side, and every access of a unit to bytes of its own memory that
+some unit of the group reads or writes through a peer side. Such bytes are numbered as *cells*: pieces that every peer
+side touches as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from backend_rngd.isa.cells import Grid, Piece, own_piece, peer_pieces, sides
+from backend_rngd.isa.descriptors import (
+    Call,
+    Context,
+    Dma,
+    Exec,
+    LoadTrf,
+    LoadVrf,
+    Memset,
+    Notify,
+    Routine,
+    Space,
+    Stream,
+    Wait,
+)
+from backend_rngd.isa.footprint import Access
+from backend_rngd.isa.hazards import CONTEXTS, Hazards
+from backend_rngd.isa.peers import notified
+
+Registers = Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one unit touches with one access: the same cells of the memories of `units`."""
+
+    units: tuple[int, ...]
+    cells: tuple[int, ...]
+    write: bool
+
+
+@dataclass(frozen=True)
+class Item:
+    """An instruction that other units can notice, in one chunk.
+
+    Positions count instructions of the DMA context from the start of the chunk. It starts after `low` of them are
+    complete and is complete before number `high` starts; a DMA instruction itself is number `low`. targets: units that
+    a notify raises, by executing unit. visits: by executing unit.
+    """
+
+    routine: int
+    index: int
+    low: int
+    high: int
+    sync: Notify | Wait | None
+    targets: tuple[tuple[int, ...], ...]
+    visits: tuple[tuple[Visit, ...], ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A call made by the entry, or instructions of the entry between two calls: everything before is complete."""
+
+    items: tuple[Item, ...]
+    transfers: int  # instructions of the DMA context
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An instruction in its stretch between calls, positions counted from the start of the stretch."""
+
+    index: int
+    at: int
+    low: int
+    high: int
+
+
+@dataclass
+class _Stretch:
+    steps: list[_Step]
+    transfers: int  # instructions of the DMA context
+    call: Call | None  # made behind it
+
+
+def synchronises(stream: Stream) -> bool:
+    """Whether a stream has anything to do with other units."""
+    return any(
+        isinstance(i.what, (Notify, Wait))
+        or (isinstance(i.what, Dma) and (i.what.source.space.is_peer or i.what.destination.space.is_peer))
+        for r in stream.routines
+        for i in r.instructions
+    )
+
+
+class Expansion:
+    """Chunks of a stream for `units` units, and the grid of the bytes they share."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        units: int,
+        registers: Registers,
+        footprints: Sequence[Sequence[Sequence[Access]]],
+    ) -> None:
+        """registers: values at the entry, by unit. footprints: of every instruction, launch values included."""
+        self.stream = stream
+        self.units = units
+        self._footprints = footprints
+        self._stretches = [_stretches(r, f) for r, f in zip(stream.routines, footprints, strict=True)]
+        self._every = tuple(range(units))
+        self._entry = registers
+        pieces: list[Piece] = []
+
+        def collect(number: int, step: _Step, values: Registers) -> None:
+            what = stream.routines[number].instructions[step.index].what
+            if isinstance(what, Dma):
+                pieces.extend(self._peers(what, values))
+
+        everything = self._stretches
+        self._stretches = [self._kept(number, self._with_peers) for number in range(len(everything))]
+        self._walk(0, registers, 0, collect)
+        self.grid = Grid(pieces)
+        self._own: dict[tuple[int, int], list[tuple[tuple[int, ...], bool]]] = {}
+        self._items: dict[tuple[int, int, int, int, tuple[tuple[int, ...], ...]], Item | None] = {}
+        self._stretches = everything
+        self._stretches = [self._kept(number, self._noticed) for number in range(len(everything))]
+        self.chunks = self._chunks(registers)
+
+    def _kept(self, number: int, wanted: Callable[[int, int], bool]) -> list[_Stretch]:
+        return [
+            _Stretch([step for step in stretch.steps if wanted(number, step.index)], stretch.transfers, stretch.call)
+            for stretch in self._stretches[number]
+        ]
+
+    def _with_peers(self, number: int, index: int) -> bool:
+        what = self.stream.routines[number].instructions[index].what
+        return isinstance(what, Dma) and (what.source.space.is_peer or what.destination.space.is_peer)
+
+    def _noticed(self, number: int, index: int) -> bool:
+        """Whether other units can notice an instruction, for some values of registers."""
+        what = self.stream.routines[number].instructions[index].what
+        if isinstance(what, (Notify, Wait)) or self._with_peers(number, index):
+            return True
+        if isinstance(what, Dma) and self.grid.count > self.grid.dm_cells:
+            spaces = (what.source.space, what.destination.space)
+            return Space.HBM in spaces or bool(self._own_cells(number, index))
+        return bool(self._own_cells(number, index))
+
+    def _own_cells(self, number: int, index: int) -> list[tuple[tuple[int, ...], bool]]:
+        """Cells of the own DM that an instruction touches, and whether it writes them."""
+        found = self._own.get((number, index))
+        if found is None:
+            found = self._own[number, index] = []
+            what = self.stream.routines[number].instructions[index].what
+            if isinstance(what, Dma):
+                for endpoint, loops, write in sides(what):
+                    if endpoint.space == Space.DM and (
+                        cells := self.grid.cells(own_piece(endpoint, loops, what.packet))
+                    ):
+                        found.append((cells, write))
+            else:
+                slices = (0, cast("Exec | LoadTrf | LoadVrf | Memset", what).slices)
+                for access in self._footprints[number][index]:
+                    if access.space == "dm" and (cells := self.grid.cells(Piece(False, slices, access.intervals))):
+                        found.append((cells, access.write))
+        return found
+
+    def _peers(self, desc: Dma, registers: Registers) -> Iterator[Piece]:
+        """Bytes of the peer sides of a transfer inside the group, for every executing unit."""
+        for endpoint, loops, _ in sides(desc):
+            if endpoint.space.is_peer:
+                values = registers[endpoint.register]
+                for own in self._every:
+                    for unit, piece in peer_pieces(endpoint, loops, desc.packet, values[own], 3 * self.units):
+                        if unit < self.units:
+                            yield piece
+
+    def _walk(
+        self,
+        number: int,
+        registers: Registers,
+        at: int,
+        visit: Callable[[int, _Step, Registers], None],
+        origin: int = 0,
+    ) -> int:
+        """Visit the instructions of a routine and of its callees in order; the position behind it."""
+        for stretch in self._stretches[number]:
+            for step in stretch.steps:
+                visit(number, _Step(step.index, step.at + at, step.low + at, step.high + at), registers)
+            at += stretch.transfers
+            if stretch.call is not None:
+                at = self._walk(stretch.call.routine, moved(stretch.call, registers), at, visit)
+        return at
+
+    @property
+    def outside(self) -> frozenset[int]:
+        """Semaphores that units of other pipeline stages notify: the same ones that this stream notifies of others."""
+        return frozenset(
+            i.what.semaphore
+            for routine in self.stream.routines
+            for i in routine.instructions
+            if isinstance(i.what, Notify)
+            and any(unit >= self.units for v in self._entry.get(i.what.register, ()) for unit in notified(i.what, v))
+        )
+
+    def _chunks(self, registers: Registers) -> list[Chunk]:
+        out: list[Chunk] = []
+        for stretch in self._stretches[0]:
+            items: list[Item] = []
+
+            def keep(number: int, step: _Step, values: Registers, items: list[Item] = items) -> None:
+                item = self._item(number, step, values)
+                if item is not None:
+                    items.append(item)
+
+            for step in stretch.steps:
+                keep(0, step, registers)
+            out.append(Chunk(tuple(items), stretch.transfers))
+            if stretch.call is not None:
+                items.clear()
+                inside = moved(stretch.call, registers)
+                count = self._walk(stretch.call.routine, inside, 0, keep)
+                out.append(Chunk(tuple(items), count))
+        return [chunk for chunk in out if chunk.transfers or chunk.items]
+
+    def _item(self, number: int, step: _Step, registers: Registers) -> Item | None:
+        what = self.stream.routines[number].instructions[step.index].what
+        used: tuple[tuple[int, ...], ...] = ()
+        if isinstance(what, Notify):
+            used = (registers[what.register],)
+        elif isinstance(what, Dma):
+            used = (registers[what.source.register], registers[what.destination.register])
+        key = (number, step.index, step.low, step.high, used)
+        if key not in self._items:
+            self._items[key] = self._new_item(number, step, used)
+        return self._items[key]
+
+    def _new_item(self, number: int, step: _Step, used: tuple[tuple[int, ...], ...]) -> Item | None:
+        what = self.stream.routines[number].instructions[step.index].what
+        targets: tuple[tuple[int, ...], ...] = ()
+        visits: tuple[tuple[Visit, ...], ...] = ()
+        if isinstance(what, Notify):
+            targets = tuple(notified(what, used[0][own], own) for own in self._every)
+        elif isinstance(what, Dma):
+            visits = tuple(self._transfer(what, used[0][own], used[1][own], own) for own in self._every)
+        elif not isinstance(what, Wait):
+            found = self._own_cells(number, step.index)
+            visits = tuple(tuple(Visit((own,), cells, write) for cells, write in found) for own in self._every)
+        sync = what if isinstance(what, (Notify, Wait)) else None
+        if sync is None and not any(visits):
+            return None
+        return Item(number, step.index, step.low, step.high, sync, targets, visits)
+
+    def _transfer(self, desc: Dma, source: int, destination: int, own: int) -> tuple[Visit, ...]:
+        """Cells touched by a transfer of unit `own`; source, destination: values of the registers of its sides."""
+        out: list[Visit] = []
+        for (endpoint, loops, write), value in zip(sides(desc), (source, destination), strict=True):
+            if not endpoint.space.is_peer:
+                if cells := self.grid.cells(own_piece(endpoint, loops, desc.packet, value)):
+                    out.append(Visit((own,), cells, write))
+                continue
+            by_cells: dict[tuple[int, ...], list[int]] = {}
+            for unit, piece in peer_pieces(endpoint, loops, desc.packet, value, 3 * self.units):
+                if unit < self.units:
+                    by_cells.setdefault(self.grid.cells(piece), []).append(unit)
+            out += [Visit(tuple(units), cells, write) for cells, units in by_cells.items()]
+        return tuple(out)
+
+
+def moved(call: Call, registers: Registers) -> Registers:
+    """Registers of a callee."""
+    inside = dict(registers)
+    for target, source, immediate in call.moves:
+        inside[target] = tuple(value + immediate for value in registers[source])
+    return inside
+
+
+def _stretches(routine: Routine, touched: Sequence[Sequence[Access]]) -> list[_Stretch]:
+    """Instructions between calls, with what the DMA context has certainly done before each and after each."""
+    hazards = Hazards(touched)
+    out: list[_Stretch] = []
+    steps: list[tuple[int, Context, int, int, int]] = []  # index, context, number in its context, transfers before, low
+    knows: list[
+        tuple[int, int, int]
+    ] = []  # instructions of each context complete when a transfer of the stretch starts
+    start = 0
+
+    def close(call: Call | None) -> None:
+        found: list[_Step] = []
+        for index, context, count, at, low in steps:
+            if context == Context.DMA:
+                found.append(_Step(index, at, at, at))
+            else:
+                high = bisect.bisect_left(knows, count, key=lambda k: k[context])
+                found.append(_Step(index, at, low, high))
+        out.append(_Stretch(found, len(knows), call))
+
+    for index, instruction in enumerate(routine.instructions):
+        if isinstance(instruction.what, Call):
+            close(instruction.what)
+            steps, knows = [], []
+            hazards.barrier()
+            start = hazards.issued[Context.DMA]
+            continue
+        context, after = instruction.context, instruction.after
+        if context not in CONTEXTS:
+            continue
+        given = (after.main, after.sub, after.dma)
+        known = hazards.implied(context, given)
+        steps.append((index, context, hazards.issued[context] + 1, len(knows), max(known[Context.DMA] - start, 0)))
+        if context == Context.DMA:
+            knows.append(known)
+        hazards.issue(context, touched[index], given)
+    close(None)
+    return out
