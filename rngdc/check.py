@@ -1,14 +1,14 @@
 """`rngdc check`: the same inputs through every level, and the first operation that disagrees.
 
 Levels: `tc` as captured, `tc` after the passes (both by the reference kernels), and the instruction streams on the
-simulated card. Between the last two every operation is judged on its own: the reference continues with the values that
-the streams computed, so that rounding differences do not pile up and the operation that is named is the one at fault.
+simulated cards. With tensor parallelism the second level runs all units of a layer in lock step, and the streams of
+every unit are judged. See `compare_passes` and `compare_streams`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,49 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.artifact import Artifact, Bucket
-from ir.compare import Disagreement, Metrics, metrics, show_location
+from ir.compare import Disagreement, Metrics
 from ir.interpreter import find_function, names_of, run
+from ir.spmd import argument_shards
 from ir.text import parse_module
 from ir.types import numpy_dtype, shape_of
 from rngdc.compare_passes import Fault, PassComparison, Weights, Worth, compare_passes
-from rngdc.probes import Key, ProbeReader
+from rngdc.compare_streams import StreamComparison, compare_streams
 from runtime_sim.runtime import Device
 
 if TYPE_CHECKING:
     from xdsl.dialects.builtin import ModuleOp
-    from xdsl.ir import Operation
 
 Array = NDArray[Any]
 Inputs = dict[str, Array]
 
 CACHE_TOKENS = 48
 """Tokens that fill the caches before a decode program is checked."""
-
-
-@dataclass
-class StreamComparison:
-    """`tc` after the passes against the streams: metrics of each result, and the first operation at fault."""
-
-    results: dict[str, Metrics]
-    first: Disagreement | None
-    compared: int
-    accumulated: dict[str, Metrics] = field(default_factory=dict[str, Metrics])
-    """The distance from a reference run of its own: rounding of the whole model, for information."""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether no operation is at fault and every result is close."""
-        return self.first is None and all(m.close for m in self.results.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return {
-            "agrees": self.agrees,
-            "results": {name: asdict(m) for name, m in self.results.items()},
-            "first_disagreement": None if self.first is None else asdict(self.first),
-            "compared": self.compared,
-            "accumulated": {name: asdict(m) for name, m in self.accumulated.items()},
-        }
 
 
 @dataclass
@@ -140,8 +114,8 @@ def sample_inputs(artifact: Artifact, bucket: Bucket, module: ModuleOp, seed: in
         lengths = np.ones(bucket.batch, np.int32)
         starts = np.array([max(0, keys - 2 - 7 * i) for i in range(bucket.batch)], np.int32)
     names = names_of(function, "arg_names", len(function.body.block.args))
-    for name, value in zip(names, function.body.block.args, strict=True):
-        shape, dtype = shape_of(value), numpy_dtype(value)
+    for name, value, shard in zip(names, function.body.block.args, argument_shards(function), strict=True):
+        shape, dtype = shard.shape if shard is not None else shape_of(value), numpy_dtype(value)
         if name == "input_ids":
             inputs[name] = rng.integers(0, vocab, shape, np.int32)
         elif name == "position_ids" and len(shape) == 2:
@@ -180,63 +154,6 @@ def _fill_caches(artifact: Artifact, source: ModuleOp, inputs: Inputs, weights: 
     inputs["position_ids"] = np.minimum(inputs["position_ids"], length)
 
 
-def compare_streams(
-    device: Device, bucket: Bucket, module: ModuleOp, inputs: Inputs, weights: Weights
-) -> StreamComparison:
-    """Run a program with probes and judge every probed value, the outputs and the caches."""
-    artifact = device.artifact
-    caches = {c.name: c for c in artifact.manifest.caches}
-    device.clear_caches()
-    for name, place in caches.items():
-        if name in inputs:
-            device.write_cache(place, inputs[name])
-    reader = ProbeReader(artifact, bucket, device.unit)
-    outputs = device.run(bucket, inputs, observers={device.unit: reader})
-    for name, place in caches.items():
-        if name in inputs:
-            outputs[name] = device.read_cache(place, bucket.batch, bucket.attention_size)
-    plain = run(module, inputs, weights)
-    judge = _Judge(module, reader.values)
-    exact = run(module, inputs, weights, observe=judge)
-    found = {name: value.reshape(exact[name].shape) for name, value in outputs.items() if name in exact}
-    # Probed operations replace their values, so what is left of the difference is the last operation's own.
-    results = {name: metrics(value, exact[name]) for name, value in found.items()}
-    whole = {name: metrics(value, plain[name]) for name, value in found.items()}
-    return StreamComparison(results, judge.first, judge.compared, whole)
-
-
-class _Judge:
-    """Observer of a reference run: compares each probed value, then continues with the value of the streams."""
-
-    def __init__(self, module: ModuleOp, values: dict[Key, Array]) -> None:
-        self.values = values
-        self.first: Disagreement | None = None
-        self.compared = 0
-        self._names: dict[Operation, str] = {}
-        for function in module.ops:
-            name = getattr(function, "sym_name", None)
-            if name is not None:
-                for index, op in enumerate(function.regions[0].block.ops):
-                    self._names[op] = f"{name.data}#{index}"
-
-    def __call__(self, op: Operation, results: list[Array], path: tuple[str, ...]) -> None:
-        for i, expected in enumerate(results):
-            actual = self.values.get((path, f"{self._names[op]}.{i}"))
-            if actual is None:
-                continue
-            actual = actual.reshape(expected.shape)
-            self.compared += 1
-            found = metrics(actual, expected)
-            if not found.close and self.first is None:
-                text = str(op).split(" = ", 1)[-1]
-                where = op.attributes.get("path")
-                self.first = Disagreement(
-                    text, path, str(getattr(where, "data", "")), show_location(op.location), found
-                )
-            if expected.flags.writeable:
-                expected[...] = actual
-
-
 def check_lines(report: CheckReport) -> list[str]:
     """The report for people."""
     lines: list[str] = []
@@ -245,7 +162,8 @@ def check_lines(report: CheckReport) -> list[str]:
         if (passes := bucket.passes) is not None:
             lines.append("  tc before and after the passes")
             lines += _details(passes.results, passes.first)
-        lines.append(f"  tc and streams, {bucket.streams.compared} operations")
+        units = f" of {bucket.streams.units} units" if bucket.streams.units > 1 else ""
+        lines.append(f"  tc and streams, {bucket.streams.compared} operations{units}")
         lines += _details(bucket.streams.results, bucket.streams.first)
         lines += [
             f"    {name}, with the rounding of the whole model: rms error {m.rms_rel:.3g}, cosine {m.cosine:.6f}"

@@ -8,25 +8,29 @@ their results are about as close to it as those of the captured module, which ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from xdsl.dialects.builtin import FunctionType, ModuleOp
 from xdsl.dialects.func import CallOp, FuncOp
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, Operation
 from xdsl.rewriter import Rewriter
 from xdsl.utils.exceptions import VerifyException
 
 from ir.compare import Observation, correspondence, observe, show_location
+from ir.dialects import tc
 from ir.interpreter import find_function, names_of, run
+from ir.spmd import join_results, run_spmd
 from ir.types import elem_of, numpy_dtype, with_elem
+from passes.outline import EMBED, HEAD, PREPARE
 
 Array = NDArray[Any]
 Inputs = Mapping[str, Array]
 Weights = Callable[[str], Array]
 
+GROUPS = (PREPARE, EMBED, HEAD)
 RMS_RATIO, RMS_FLOOR = 1.5, 2.0**-9
 MAX_RATIO, MAX_FLOOR = 3.0, 2.0**-5
 """Error allowed after the passes: this many times the error before them, plus this part of the rms of the values.
@@ -95,7 +99,7 @@ def compare_passes(before: ModuleOp, after: ModuleOp, inputs: Inputs, weights: W
     """Run both modules and the first one in f32 on the same inputs; names an operation only if a result is off."""
     wide = widened(before)
     modules = (wide, before, after)
-    exact, rough, found = (run(m, arguments(m, inputs), weights) for m in modules)
+    exact, rough, found = (run_whole(m, arguments(m, inputs), weights) for m in modules)
     last = inputs.get("last")
     results: dict[str, Worth] = {}
     skipped: list[str] = []
@@ -158,8 +162,33 @@ def widened(module: ModuleOp) -> ModuleOp:
     return copy
 
 
+def run_whole(module: ModuleOp, args: Inputs, weights: Weights) -> dict[str, Array]:
+    """Whole results of a module, of all its units together if it was partitioned."""
+    if tc.mesh_of(module) is None:
+        return run(module, args, weights)
+    return join_results(module, run_spmd(module, args, weights))
+
+
 def _observations(module: ModuleOp, inputs: Inputs, weights: Weights) -> list[Observation]:
-    return observe(module, arguments(module, inputs), weights)[1]
+    """What every operation returned. Of a partitioned module only what all units have alike: the rest are parts."""
+    args = arguments(module, inputs)
+    if tc.mesh_of(module) is None:
+        seen = observe(module, args, weights)[1]
+    else:
+        seen = list[Observation]()
+
+        def note(op: Operation, results: list[list[Array]], calls: tuple[str, ...]) -> None:
+            if op.name in ("tc.weight", "tc.constant"):
+                return
+            if all(
+                np.array_equal(part, parts[0], equal_nan=part.dtype.kind == "f") for parts in results for part in parts
+            ):
+                path = getattr(op.attributes.get("path"), "data", "")
+                seen.append(Observation(op, calls, str(path), tuple(parts[0] for parts in results)))
+
+        run_spmd(module, args, weights, observe=note)
+    # Functions that only group what was in `main` are no part of an operation's place in the model.
+    return [replace(o, calls=tuple(c for c in o.calls if c.split("[")[0] not in GROUPS)) for o in seen]
 
 
 def _first_fault(modules: tuple[ModuleOp, ModuleOp, ModuleOp], inputs: Inputs, weights: Weights) -> Fault | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.artifact import Artifact, Bucket
+from backend_rngd.artifact.stages import PREPARE
 from backend_rngd.artifact.weights import DTYPES
 from backend_rngd.isa.descriptors import Call, Stream
 from runtime_sim.functional import Executed, Unit
@@ -43,7 +45,7 @@ class Probe:
         slices = _outer_sum(self.slices, self.shape)
         offsets = _outer_sum(self.offsets, self.shape) + self.address
         if self.space == "hbm":
-            flat, at = unit.card.hbm, offsets + unit.registers[self.register]
+            flat, at = unit.window.hbm, offsets + unit.registers[self.register]
         else:
             flat, at = unit.dm.bytes, slices * unit.dm.pitch + offsets
         raw = flat[at[..., None] + np.arange(self.dtype.itemsize)]
@@ -75,20 +77,32 @@ def parse_probe(entry: dict[str, Any]) -> Probe:
     )  # fmt: skip
 
 
-class ProbeReader:
-    """Observer of a run that keeps every probed value."""
+Probes = dict[tuple[int, int], list[Probe]]
+"""By routine and index of the instruction that completes the value."""
 
-    def __init__(self, artifact: Artifact, bucket: Bucket, unit: Unit) -> None:
+
+def read_probes(artifact: Artifact, bucket: Bucket) -> Probes:
+    """The probes of a bucket's stream."""
+    probes: Probes = defaultdict(list)
+    for entry in json.loads(artifact.text(bucket.debug)):
+        after = max(0, entry["instructions"] - 1)
+        probes[entry["routine"], after].append(parse_probe(entry))
+    return dict(probes)
+
+
+class ProbeReader:
+    """Observer of a run of a unit that keeps every probed value."""
+
+    def __init__(self, probes: Probes, streams: Sequence[Stream], unit: Unit, stage: int = 0) -> None:
+        """`streams`: those of the pipeline's stages, the unit executes `streams[stage]`."""
         self.unit = unit
         self.values: dict[Key, Array] = {}
         self.order: list[Key] = []
-        stream = artifact.stream(bucket)
-        self._calls = _call_names(stream)
+        self._calls = _call_names(streams, stage)
+        stream = streams[stage]
         self._entry = stream.routines[0].name
-        self._probes: dict[tuple[int, int], list[Probe]] = defaultdict(list)
-        for entry in json.loads(artifact.text(bucket.debug)):
-            after = max(0, entry["instructions"] - 1)
-            self._probes[entry["routine"], after].append(parse_probe(entry))
+        # The entry of a stage is made of calls, with other indices than those of the whole program.
+        self._probes = {at: p for at, p in probes.items() if len(streams) == 1 or at[0] != 0}
 
     def __call__(self, executed: Executed) -> None:
         """Read what the instruction completed."""
@@ -98,14 +112,25 @@ class ProbeReader:
             self.order.append((chain, probe.value))
 
 
-def _call_names(stream: Stream) -> dict[tuple[int, int], str]:
-    """(routine, index) of each call -> callee and its number among the calls of that callee in this routine."""
+def _call_names(streams: Sequence[Stream], stage: int) -> dict[tuple[int, int], str]:
+    """(routine, index) of each call in a stage -> callee and its number among the calls of that callee in the routine.
+
+    Calls of the entry are counted through the stages, so that layers have the numbers of the whole program; every stage
+    prepares for itself.
+    """
     names: dict[tuple[int, int], str] = {}
-    for number, routine in enumerate(stream.routines):
-        seen: Counter[str] = Counter()
-        for index, instruction in enumerate(routine.instructions):
-            if isinstance(instruction.what, Call):
-                callee = stream.routines[instruction.what.routine].name
-                names[number, index] = f"{callee}[{seen[callee]}]"
-                seen[callee] += 1
+    before: Counter[str] = Counter()
+    for earlier in streams[:stage]:
+        before.update(name for name, _ in _callees(earlier, 0) if name != PREPARE)
+    for number in range(len(streams[stage].routines)):
+        seen = Counter(before) if number == 0 else Counter[str]()
+        for callee, index in _callees(streams[stage], number):
+            names[number, index] = f"{callee}[{seen[callee]}]"
+            seen[callee] += 1
     return names
+
+
+def _callees(stream: Stream, routine: int) -> list[tuple[str, int]]:
+    """(callee, index) of every call of a routine."""
+    items = enumerate(stream.routines[routine].instructions)
+    return [(stream.routines[x.what.routine].name, i) for i, x in items if isinstance(x.what, Call)]
