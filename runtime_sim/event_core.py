@@ -113,12 +113,10 @@ def run(
                     waiting[q] = i
                     ready[i] = time
                     cause[i] = last
+            both = waiting[base] >= 0 and waiting[base + 1] >= 0
+            sub_first = both and ready[waiting[base + 1]] < ready[waiting[base]]
             for turn in range(3):
-                c = turn
-                both = turn < 2 and waiting[base] >= 0 and waiting[base + 1] >= 0
-                if both and ready[waiting[base + 1]] < ready[waiting[base]]:
-                    c = 1 - turn
-                q = base + c
+                q = base + (1 - turn if sub_first and turn < 2 else turn)
                 i = waiting[q]
                 if i < 0:
                     continue

@@ -168,6 +168,14 @@ def test_vector_engine_goes_to_the_context_that_was_ready_first():
     closes(result)
 
 
+def test_a_pass_without_the_vector_engine_starts_beside_one_that_waited_for_it():
+    """Main's second pass needs no vector engine: it starts together with sub's, which waited for main's first."""
+    result = simulate(stream((MAIN, scale(100), After()), (MAIN, copy(50), After()), (SUB, scale(10), After())), BOOK)
+    one = unit_cycles(scale(100), MAIN, BOOK).total
+    assert result.start.tolist() == [0, one, one]
+    closes(result)
+
+
 def test_units_share_hbm():
     """Eight engines want 2,048 B a cycle of 1,536: every transfer takes 4/3 of its time behind the start-up."""
     one = stream((DMA, load(1 << 20), After()))
