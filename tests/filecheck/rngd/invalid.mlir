@@ -157,3 +157,65 @@ rngd.routine @main() {
   %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 1024>
   rngd.exec main "memset(slices=64 base=0 bytes=64)" (%a -> %a)
 }
+
+// -----
+// CHECK: ranges are given as buffers
+rngd.routine @main() {
+  rngd.notify dma "notify(register=0 base=0 units=[2:1] semaphore=3 ranges=[0:64])" ()
+}
+
+// -----
+// CHECK: operand released must lie in dm or hbm, not in vrf
+rngd.routine @main() {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<vrf, 1024>
+  rngd.wait dma "wait(semaphore=3 count=1)" (%a)
+}
+
+// -----
+// CHECK: operand published has 100 B, not a multiple of 8
+rngd.routine @main() {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 100>
+  rngd.notify dma "notify(register=0 base=0 units=[2:1] semaphore=3)" (%a)
+}
+
+// -----
+// CHECK: rngd.wait has no operand 'published': released, arrived
+rngd.routine @main() {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 128>
+  rngd.wait dma "wait(semaphore=3 count=1)" (published %a)
+}
+
+// -----
+// CHECK: a wait in context MAIN [context:
+rngd.routine @main() {
+  rngd.wait main "wait(semaphore=3 count=1)" ()
+}
+
+// -----
+// CHECK: rngd.notify holds a descriptor of class Wait
+rngd.routine @main() {
+  rngd.notify dma "wait(semaphore=3 count=1)" ()
+}
+
+// -----
+// CHECK: no register 64: 1 to 63
+rngd.launch register 64 values [0]
+
+// -----
+// CHECK: a launch register has one value of at least 0 for every unit
+rngd.launch register 63 values []
+
+// -----
+// CHECK: operand source must lie in dm, not in hbm
+rngd.routine @main(%w: !rngd.buffer<hbm, 65536>) {
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 2048>
+  rngd.dma dma "dma(source=(space=peer_dm base=0) destination=(space=dm base=0) loops=[2:1099511627776:1024 64:4194304:4194304] packet=1024)" (%w -> %a)
+}
+
+// -----
+// CHECK: operand source has 512 B, the instruction touches [0, 1024)
+rngd.routine @main() {
+  %p = rngd.alloc "p" align 64 : !rngd.buffer<dm, 512>
+  %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 2048>
+  rngd.dma dma "dma(source=(space=peer_dm base=0) destination=(space=dm base=0) loops=[2:1099511627776:1024 64:4194304:4194304] packet=1024)" (%p -> %a)
+}

@@ -3,6 +3,8 @@
 
 rngd.global @w : !rngd.buffer<hbm, 65536> kind "weight"
 rngd.global @k : !rngd.buffer<hbm, 65536> kind "cache" row_bytes 16384 address 131072
+rngd.global @p : !rngd.buffer<dm, 1024> kind "activation"
+rngd.launch register 63 values [0, 1099511627776]
 rngd.routine @block_0(%w: !rngd.buffer<hbm, 65536>) {
   %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 1024>
   rngd.dma dma "dma(source=(space=hbm base=0) destination=(space=dm base=0) loops=[64:1024:4194304] packet=1024)" (%w -> %a) at "mlp|tc.contract"
@@ -22,10 +24,17 @@ rngd.routine @main() {
   rngd.dma dma "dma(source=(space=hbm base=0) destination=(space=dm base=0) loops=[64:0:4194304] packet=256 index=(register=0 base=0 strides=[8] scatter=false))" (%w, index %w -> %b)
   rngd.call @block_0(%w) at "layers.0"
   rngd.probe %b "y" layout "{}" : !rngd.buffer<dm, 16384>
+  %p = rngd.get_global @p : !rngd.buffer<dm, 1024>
+  rngd.notify dma "notify(register=0 base=0 units=[2:1] semaphore=3)" (%p, %w) "after(main=1)" at "all_reduce"
+  rngd.wait dma "wait(semaphore=3 count=1)" ()
+  rngd.dma dma "dma(source=(space=peer_dm base=0 register=63) destination=(space=dm base=0) loops=[2:1099511627776:1024 64:4194304:4194304] packet=1024)" (%p -> %b)
+  rngd.wait dma "wait(semaphore=4 count=1)" (%p, arrived %b, arrived %a) at "all_gather"
 }
 
 // CHECK:      rngd.global @w : !rngd.buffer<hbm, 65536> kind "weight"
 // CHECK-NEXT: rngd.global @k : !rngd.buffer<hbm, 65536> kind "cache" row_bytes 16384 address 131072
+// CHECK-NEXT: rngd.global @p : !rngd.buffer<dm, 1024> kind "activation"
+// CHECK-NEXT: rngd.launch register 63 values [0, 1099511627776]
 // CHECK-NEXT: rngd.routine @block_0(%w: !rngd.buffer<hbm, 65536>) {
 // CHECK-NEXT:   %a = rngd.alloc "a" align 64 : !rngd.buffer<dm, 1024>
 // CHECK-NEXT:   rngd.dma dma "dma(source=(space=hbm base=0) destination=(space=dm base=0) loops=[64:1024:4194304] packet=1024)" (%w -> %a) at "mlp|tc.contract"
@@ -45,4 +54,9 @@ rngd.routine @main() {
 // CHECK-NEXT:   rngd.dma dma "dma({{.*}}scatter=false))" (%w, index %w -> %b)
 // CHECK-NEXT:   rngd.call @block_0(%w) at "layers.0"
 // CHECK-NEXT:   rngd.probe %b "y" layout "{}" : !rngd.buffer<dm, 16384>
+// CHECK-NEXT:   %p = rngd.get_global @p : !rngd.buffer<dm, 1024>
+// CHECK-NEXT:   rngd.notify dma "notify(register=0 base=0 units=[2:1] semaphore=3)" (%p, %w) "after(main=1)" at "all_reduce"
+// CHECK-NEXT:   rngd.wait dma "wait(semaphore=3 count=1)" ()
+// CHECK-NEXT:   rngd.dma dma "dma(source=(space=peer_dm base=0 register=63) {{.*}})" (%p -> %b)
+// CHECK-NEXT:   rngd.wait dma "wait(semaphore=4 count=1)" (%p, arrived %b, arrived %a) at "all_gather"
 // CHECK-NEXT: }
