@@ -9,9 +9,20 @@ from dataclasses import replace
 import pytest
 from mutants import leaves, replaced
 from spmd import MACHINE, OWN, PIECE, UNIT_RULES, Spmd, changed, layers, rules
+from xdsl.dialects.builtin import ModuleOp
 
-from backend_rngd.dialect import DmaOp, NotifyOp, WaitOp
-from backend_rngd.emit import Emitted
+from backend_rngd.dialect import (
+    DmaOp,
+    GlobalOp,
+    InstructionOp,
+    LaunchOp,
+    NotifyOp,
+    RoutineOp,
+    WaitOp,
+    buffer_type,
+)
+from backend_rngd.emit import Emitted, emit
+from backend_rngd.hoist import hoist
 from backend_rngd.isa.cells import Grid, Piece, own_piece, peer_pieces
 from backend_rngd.isa.check_units import check_units
 from backend_rngd.isa.descriptors import (
@@ -28,6 +39,9 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.isa.footprint import footprint
 from backend_rngd.isa.legality import errors
 from backend_rngd.isa.peers import notified, split_address, split_unit_stride
+from backend_rngd.place import place
+from backend_rngd.schedule import schedule
+from ir.errors import UnsupportedError
 
 
 # Addresses -----------------------------------------------------------------------------------------------------------
@@ -485,3 +499,86 @@ def test_check_units_reports_by_routine_and_index() -> None:
     check_units(stream, 4, registers, touched, lambda r, i, rule, _: found.append((r, i, rule)))
     assert {(routine, rule) for routine, _, rule in found} == {(1, "unit-race")}
     assert len({index for _, index, _ in found}) == 2  # one pass of each exchange
+
+
+# Passes of the backend -----------------------------------------------------------------------------------------------
+def with_weights(target: str = "") -> Spmd:
+    """An exchange with a load of weights behind it that nothing but the end needs."""
+    b = Spmd(4)
+    b.shared("p", "dm")
+    b.shared("w", "hbm", kind="weight")
+    x, w = b.local(), b.local()
+    b.load("x", x)
+    b.work(x, "p")
+    b.notify(0, "p")
+    b.wait(0)
+    y = b.local(4 * PIECE)
+    b.work(b.gather("p"), y)
+    b.load("w", target or w)
+    b.work(target or w, y)
+    b.store(y, "y")
+    return b
+
+
+def names(b: Spmd) -> list[str]:
+    """Instructions of main: notify, wait, gather and the loads and passes in between."""
+    out: list[str] = []
+    for op in b.routines["main"].block.ops:
+        if isinstance(op, InstructionOp):
+            weights = isinstance(op, DmaOp) and "@w" in str(op.source.owner)
+            out.append("weights" if weights else op.where.data or type(op).__name__)
+    return out
+
+
+def test_weights_move_before_a_wait_and_nothing_else_does() -> None:
+    b = with_weights()
+    before = [n for n in names(b) if n != "weights"]
+    module = b.module
+    assert names(b).index("weights") > names(b).index("gather p")
+    assert hoist(module, MACHINE).transfers == 1
+    after = names(b)
+    assert [n for n in after if n != "weights"] == before
+    assert after.index("weights") < after.index("wait 0")
+    place(module, MACHINE, prefetch=False)
+    schedule(module)
+    assert emit(module, MACHINE).check(MACHINE) == []
+
+
+def test_weights_do_not_move_into_a_published_buffer() -> None:
+    """Only locals are loaded ahead: others may still read what was published."""
+    b = with_weights("p")
+    module = b.module
+    order = names(b)
+    assert hoist(module, MACHINE).transfers == 0
+    assert names(b) == order
+
+
+def test_arguments_leave_room_for_launch_registers() -> None:
+    def module(count: int) -> ModuleOp:
+        routine = RoutineOp("main", [buffer_type("hbm", 64)] * count)
+        return ModuleOp([LaunchOp(60, [0, UNIT_STRIDE]), routine])
+
+    assert emit(module(52), MACHINE).launch == {60: (0, UNIT_STRIDE)}
+    with pytest.raises(UnsupportedError, match="registers 8 to 59"):
+        emit(module(53), MACHINE)
+
+
+def test_launch_registers_fit_together() -> None:
+    twice = ModuleOp([LaunchOp(60, [0, 8]), LaunchOp(60, [0, 8]), RoutineOp("main")])
+    with pytest.raises(ValueError, match="launch register 60 is given twice"):
+        emit(twice, MACHINE)
+    uneven = ModuleOp([LaunchOp(60, [0, 8]), LaunchOp(61, [0, 8, 16]), RoutineOp("main")])
+    with pytest.raises(ValueError, match="different numbers of units"):
+        emit(uneven, MACHINE)
+
+
+def test_a_peer_side_has_one_register() -> None:
+    """A cache is addressed through the register of its batch row, so no second register can name the unit."""
+    b = Spmd(2)
+    b.globals["k"] = GlobalOp("k", "hbm", 64 * PIECE, "cache", row_bytes=32 * PIECE)
+    x = b.local(2 * PIECE)
+    loops = ((2, UNIT_STRIDE, PIECE), (64, PIECE, DM_SLICE_STRIDE))
+    desc = Dma(Endpoint(Space.PEER_HBM, 0, OWN), Endpoint(Space.DM, 0), loops, PIECE)
+    b.current.block.add_op(DmaOp(desc, b.get("k"), x))
+    with pytest.raises(ValueError, match="one register"):
+        b.emit()
