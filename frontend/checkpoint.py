@@ -21,7 +21,7 @@ DTYPE_NAMES = {
     "I8": ("i8", 1),
     "U8": ("u8", 1),
     "BOOL": ("i1", 1),
-    "F8_E4M3": ("f8e4m3fn", 1),
+    "F8_E4M3": ("f8e4m3", 1),
     "F8_E5M2": ("f8e5m2", 1),
 }
 """safetensors dtype -> (element type as the IR spells it, bytes)."""

@@ -76,6 +76,10 @@ class TcFunctions(InterpreterFunctions):
     def _contract(self, interpreter: Interpreter, op: tc.ContractOp, args: PythonValues) -> PythonValues:
         return (kernels.contract(op.rule(), args[0], args[1], numpy_dtype(op.result)),)
 
+    @impl(tc.DequantizeOp)
+    def _dequantize(self, interpreter: Interpreter, op: tc.DequantizeOp, args: PythonValues) -> PythonValues:
+        return (kernels.dequantize(args[0], args[1], numpy_dtype(op.result)),)
+
     @impl(tc.MapOp)
     def _map(self, interpreter: Interpreter, op: tc.MapOp, args: PythonValues) -> PythonValues:
         return (kernels.map_(op.rule(), op.expression(), args, self.shape(op.result), numpy_dtype(op.result)),)

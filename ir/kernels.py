@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +20,8 @@ from ir.axes import Rule
 
 Array = NDArray[Any]
 F32 = np.dtype(np.float32)
+F8 = np.dtype(ml_dtypes.float8_e4m3fn)
+F8_MAX = 448.0
 SCORE_BLOCK = 1 << 24
 """Elements of a block of attention scores: 64 MB."""
 
@@ -28,13 +31,20 @@ class KernelError(ValueError):
 
 
 def round_to(x: Array, dtype: np.dtype[Any]) -> Array:
-    """Round f32 (or i32) values once to the result dtype. To i1: not equal to zero; to i32: towards zero."""
+    """Round f32 (or i32) values once to the result dtype. To i1: not equal to zero; to i32: towards zero.
+
+    Quantized types saturate: i8 at -128 and 127, to nearest even; f8e4m3 at 448 (the cast engine, hardware.md 2.10).
+    """
     if x.dtype == dtype:
         return x
     if dtype == np.bool_:
         return x != 0
     if dtype == np.int32:
         return np.trunc(x).astype(np.int32)
+    if dtype == np.int8:
+        return np.clip(np.rint(x), -128, 127).astype(np.int8)
+    if dtype == F8:
+        return np.clip(x, -F8_MAX, F8_MAX).astype(F8)
     with np.errstate(over="ignore"):
         return x.astype(dtype)
 
@@ -45,10 +55,12 @@ def to_f32(x: Array) -> Array:
 
 
 def contract(rule: Rule, lhs: Array, rhs: Array, dtype: np.dtype[Any]) -> Array:
-    """Sum of products over `rule.reduced`, as one batched matrix product in f32."""
+    """Sum of products over `rule.reduced`, as one batched matrix product in f32; exact for integers, then rounded."""
     left_axes, right_axes = rule.inputs
-    left, left_axes = _sum_private(to_f32(lhs), left_axes, {*right_axes, *rule.output})
-    right, right_axes = _sum_private(to_f32(rhs), right_axes, {*left_axes, *rule.output})
+    if lhs.dtype.kind == "i":
+        lhs, rhs = lhs.astype(np.float64), rhs.astype(np.float64)
+    left, left_axes = _sum_private(_wide(lhs), left_axes, {*right_axes, *rule.output})
+    right, right_axes = _sum_private(_wide(rhs), right_axes, {*left_axes, *rule.output})
     batch = [a for a in rule.output if a in left_axes and a in right_axes]
     rows = [a for a in rule.output if a in left_axes and a not in right_axes]
     columns = [a for a in rule.output if a in right_axes and a not in left_axes]
@@ -66,10 +78,22 @@ def contract(rule: Rule, lhs: Array, rhs: Array, dtype: np.dtype[Any]) -> Array:
     return round_to(product, dtype)
 
 
+def _wide(x: Array) -> Array:
+    return x if x.dtype == np.float64 else to_f32(x)
+
+
 def _sum_private(x: Array, axes: Sequence[str], needed: set[str]) -> tuple[Array, tuple[str, ...]]:
     """Sum over axes that no other operand and no result has."""
     private = tuple(i for i, a in enumerate(axes) if a not in needed)
     return (x.sum(axis=private) if private else x), tuple(a for a in axes if a in needed)
+
+
+def dequantize(packed: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
+    """4-bit numbers (words i32 [n, k/8], the first in the lowest bits, 8 added) times scales [n, groups] -> [n, k]."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    nibbles = (packed.view(np.uint32)[:, :, None] >> shifts & 15).astype(np.float32) - np.float32(8)
+    grouped = nibbles.reshape(*scale.shape, -1) * to_f32(scale)[:, :, None]
+    return round_to(grouped.reshape(packed.shape[0], -1), dtype)
 
 
 def align(x: Array, axes: Sequence[str], order: Sequence[str]) -> Array:

@@ -16,6 +16,7 @@ from typing_extensions import override
 from xdsl.dialects.builtin import (
     DYNAMIC_INDEX,
     BFloat16Type,
+    Float8E4M3FNType,
     Float16Type,
     Float32Type,
     NoneAttr,
@@ -25,6 +26,7 @@ from xdsl.dialects.builtin import (
     f16,
     f32,
     i1,
+    i8,
     i32,
 )
 from xdsl.ir import Attribute, ParametrizedAttribute, SSAValue
@@ -36,19 +38,30 @@ from xdsl.utils.exceptions import VerifyException
 from ir.axes import Dim, Size
 from ir.errors import RuleError
 
-ELEMENTS: dict[str, Attribute] = {"bf16": bf16, "f16": f16, "f32": f32, "i32": i32, "i1": i1}
-"""Element types of `tc` tensors by name. f16 occurs only in checkpoints, before the dtype rule."""
+ELEMENTS: dict[str, Attribute] = {
+    "bf16": bf16,
+    "f16": f16,
+    "f32": f32,
+    "f8e4m3": Float8E4M3FNType(),
+    "i32": i32,
+    "i8": i8,
+    "i1": i1,
+}
+"""Element types of `tc` tensors by name. f16 occurs only in checkpoints, before the dtype rule; f8e4m3 and i8 are
+operands of contractions of quantized models."""
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
+    "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "i32": np.dtype(np.int32),
+    "i8": np.dtype(np.int8),
     "i1": np.dtype(np.bool_),
 }
 """The numpy dtype that carries each element type."""
 
-ELEMENT_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i1": 1}
+ELEMENT_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f8e4m3": 1, "i32": 4, "i8": 1, "i1": 1}
 
 ANONYMOUS = "_"
 
@@ -135,7 +148,7 @@ def dims_of(value: SSAValue | Attribute) -> list[Dim]:
 
 
 def elem_of(value: SSAValue | Attribute) -> str:
-    """The element type by name: bf16, f16, f32, i32 or i1."""
+    """The element type by name, a key of `ELEMENTS`."""
     element = tensor(value).element_type
     for name, attr in ELEMENTS.items():
         if attr == element:
@@ -145,7 +158,7 @@ def elem_of(value: SSAValue | Attribute) -> str:
 
 def is_float(value: SSAValue | Attribute) -> bool:
     """Whether the elements are floating-point numbers."""
-    return isinstance(tensor(value).element_type, (BFloat16Type, Float16Type, Float32Type))
+    return isinstance(tensor(value).element_type, (BFloat16Type, Float16Type, Float32Type, Float8E4M3FNType))
 
 
 def numpy_dtype(value: SSAValue | Attribute) -> np.dtype[Any]:

@@ -33,6 +33,7 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "i64": np.dtype(np.int64),
     "i32": np.dtype(np.int32),
     "i8": np.dtype(np.int8),
+    "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "u8": np.dtype(np.uint8),
     "i1": np.dtype(np.bool_),
 }
@@ -46,6 +47,7 @@ SAFETENSORS_DTYPES = {
     "I64": "i64",
     "I32": "i32",
     "I8": "i8",
+    "F8_E4M3": "f8e4m3",
     "U8": "u8",
     "BOOL": "i1",
 }

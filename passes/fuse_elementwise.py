@@ -28,6 +28,7 @@ from xdsl.pattern_rewriter import PatternRewriter, RewritePattern
 from ir import expr as ex
 from ir.axes import Rule
 from ir.dialects import tc
+from ir.dialects.tc_compute import QUANTIZED
 from ir.types import ELEMENT_BYTES, elem_of, is_float
 from passes.canonical import merge_operands
 from passes.provenance import replace, walker
@@ -55,6 +56,10 @@ def is_boolean(expr: ex.Expr, operands: list[SSAValue]) -> bool:
             return fn in COMPARISONS
 
 
+def _is_quantized_sum(value: SSAValue) -> bool:
+    return isinstance(owner := value.owner, tc.ContractOp) and elem_of(owner.lhs) in QUANTIZED
+
+
 def is_cheap(producer: tc.MapOp) -> bool:
     """Whether computing a map again costs no more than reading its result."""
     if len(producer.inputs) != 1:
@@ -69,8 +74,8 @@ def fused(
 ) -> tc.MapOp | tc.ReduceOp | None:
     """The consumer with operand `index` computed inside; None if that would change a value or has no rule."""
     rounded, source = elem_of(producer.result), producer.expression()
-    if rounded == "f16":
-        return None
+    if rounded in ("f16", *QUANTIZED) or any(_is_quantized_sum(v) for v in producer.inputs):
+        return None  # the scales of a quantized contraction ride in its own pass
     if rounded == "i1" and not is_boolean(source, list(producer.inputs)):
         return None
     if rounded == "i32" and not producer.integer:

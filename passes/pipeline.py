@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from xdsl.passes import ModulePass
 
+from passes.bind_quantized import BindQuantized
 from passes.cast_bf16 import CastBf16
 from passes.fuse_elementwise import FuseElementwise
 from passes.last_token import LastToken
@@ -17,6 +18,11 @@ from passes.plan_tp import PlanTp
 from passes.simplify import Simplify
 from passes.specialise import Specialise
 from passes.wide_logits import WideLogits
+
+
+def bind_stage() -> list[ModulePass]:
+    """Once per model, before its text is kept as the reference: a quantized checkpoint's own arithmetic."""
+    return [BindQuantized()]
 
 
 def simplify_stage(auto_bfloat16_cast: bool = False) -> list[ModulePass]:

@@ -27,6 +27,12 @@ def _last_token() -> type[ModulePass]:
     return LastToken
 
 
+def _bind_quantized() -> type[ModulePass]:
+    from passes.bind_quantized import BindQuantized
+
+    return BindQuantized
+
+
 def _cast_bf16() -> type[ModulePass]:
     from passes.cast_bf16 import CastBf16
 
@@ -70,6 +76,7 @@ def get_passes() -> dict[str, PassFactory]:
         "fuse-elementwise": _fuse_elementwise,
         "last-token": _last_token,
         "wide-logits": _wide_logits,
+        "bind-quantized": _bind_quantized,
         "cast-bf16": _cast_bf16,
         "specialise": _specialise,
         "plan-tp": _plan_tp,

@@ -27,6 +27,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "i32": np.dtype(np.int32),
     "i16": np.dtype(np.int16),
     "i8": np.dtype(np.int8),
+    "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "u8": np.dtype(np.uint8),
     "i1": np.dtype(np.bool_),
 }

@@ -30,6 +30,7 @@ from ir.dialects.tc_compute import (
     ReduceOp,
 )
 from ir.dialects.tc_mesh import ARG_SHARDS, MESH, PLAN, mesh_of, module_of
+from ir.dialects.tc_quantized import DequantizeOp
 from ir.dialects.tc_values import (
     MAX_CONSTANT,
     ConcatOp,
@@ -57,6 +58,7 @@ __all__ = [
     "ConcatOp",
     "ConstantOp",
     "ContractOp",
+    "DequantizeOp",
     "ExchangeOp",
     "GatherOp",
     "KvUpdateOp",
@@ -84,6 +86,7 @@ Tc = Dialect(
         WeightOp,
         ConstantOp,
         ContractOp,
+        DequantizeOp,
         MapOp,
         ReduceOp,
         GatherOp,

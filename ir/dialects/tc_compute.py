@@ -35,13 +35,16 @@ from ir.errors import RuleError
 from ir.types import dims_of, elem_of, is_float, shape_of
 
 REDUCE_KINDS = ("add", "max", "min")
+QUANTIZED = ("i8", "f8e4m3")
+"""Element types that only contractions multiply, each with its own kind."""
 
 
 @irdl_op_definition
 class ContractOp(TcOp):
     """Sum of products over the axes that the output does not name: every matrix product, with its axes kept.
 
-    Operands in their element types, sums in f32, one rounding to the result type.
+    Operands in their element types, sums in f32, one rounding to the result type. Quantized operands are both i8 or
+    both f8e4m3; sums of integers are exact and given in f32.
 
     ```mlir
     %y = tc.contract "b s i, o i -> b s o" (%x, %w) : tensor<?x?x576xbf16, #tc.axes<"B,S,_">>
@@ -70,6 +73,14 @@ class ContractOp(TcOp):
         known = {a for side in rule.inputs for a in side}
         if extra := [a for a in rule.output if a not in known]:
             raise VerifyException(f"output axis '{extra[0]}' is in no operand")
+        quantized = {elem_of(v) for v in (self.lhs, self.rhs)} & set(QUANTIZED)
+        if quantized:
+            if elem_of(self.lhs) != elem_of(self.rhs) or elem_of(self.result) != "f32":
+                kinds = ", ".join(elem_of(v) for v in (self.lhs, self.rhs, self.result))
+                raise VerifyException(
+                    f"a contraction of quantized operands has two of one type and gives f32, not {kinds}"
+                )
+            return
         for value in (self.lhs, self.rhs, self.result):
             if not is_float(value):
                 raise VerifyException(f"a contraction of {elem_of(value)}; cast it with a map first")

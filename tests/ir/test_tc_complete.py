@@ -13,7 +13,7 @@ from ir.interpreter import TcFunctions
 from ir.text import parse_module, print_module
 
 FILES = Path(__file__).parents[1] / "filecheck" / "dialects" / "tc"
-OPS_FILES = [FILES / "ops.mlir", FILES / "collectives.mlir"]
+OPS_FILES = [FILES / "ops.mlir", FILES / "collectives.mlir", FILES / "quantized.mlir"]
 OPERATIONS = list(tc.Tc.operations)
 
 ARGUMENTS = """\
@@ -21,12 +21,14 @@ ARGUMENTS = """\
 %w: tensor<576x576xbf16>, %g: tensor<576xbf16>, %table: tensor<100x576xbf16>, %ids: tensor<?x?xi32, #tc.axes<"B,S">>,
 %cache: tensor<?x3x?x64xbf16, #tc.axes<"B,_,KV,_">>, %new: tensor<?x3x?x64xbf16, #tc.axes<"B,_,S,_">>,
 %n: tensor<?xi32, #tc.axes<"B">>, %packed: tensor<?x?x128xbf16, #tc.axes<"B,S,_">>,
+%words: tensor<1536x72xi32>, %scales: tensor<1536x18xf32>,
 %half: tensor<?x9x?x32xbf16, #tc.axes<"B,_,S,_">>, %tokens: tensor<?x?x9x64xbf16, #tc.axes<"B,S,_,_">>"""
 RENAMED = {
     "tc.attention": {"q": "h", "k": "cache", "v": "cache", "pos": "ids"},
     "tc.kv_update": {"slots": "ids"},
     "tc.transpose": {"x": "tokens"},
     "tc.slice": {"x": "packed"},
+    "tc.dequantize": {"packed": "words", "scale": "scales"},
     "tc.concat": {"a": "half", "b": "half"},
 }
 """Names in the documentation of an operation that stand for these arguments."""

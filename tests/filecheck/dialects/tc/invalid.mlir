@@ -25,7 +25,7 @@
 
 // -----
 
-// CHECK: element type f64 is none of bf16, f16, f32, i32, i1
+// CHECK: element type f64 is none of bf16, f16, f32, f8e4m3, i32, i8, i1
 %x = tc.weight "w" : tensor<4xf64>
 
 // -----
@@ -233,3 +233,31 @@ func.func @f(%x: tensor<?x4xbf16, #tc.axes<"B,_">>) -> tensor<1x4xbf16> {
 // CHECK: the result has 9 elements on axis 1, not 8
 %x = tc.weight "x" : tensor<4x4xbf16>
 %y = tc.concat (%x, %x) axis 1 : tensor<4x9xbf16>
+
+// -----
+
+// CHECK: a contraction of quantized operands has two of one type and gives f32, not i8, f8e4m3, f32
+%x = tc.weight "x" : tensor<2x4xi8>
+%w = tc.weight "w" : tensor<3x4xf8E4M3FN>
+%y = tc.contract "b i, o i -> b o" (%x, %w) : tensor<2x3xf32>
+
+// -----
+
+// CHECK: a contraction of quantized operands has two of one type and gives f32, not i8, i8, bf16
+%x = tc.weight "x" : tensor<2x4xi8>
+%w = tc.weight "w" : tensor<3x4xi8>
+%y = tc.contract "b i, o i -> b o" (%x, %w) : tensor<2x3xbf16>
+
+// -----
+
+// CHECK: 8 words of 8 numbers are no multiple of 3 groups
+%p = tc.weight "p" : tensor<96x8xi32>
+%s = tc.weight "s" : tensor<96x3xf32>
+%w = tc.dequantize (%p, %s) : tensor<96x64xbf16>
+
+// -----
+
+// CHECK: packed weights are i32, their scales f32, and the result is floating-point
+%p = tc.weight "p" : tensor<96x8xf32>
+%s = tc.weight "s" : tensor<96x2xf32>
+%w = tc.dequantize (%p, %s) : tensor<96x64xbf16>
