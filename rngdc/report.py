@@ -1,64 +1,83 @@
-"""`rngdc simulate`: times of an artifact's programs as JSON and as a table."""
+"""`rngdc simulate`: times of an artifact's programs as JSON and as tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+from rich.console import RenderableType
 from rich.table import Table
 
 from backend_rngd.artifact import Bucket
 from runtime_sim.runtime import Device
 
+PER_UNIT = (
+    "unit", "card", "pe", "replica", "stage", "rank", "alike", "main", "sub", "dma", "vector", "collective_cycles",
+    "hbm_read_bytes", "hbm_write_bytes", "dm_utilisation", "cluster_bytes", "chip_bytes", "card_bytes",
+)  # fmt: skip
 
-def simulate_report(device: Device, buckets: list[Bucket]) -> dict[str, Any]:
+
+def simulate_report(device: Device, buckets: list[Bucket], repeats: int = 1) -> dict[str, Any]:
     """The report of `rngdc simulate --json`. Engines and utilisations are shares of the program's time."""
-    machine = device.machine
+    machine, topology = device.machine, device.system.topology
     return {
         "artifact": str(device.artifact.directory),
         "machine": machine.name,
         "mode": machine.mode,
         "clock_ghz": machine.clock_hz * machine.clock_scale / 1e9,
-        "buckets": [_bucket(device, bucket) for bucket in buckets],
+        "tensor": topology.tensor,
+        "pipeline": topology.pipeline,
+        "replicas": topology.replicas,
+        "cards": topology.cards,
+        "micro_batches": repeats,
+        "buckets": [_bucket(device, bucket, repeats) for bucket in buckets],
     }
 
 
-def _bucket(device: Device, bucket: Bucket) -> dict[str, Any]:
-    result = device.time(bucket)
-    cycles = result.cycles or 1.0
-    lengths = result.finish - result.start
-    vector = np.array([c.vector for c in result.costs], np.bool_)[result.number]
+def _bucket(device: Device, bucket: Bucket, repeats: int) -> dict[str, Any]:
+    result = device.time(bucket, repeats)
+    slowest = result.slowest
     return {
         "name": bucket.name,
         "phase": bucket.phase,
         "batch": bucket.batch,
         "input_length": bucket.input_length,
         "attention_size": bucket.attention_size,
-        "instructions": len(result.flat),
+        "instructions": result.instructions,
         "cycles": result.cycles,
         "time_us": result.seconds * 1e6,
         "mac_utilization": result.mac_utilisation,
         "hbm_bytes_read": result.hbm_read_bytes,
         "hbm_bytes_written": result.hbm_write_bytes,
         "hbm_utilization": result.hbm_utilisation,
-        "engines": {**result.utilisation(), "vector": float(lengths[vector].sum()) / cycles},
-        "stalls": result.stalls[0],
-        "layers": [{"name": layer.name.split("|")[0], "cycles": layer.advance} for layer in result.layers],
+        "collective_share": result.collective_share,
+        "engines": result.engines(),
+        "stalls": result.stalls[slowest],
+        "layers": [{"name": layer.name.split("|")[0], "cycles": layer.advance} for layer in result.layers_of()],
+        "units": [{key: row[key] for key in PER_UNIT if key in row} for row in result.per_unit],
         "energy_joules": result.energy_joules(),
     }
 
 
-def simulate_table(report: dict[str, Any]) -> Table:
+def simulate_tables(report: dict[str, Any]) -> list[RenderableType]:
     """The report for people."""
-    table = Table(title=f"{report['machine']}, {report['mode']} mode, {report['clock_ghz']:.3g} GHz")
+    several = report["tensor"] * report["pipeline"] * report["replicas"] > 1
+    spread = ""
+    if several:
+        spread = (
+            f", tensor {report['tensor']}, pipeline {report['pipeline']}, data {report['replicas']} on "
+            f"{report['cards']} card(s)"
+        )
+        spread += f", {report['micro_batches']} runs in flight" if report["micro_batches"] > 1 else ""
+    table = Table(title=f"{report['machine']}, {report['mode']} mode, {report['clock_ghz']:.3g} GHz{spread}")
     table.add_column("bucket")
-    for name in ("instructions", "cycles", "time", "MAC", "HBM", "HBM read", "main", "sub", "dma", "vector"):
+    names = ["instructions", "cycles", "time", "MAC", "HBM", "HBM read", "main", "sub", "dma", "vector"]
+    for name in [*names, *(["collectives"] if several else [])]:
         table.add_column(name, justify="right")
     for b in report["buckets"]:
-        engines = [f"{b['engines'][name]:.0%}" for name in ("main", "sub", "dma", "vector")]
+        shares = [f"{b['engines'][name]:.0%}" for name in ("main", "sub", "dma", "vector")]
         table.add_row(
             b["name"], f"{b['instructions']:,}", f"{b['cycles']:,.0f}", f"{b['time_us']:,.1f} us",
             f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB",
-            *engines,
+            *shares, *([f"{b['collective_share']:.1%}"] if several else []),
         )  # fmt: skip
-    return table
+    return [table]

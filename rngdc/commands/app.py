@@ -32,6 +32,17 @@ ModeOption = Annotated[str, typer.Option("--mode", help="Timing mode: documented
 ArtifactPath = Annotated[
     Path, typer.Argument(metavar="OUT", help="An artifact, made by `rngdc build`.", show_default=False)
 ]
+Stages = Annotated[
+    int | None,
+    typer.Option(
+        "--pipeline-parallel-size",
+        "-pp",
+        metavar="N",
+        help="Stages that the layers are divided into.",
+        show_default="as built",
+    ),
+]
+Replicas = Annotated[int, typer.Option("--data-parallel-size", "-dp", metavar="N", help="Copies of the model.")]
 Target = Annotated[
     Path,
     typer.Argument(metavar="OUT|FILE.mlir", help="An artifact, or a file with one `tc` function.", show_default=False),

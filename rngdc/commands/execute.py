@@ -12,6 +12,8 @@ from rngdc.commands.app import (
     BucketNames,
     Json,
     ModeOption,
+    Replicas,
+    Stages,
     Target,
     app,
     named_buckets,
@@ -42,6 +44,8 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after N tokens.")] = 32,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after a stop token.")] = False,
+    pipeline_parallel_size: Stages = None,
+    data_parallel_size: Replicas = 1,
     mode: ModeOption = "documented",
     strict: Annotated[
         bool, typer.Option("--strict", help="Also find reads of memory that nothing wrote (slower).")
@@ -57,7 +61,7 @@ def run(
     opened = open_path(artifact)
     model = opened.manifest.model
     ids, text_model = _prompt(opened, prompt, prompt_file, prompt_ids, chat)
-    device = Device(opened, timing_mode(mode), strict)
+    device = Device(opened, timing_mode(mode), strict, pipeline_parallel_size, data_parallel_size)
     with bar() as progress:
         loading = progress.add_task("loading weights", total=None)
         device.load(lambda done, total: progress.update(loading, completed=done, total=total))
@@ -113,6 +117,7 @@ def run(
 
 rngdc simulate ./smollm2\n
 rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json\n
+rngdc simulate ./llama -pp 4 --micro-batches 8\n
 rngdc simulate matmul.mlir --json -"""
 )
 def simulate(
@@ -121,13 +126,18 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a trace for the Perfetto viewer (needs one bucket).")
     ] = None,
+    pipeline_parallel_size: Stages = None,
+    data_parallel_size: Replicas = 1,
+    micro_batches: Annotated[
+        int, typer.Option("--micro-batches", metavar="N", help="Runs of a program that follow each other.")
+    ] = 1,
     mode: ModeOption = "documented",
     json: Json = None,
 ) -> None:
     """Tell how long each program takes and where the time goes. Needs no weights."""
     from rngdc.console import out as stdout
     from rngdc.console import write_json
-    from rngdc.report import simulate_report, simulate_table
+    from rngdc.report import simulate_report, simulate_tables
     from runtime_sim.runtime import Device
 
     timing = timing_mode(mode)
@@ -137,22 +147,25 @@ def simulate(
             refuse(
                 f"--trace with {len(buckets)} buckets", "a trace shows one program", f"add --bucket {buckets[0].name}"
             )
-        device = Device(opened, timing)
+        if micro_batches < 1:
+            refuse(f"--micro-batches {micro_batches}", "there is nothing to time", "use 1 or more")
+        device = Device(opened, timing, False, pipeline_parallel_size, data_parallel_size)
         with step_texts() as show:
             for b in buckets:
                 show(f"timing {b.name}")
-                device.time(b)
-        report = simulate_report(device, buckets)
+                device.time(b, micro_batches)
+        report = simulate_report(device, buckets, micro_batches)
         if trace is not None:
             from runtime_sim.trace import write_trace
 
-            write_trace(device.time(buckets[0]), trace)
+            write_trace(device.time(buckets[0], micro_batches), trace)
         if target.suffix == ".mlir":
             report["artifact"] = str(target)
     if json is not None:
         write_json(report, json)
     if json != "-":
-        stdout.print(simulate_table(report))
+        for item in simulate_tables(report):
+            stdout.print(item)
 
 
 @app.command(
@@ -167,6 +180,7 @@ def check(
     target: Target,
     bucket: BucketNames = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the inputs.")] = 0,
+    pipeline_parallel_size: Stages = None,
     json: Json = None,
 ) -> None:
     """Run every level on the same inputs: tc before the passes, tc after, and the streams. Exit 1 if two disagree.
@@ -180,7 +194,7 @@ def check(
     from runtime_sim.runtime import Device
 
     with open_target(target) as opened, step_texts() as show:
-        device = Device(opened, checks=True)
+        device = Device(opened, checks=True, pipeline_parallel_size=pipeline_parallel_size)
         show("loading weights")
         device.load()
         report = run_check(device, named_buckets(opened, bucket), seed, show)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rngdc.commands.app import ArtifactPath, Json, app, named_buckets, open_path, refuse
+from rngdc.commands.app import ArtifactPath, BucketNames, Json, app, named_buckets, open_path, refuse
 
 
 @app.command(
@@ -15,19 +15,35 @@ from rngdc.commands.app import ArtifactPath, Json, app, named_buckets, open_path
 [bold]Examples[/]
 
 rngdc inspect ./smollm2\n
-rngdc inspect ./smollm2 --json -"""
+rngdc inspect ./smollm2 --json -\n
+rngdc inspect ./llama --collectives --bucket decode_b1_kv1024"""
 )
-def inspect(artifact: ArtifactPath, json: Json = None) -> None:
-    """Show what an artifact holds: model, buckets, inputs and outputs, memory."""
+def inspect(
+    artifact: ArtifactPath,
+    collectives: Annotated[
+        bool, typer.Option("--collectives", help="What units of a layer exchange, why, and what padding costs.")
+    ] = False,
+    bucket: BucketNames = None,
+    json: Json = None,
+) -> None:
+    """Show what an artifact holds: model, buckets, inputs and outputs, memory, collectives."""
     from rngdc.console import out as stdout
     from rngdc.console import write_json
     from rngdc.tables import inspect_tables, report_artifact
 
     opened = open_path(artifact)
+    chosen = named_buckets(opened, bucket)
+    report, tables = report_artifact(opened, chosen), inspect_tables(opened, chosen)
+    if collectives:
+        from rngdc.collectives import collectives_report, collectives_tables
+
+        found = collectives_report(opened, chosen)
+        report["collectives"] = found
+        tables += collectives_tables(found)
     if json is not None:
-        write_json(report_artifact(opened), json)
+        write_json(report, json)
     if json != "-":
-        for item in inspect_tables(opened):
+        for item in tables:
             stdout.print(item)
 
 
@@ -54,6 +70,9 @@ def disasm(
     units = opened.manifest.parallel.units
     if not 0 <= pe < units:
         refuse(f"--pe {pe}", f"the artifact has {units} processing element(s)", f"use 0 to {units - 1}")
+    launch = "".join(f"; r{register} = {values[pe]}\n" for register, values in sorted(chosen[0].launch.items()))
+    if units > 1:
+        sys.stdout.write(f"; PE {pe} of {units}: all execute this stream, with their own registers\n{launch}")
     sys.stdout.write(format_stream(opened.stream(chosen[0])))
 
 
