@@ -80,6 +80,7 @@ class DmaPlan:
         self.source = self._side(op.source, [s for _, s, _ in op.loops], source or unit, "DMA read")
         self.target = self._side(op.destination, [d for _, _, d in op.loops], target or unit, "DMA write")
         self._cache: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self._rows: dict[int, list[tuple[slice, Footprint]]] = {}
         self._checked: set[tuple[int, int, int, int]] = set()
         if op.index is not None and len(op.index.strides) != len(op.loops):
             raise illegal(f"index has {len(op.index.strides)} strides for {len(op.loops)} loops")
@@ -156,7 +157,13 @@ class DmaPlan:
             view[...] = True
 
     def rows(self, side: _Side) -> list[tuple[slice, Footprint]]:
-        """Slices touched, grouped by the footprint they share."""
+        """Slices touched by a DM side, grouped by the footprint they share."""
+        known = self._rows.get(id(side))
+        if known is None:
+            known = self._rows[id(side)] = self._grouped(side)
+        return known
+
+    def _grouped(self, side: _Side) -> list[tuple[slice, Footprint]]:
         inside = [(n, rest) for n, (slices, rest) in zip(self.sizes, side.steps, strict=True) if not slices]
         starts = [side.start]
         for n, (slices, rest) in zip(self.sizes, side.steps, strict=True):
