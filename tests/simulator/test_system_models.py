@@ -108,9 +108,10 @@ def run_streams(made: Device, bucket: Bucket, streams: Mapping[Unit, Stream], se
     return read_port(last.window, bucket.outputs[0])
 
 
-def broken_streams(
-    made: Device, bucket: Bucket, change: Callable[[Stream], Stream], only: int | None
-) -> dict[Unit, Stream]:
+Change = Callable[[Stream], Stream]
+
+
+def broken_streams(made: Device, bucket: Bucket, change: Change, only: int | None) -> dict[Unit, Stream]:
     """The artifact's streams, changed on all units or only on those of one rank."""
     changed = {s: change(made.residence.stream(bucket, s)) for s in range(made.stages)}
     return {
