@@ -4,6 +4,8 @@ event_loop: instructions a second of the timing core on a random program of eigh
 stream_weights: bf16 weight bytes a second through contraction passes whose activations lie in TRF (decode).
 stationary_weights: multiply-accumulates a second of passes whose weights lie in TRF (prefill).
 vector: elements a second through a pass of four vector operations with a bf16 result.
+units: seconds to time groups of units that run one stream of equal layers with two all-reduces each, every unit on its
+own and equal units once; both give the same cycles.
 With an artifact of a decoder: seconds of its largest prefill, tokens a second of its first decode program, and the time
 to simulate their timing.
 """
@@ -20,32 +22,41 @@ import numpy as np
 from backend_rngd.artifact import open_artifact
 from backend_rngd.isa.descriptors import (
     BROADCAST,
+    DM_SLICE_STRIDE,
     REDUCE,
+    UNIT_STRIDE,
     After,
     Alu,
+    Call,
     Commit,
     Context,
     Contract,
+    Dma,
     Dtype,
+    Endpoint,
     Exec,
     Fetch,
     Instruction,
     LaneMode,
     Mode,
+    Notify,
     Op,
     Operand,
     Routine,
     Source,
+    Space,
     Stream,
     Switch,
     SwitchKind,
     VectorOp,
+    Wait,
 )
 from backend_rngd.machine import load_machine
 from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.functional import Card, Unit
 from runtime_sim.runtime import Device
 from runtime_sim.timing import simulate
+from runtime_sim.topology import Topology
 
 
 def best(run: Callable[[], object], repeat: int = 5) -> float:
@@ -72,9 +83,12 @@ def event_loop(n: int = 1_000_000, units: int = 8) -> dict[str, float]:
             before = np.cumsum(key == 3 * unit + c)
             waits = rng.random(int(mine.sum())) < 0.4
             need[mine, c] = np.where(waits, np.maximum(before[mine] - 3, 0), 0)
-    transfer = key % 3 == 2
-    fixed = np.where(transfer, 500.0, rng.integers(50, 2000, n))
-    work = np.where(transfer, rng.integers(100, 4000, n).astype(np.float64), 0.0)
+    # 4,096 different instructions, a third of them transfers; those of the DMA context are drawn from the transfers.
+    costs = 4096
+    transfer = np.arange(costs) % 3 == 2
+    number = rng.integers(0, costs // 3, n) * 3 + np.where(key % 3 == 2, 2, rng.integers(0, 2, n))
+    fixed = np.where(transfer, 500.0, rng.integers(50, 2000, costs))
+    work = np.where(transfer, rng.integers(100, 4000, costs).astype(np.float64), 0.0)
     demand = np.where(transfer, 256.0, 0.0)
     vector = ~transfer & (rng.random(n) < 0.3)
 
@@ -84,11 +98,57 @@ def event_loop(n: int = 1_000_000, units: int = 8) -> dict[str, float]:
     resources = Resources(uses, pool, np.ones(len(pool)), np.array([1536.0]), np.zeros(1, np.int64))
 
     def run() -> None:
-        times = execute(units, start, queue, need, np.arange(n), rates, resources, jit=True)
+        times = execute(units, start, queue, need, number, rates, resources, jit=True)
         assert times.completed == n
 
     seconds = best(run, 3)
     return {"instructions": n, "seconds": seconds, "instructions_per_second": n / seconds}
+
+
+def layers_stream(units: int, layers: int, instructions: int) -> Stream:
+    """Calls of a block: weights are loaded ahead, passes use them, and the sum over all units follows twice."""
+    weights = Dma(Endpoint(Space.HBM, 0, 1), Endpoint(Space.DM, 0), ((64, 1 << 16, DM_SLICE_STRIDE),), 4096)
+    work = Exec(64, Fetch(0, ((4096, 4),), Dtype.F32, 8), Commit(1 << 17, ((4096, 4),), Dtype.F32, 8))
+    gather = Dma(
+        Endpoint(Space.PEER_DM, 0, 63),
+        Endpoint(Space.DM, 1 << 18),
+        ((64, DM_SLICE_STRIDE, DM_SLICE_STRIDE), (min(units, 8), UNIT_STRIDE, 128)),
+        128,
+    )
+    body: list[Instruction] = []
+    done = [0, 0]
+    for half in range(2):
+        for _ in range(instructions // 4):
+            body.append(Instruction(Context.DMA, After(main=max(0, done[0] - 4), enter=False), weights))
+            done[1] += 1
+            body.append(Instruction(Context.MAIN, After(dma=done[1]), work))
+            done[0] += 1
+        body.append(Instruction(Context.DMA, After(main=done[0]), Notify(0, 0, ((units, 1),), half)))
+        body.append(Instruction(Context.DMA, After(), Wait(half, units - 1)))
+        body.append(Instruction(Context.DMA, After(), gather))
+        done[1] += 3
+        body.append(Instruction(Context.MAIN, After(dma=done[1]), work))
+        done[0] += 1
+    calls = tuple(Instruction(Context.CONTROL, After(), Call(1, ())) for _ in range(layers))
+    return Stream(0, 64, (Routine("main", calls), Routine("block", tuple(body))), ("benchmark",))
+
+
+def units(number: int, layers: int, instructions: int) -> dict[str, float]:
+    """Time a group of `number` units, `instructions` a layer and unit."""
+    machine = load_machine(mode="silicon")
+    stream = layers_stream(number, layers, instructions)
+    topology = Topology.of(machine, number)
+    first = {63: tuple(u // 8 * 8 * UNIT_STRIDE for u in range(number))}  # of the own card
+    out: dict[str, float] = {}
+    cycles: list[float] = []
+    for name, fold in (("once", True), ("each", False)):
+
+        def run(fold: bool = fold) -> None:
+            cycles.append(simulate(stream, machine, topology=topology, launch=first, fold=fold).cycles)
+
+        out[f"{name}_seconds"] = best(run, 2)
+    assert max(cycles) - min(cycles) <= 1e-9 * max(cycles), cycles
+    return {"units": number, "layers": layers, "instructions": float(number * layers * instructions), **out}
 
 
 def passes(op: Exec) -> float:
@@ -159,6 +219,8 @@ def main() -> None:
     """Run everything and print JSON."""
     results: dict[str, dict[str, float]] = {
         "event_loop": event_loop(),
+        "units_8": units(8, 32, 6000),
+        "units_32": units(32, 80, 2000),
         "stream_weights": stream_weights(),
         "stationary_weights": stationary_weights(),
         "vector": vector(),

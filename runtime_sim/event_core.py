@@ -63,13 +63,15 @@ def run(
     flows: Integers,
     slack: Floats,
     load: Floats,
+    users: Integers,
+    pools: Integers,
 ) -> int:
     """Fill start, ready, finish (cycles), cause (instruction whose completion made this one ready, -1 none), waker (the
     notify that ended a wait) and lost (cycles a transfer lost to each kind of resource).
 
-    missing: notifies a wait still lacks. rate, flows (an entry a queue), slack, load (an entry a resource): scratch.
-    Returns the number of completed instructions; fewer than given means that the rest waits for something that never
-    happens.
+    missing: notifies a wait still lacks. rate, flows (an entry a queue), slack, load, users, pools (an entry a
+    resource): scratch. Returns the number of completed instructions; fewer than given means that the rest waits for
+    something that never happens.
     """
     queues = 3 * units
     inf = 1e300
@@ -83,6 +85,7 @@ def run(
     planned = [0.0] * queues
     tight = [-1] * queues  # kind of the resource that limits a transfer
     pressed = [-1] * queues
+    costs = [0] * queues  # cost row of the current instruction
     done = [0] * queues
     waiting = [-1] * queues  # head instruction already known to be ready
     holder = [-1] * units
@@ -94,6 +97,7 @@ def run(
     time = 0.0
     last = -1
     dirty = False
+    synchronised = len(wake) > 0
     first_unit = 0
     last_unit = units
     while True:
@@ -121,6 +125,7 @@ def run(
                 if i < 0:
                     continue
                 n = number[i]
+                costs[q] = n
                 if vector[n]:
                     if holder[unit] >= 0:
                         continue
@@ -137,63 +142,65 @@ def run(
                     end[q] = time + fixed[n]
         if dirty:
             # Progressive filling: all transfers grow together until they have what they want or a resource is full.
+            touched = 0
             for j in range(active):
                 q = flows[j]
                 planned[q] = -1.0
                 pressed[q] = -1
-                n = number[current[q]]
+                n = costs[q]
                 for e in range(use_start[n], use_start[n + 1]):
-                    slack[use_resource[e]] = capacity[use_resource[e]]
+                    r = use_resource[e]
+                    if users[r] == 0:
+                        slack[r] = capacity[r]
+                        load[r] = 0.0
+                        pools[touched] = r
+                        touched += 1
+                    users[r] += 1
+                    load[r] += use_weight[e]
             open_flows = active
             while open_flows > 0:
-                for j in range(active):
-                    n = number[current[flows[j]]]
-                    for e in range(use_start[n], use_start[n + 1]):
-                        load[use_resource[e]] = 0.0
-                for j in range(active):
-                    if planned[flows[j]] < 0.0:
-                        n = number[current[flows[j]]]
-                        for e in range(use_start[n], use_start[n + 1]):
-                            load[use_resource[e]] += use_weight[e]
                 share = inf
-                for j in range(active):
-                    if planned[flows[j]] < 0.0:
-                        n = number[current[flows[j]]]
-                        for e in range(use_start[n], use_start[n + 1]):
-                            level = slack[use_resource[e]] / load[use_resource[e]]
-                            if level < share:
-                                share = level
-                changed = False
+                for j in range(touched):
+                    r = pools[j]
+                    if users[r] > 0 and slack[r] < load[r] * share:
+                        share = slack[r] / load[r]
+                before = open_flows
                 for j in range(active):
                     q = flows[j]
-                    n = number[current[q]]
-                    if planned[q] < 0.0 and demand[n] <= share:
+                    n = costs[q]
+                    if planned[q] == -1.0 and demand[n] <= share:
                         planned[q] = 1.0
                         open_flows -= 1
-                        changed = True
-                        for e in range(use_start[n], use_start[n + 1]):
-                            slack[use_resource[e]] -= use_weight[e] * demand[n]
-                if not changed:
-                    # Every open transfer on a full resource stops growing (marked first, for slack changes below).
-                    for j in range(active):
-                        q = flows[j]
-                        n = number[current[q]]
-                        if planned[q] != -1.0:
-                            continue
                         for e in range(use_start[n], use_start[n + 1]):
                             r = use_resource[e]
-                            if slack[r] <= load[r] * share * (1.0 + 1e-12):
-                                planned[q] = -2.0
-                                pressed[q] = kind[r]
-                                break
-                    for j in range(active):
-                        q = flows[j]
-                        n = number[current[q]]
-                        if planned[q] == -2.0:
-                            planned[q] = share / demand[n]
-                            open_flows -= 1
-                            for e in range(use_start[n], use_start[n + 1]):
-                                slack[use_resource[e]] -= use_weight[e] * share
+                            slack[r] -= use_weight[e] * demand[n]
+                            load[r] -= use_weight[e]
+                            users[r] -= 1
+                if open_flows < before:
+                    continue
+                # Every open transfer on a full resource stops growing (marked first, for slack changes below).
+                for j in range(active):
+                    q = flows[j]
+                    if planned[q] != -1.0:
+                        continue
+                    n = costs[q]
+                    for e in range(use_start[n], use_start[n + 1]):
+                        r = use_resource[e]
+                        if slack[r] <= load[r] * share * (1.0 + 1e-12):
+                            planned[q] = -2.0
+                            pressed[q] = kind[r]
+                            break
+                for j in range(active):
+                    q = flows[j]
+                    if planned[q] == -2.0:
+                        n = costs[q]
+                        planned[q] = share / demand[n]
+                        open_flows -= 1
+                        for e in range(use_start[n], use_start[n + 1]):
+                            r = use_resource[e]
+                            slack[r] -= use_weight[e] * share
+                            load[r] -= use_weight[e]
+                            users[r] -= 1
             for j in range(active):
                 q = flows[j]
                 if planned[q] == rate[q] and pressed[q] == tight[q]:
@@ -218,7 +225,7 @@ def run(
             return completed
         time = end[best]
         i = current[best]
-        n = number[i]
+        n = costs[best]
         unit = best // 3
         if phase[best] == 1 and use_start[n] != use_start[n + 1] and work[n] > 0.0:
             phase[best] = 2
@@ -254,6 +261,8 @@ def run(
         last = i
         first_unit = unit
         last_unit = unit + 1
+        if not synchronised:
+            continue
         for e in range(wake_start[i], wake_start[i + 1]):
             w = wake[e]
             moment = time + wake_latency[e]
@@ -356,7 +365,10 @@ def execute(
         np.zeros(n * KINDS),
     ]  # fmt: skip
     pools = len(resources.capacity)
-    scratch: list[Any] = [np.zeros(3 * units), np.zeros(3 * units, np.int64), np.zeros(pools), np.zeros(pools)]
+    scratch: list[Any] = [
+        np.zeros(3 * units), np.zeros(3 * units, np.int64), np.zeros(pools), np.zeros(pools),
+        np.zeros(pools, np.int64), np.zeros(pools, np.int64),
+    ]  # fmt: skip
     loop = compiled() if (jit if jit is not None else n >= JIT_FROM) else None
     if loop is not None:
         completed = int(loop(units, *inputs, *outputs, *scratch))

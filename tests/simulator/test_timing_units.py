@@ -41,7 +41,7 @@ from backend_rngd.machine.formulas import collective_algorithms, collective_time
 from runtime_sim.errors import SimulationError
 from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.timing import TimingResult, simulate
-from runtime_sim.topology import Topology
+from runtime_sim.topology import Distance, Topology
 from runtime_sim.trace import write_trace
 
 BOOK = load_machine()
@@ -418,6 +418,43 @@ def test_equal_units_are_simulated_once_exactly(data):
     assert [row["dm_bytes"] for row in once.per_unit] == pytest.approx([row["dm_bytes"] for row in every.per_unit])
     bound = simulate(body, SILICON, topology=topology, launch=registers(units, cards), contention=False)
     assert bound.cycles <= once.cycles * (1 + 1e-9)
+
+
+def handed_over(body: Stream, units: int, stage: int, stages: int) -> Stream:
+    """A stage: wait for the previous one, work, notify the unit of equal rank of the next one (semaphore 1)."""
+    first = [(DMA, Wait(1, 1), After())] if stage else []
+    shift = len(first)
+    items = [
+        (x.context, x.what, replace(x.after, dma=x.after.dma + shift if x.after.dma else 0))
+        for x in body.routines[0].instructions
+    ]
+    counts = [sum(c is context for c, _, _ in first + items) for context in (MAIN, SUB, DMA)]
+    last = [(DMA, Notify(OWN_UNIT, units * UNIT_STRIDE, (), 1), After(*counts))] if stage < stages - 1 else []
+    return stream(*first, *items, *last)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_pipelines_of_groups_are_simulated_once_exactly(data):
+    """Stages of different work, several micro-batches and replicas, on one card or many."""
+    units = data.draw(st.sampled_from([1, 2, 4, 8]))
+    stages, replicas = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    repeats = data.draw(st.integers(1, 3))
+    bodies = [handed_over(data.draw(spmd(units, 1)), units, s, stages) for s in range(stages)]
+    topology = Topology.of(SILICON, units, stages, replicas)
+    values = {62: (0,) * units, 61: (0,) * units} | launch(units)
+    # A stage lies on one card: what its units read of others stays inside.
+    assert all(topology.distance(g * units, g * units + units - 1) < Distance.CARD for g in range(stages * replicas))
+    once, every = (
+        simulate(bodies, SILICON, topology=topology, launch=values, repeats=repeats, fold=fold)
+        for fold in (True, False)
+    )
+    assert once.cycles == pytest.approx(every.cycles, rel=1e-9)
+    closes(once)
+    closes(every)
+    for unit in range(len(topology)):
+        mine = every.finish[every.flat.unit == unit]
+        np.testing.assert_allclose(mine, once.finish[once.flat.unit == once.classes.of_unit[unit]], rtol=1e-9)
 
 
 def test_what_is_symmetric_is_found_and_what_is_not_is_not():
