@@ -127,7 +127,8 @@ def test_files_that_are_wrong(rngdc: Command, tmp_path: Path) -> None:
     file.write_text("tensor-parallel-size: four\n", "utf-8")
     ran = rngdc("build", "--config", file, "m", "o")
     assert ran.status == 2
-    assert "four" in ran.err
+    assert "--tensor-parallel-size" in ran.err
+    assert "integer" in ran.err
 
 
 def test_model_and_output_are_needed(rngdc: Command, model: Path) -> None:

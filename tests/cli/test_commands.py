@@ -140,8 +140,10 @@ def test_simulate_report(rngdc: Command, artifact: Path) -> None:
         assert 0 < b["hbm_utilization"] < 1
         assert set(b["engines"]) == {"main", "sub", "dma", "vector"}
         assert all(0 <= share <= 1 for share in b["engines"].values())
-        assert [layer["name"] for layer in b["layers"]] == ["model.layers.0", "model.layers.1"]
-        assert 0 < sum(layer["cycles"] for layer in b["layers"]) < b["cycles"]
+        names = ["prepare", "embed", "model.layers.0", "model.layers.1", "head"]
+        assert [layer["name"] for layer in b["layers"]] == names
+        assert sum(layer["cycles"] for layer in b["layers"]) == pytest.approx(b["cycles"])
+        assert b["collective_share"] == 0
     silicon = rngdc("simulate", artifact, "--json", "-", "--mode", "silicon", "--bucket", "decode_b2_kv32").json
     assert silicon["mode"] == "silicon"
     assert silicon["buckets"][0]["cycles"] > report["buckets"][1]["cycles"]  # issue and start-up cost time
