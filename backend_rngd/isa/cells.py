@@ -6,6 +6,7 @@ import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dma, Endpoint, Space
 from backend_rngd.isa.footprint import Interval, intervals, slice_range, split_stride
@@ -44,15 +45,17 @@ def peer_pieces(
     if steps > limit:
         raise ValueError(f"loops over {steps} units")
     out: list[tuple[int, Piece]] = []
+    inner_loops = tuple(inner)
     for counters in itertools.product(*[range(size) for size, _ in outer]):
         address = value + endpoint.base + sum(i * stride for i, (_, stride) in zip(counters, outer, strict=True))
         unit, inside = split_address(address)
         space = Space.HBM if endpoint.space == Space.PEER_HBM else Space.DM
-        out.append((unit, own_piece(Endpoint(space, inside), inner, packet)))
+        out.append((unit, own_piece(Endpoint(space, inside), inner_loops, packet)))
     return out
 
 
-def own_piece(endpoint: Endpoint, loops: Sequence[tuple[int, int]], packet: int, value: int = 0) -> Piece:
+@lru_cache(maxsize=4096)
+def own_piece(endpoint: Endpoint, loops: tuple[tuple[int, int], ...], packet: int, value: int = 0) -> Piece:
     """Bytes that a side touches inside one memory; value: contents of its register."""
     if endpoint.space == Space.HBM:
         return Piece(True, (0, 1), intervals(endpoint.base + value, loops, packet, MAX_PIECES))
@@ -85,6 +88,18 @@ class Grid:
         if found is None:
             found = self._known[piece] = self._find(piece)
         return found
+
+    def own_cells(
+        self, endpoint: Endpoint, loops: Sequence[tuple[int, int]], packet: int, value: int = 0
+    ) -> tuple[int, ...]:
+        """Cells that a side touches inside one memory; value: contents of its register."""
+        if endpoint.space == Space.HBM:
+            base = endpoint.base + value
+            low = base + sum((n - 1) * s for n, s in loops if s < 0)
+            high = base + sum((n - 1) * s for n, s in loops if s > 0) + packet
+            if not self._hbm or high <= self._hbm[0] or low >= self._hbm[-1]:
+                return ()  # the usual case: weights
+        return self.cells(own_piece(endpoint, tuple(loops), packet, value))
 
     def _find(self, piece: Piece) -> tuple[int, ...]:
         cuts = self._hbm if piece.hbm else self._dm

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from backend_rngd.isa.cells import Grid, Piece, own_piece, peer_pieces, sides
+from backend_rngd.isa.cells import Grid, Piece, peer_pieces, sides
 from backend_rngd.isa.descriptors import (
     Call,
     Context,
@@ -158,9 +158,7 @@ class Expansion:
             what = self.stream.routines[number].instructions[index].what
             if isinstance(what, Dma):
                 for endpoint, loops, write in sides(what):
-                    if endpoint.space == Space.DM and (
-                        cells := self.grid.cells(own_piece(endpoint, loops, what.packet))
-                    ):
+                    if endpoint.space == Space.DM and (cells := self.grid.own_cells(endpoint, loops, what.packet)):
                         found.append((cells, write))
             else:
                 slices = (0, cast("Exec | LoadTrf | LoadVrf | Memset", what).slices)
@@ -179,14 +177,7 @@ class Expansion:
                         if unit < self.units:
                             yield piece
 
-    def _walk(
-        self,
-        number: int,
-        registers: Registers,
-        at: int,
-        visit: Callable[[int, _Step, Registers], None],
-        origin: int = 0,
-    ) -> int:
+    def _walk(self, number: int, registers: Registers, at: int, visit: Callable[[int, _Step, Registers], None]) -> int:
         """Visit the instructions of a routine and of its callees in order; the position behind it."""
         for stretch in self._stretches[number]:
             for step in stretch.steps:
@@ -260,7 +251,7 @@ class Expansion:
         out: list[Visit] = []
         for (endpoint, loops, write), value in zip(sides(desc), (source, destination), strict=True):
             if not endpoint.space.is_peer:
-                if cells := self.grid.cells(own_piece(endpoint, loops, desc.packet, value)):
+                if cells := self.grid.own_cells(endpoint, loops, desc.packet, value):
                     out.append(Visit((own,), cells, write))
                 continue
             by_cells: dict[tuple[int, ...], list[int]] = {}
@@ -283,10 +274,8 @@ def _stretches(routine: Routine, touched: Sequence[Sequence[Access]]) -> list[_S
     """Instructions between calls, with what the DMA context has certainly done before each and after each."""
     hazards = Hazards(touched)
     out: list[_Stretch] = []
-    steps: list[tuple[int, Context, int, int, int]] = []  # index, context, number in its context, transfers before, low
-    knows: list[
-        tuple[int, int, int]
-    ] = []  # instructions of each context complete when a transfer of the stretch starts
+    steps: list[tuple[int, Context, int, int, int]] = []  # index, context, its number there, transfers before, low
+    knows: list[tuple[int, int, int]] = []  # instructions of each context complete when a transfer starts
     start = 0
 
     def close(call: Call | None) -> None:
