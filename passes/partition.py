@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 from xdsl.context import Context
-from xdsl.dialects.builtin import FunctionType, IntegerAttr, ModuleOp, StringAttr, i64
+from xdsl.dialects.builtin import ArrayAttr, FunctionType, IntegerAttr, ModuleOp, StringAttr, i64
 from xdsl.dialects.func import CallOp, FuncOp, ReturnOp
 from xdsl.ir import Block, Operation, SSAValue
 from xdsl.passes import ModulePass
@@ -91,6 +91,9 @@ class _Function:
         source = self.old.body.block
         shards = [s or self.sharding.whole(a) for s, a in zip(argument_shards(self.old), source.args, strict=True)]
         shards = [self.sharding.shard(s.dims) for s in shards]
+        if tc.ARG_SHARDS in self.old.attributes:
+            texts = [StringAttr(str(s) if s.axes else "") for s in shards]
+            self.old.attributes[tc.ARG_SHARDS] = ArrayAttr(texts)
         types = [local_type(a, s, self.sharding) for a, s in zip(source.args, shards, strict=True)]
         self.block = Block(arg_types=types)
         for old, new, shard in zip(source.args, self.block.args, shards, strict=True):
@@ -142,8 +145,7 @@ class _Function:
     def _weight(self, op: tc.WeightOp) -> None:
         shard = op.placement()
         shard = self.sharding.whole(op.result) if shard is None else self.sharding.shard(shard.dims)
-        text = op.shard.data if op.shard is not None else ""
-        new = tc.WeightOp(op.fqn.data, local_type(op.result, shard, self.sharding), text)
+        new = tc.WeightOp(op.fqn.data, local_type(op.result, shard, self.sharding), str(shard) if shard.axes else "")
         self._take_over(op, new, [shard])
 
     def _take_over(self, op: Operation, new: Operation, shards: Sequence[Shard]) -> None:
@@ -170,13 +172,17 @@ class _Function:
                 new.properties["start"] = IntegerAttr(start, i64)
                 new.properties["size"] = IntegerAttr(shape_of(kind)[axis], i64)
             self._take_over(op, new, [step.result])
+        final = self.sharding.retired(op, step)
         if step.partial:
-            final = self.sharding.retired(op, step)
             value = self.env[op.results[0]][0]
             weight = next((name_of(o, op) for o in op.operands if o in self.static), "an operand")
             why = f"{self._where(op)}: sum over an axis along which {weight} is cut"
             value = self.reshard.retire(value, step.result, final, step.partial, why)
             self.env[op.results[0]] = (value, final)
+        elif final != step.result:
+            value = self.env[op.results[0]][0]
+            why = f"{self._where(op)}: the rows of this unit (sequence parallelism)"
+            self.env[op.results[0]] = (self.reshard.move(value, step.result, final, why), final)
 
     def _lookup(self, op: tc.GatherOp, table_shard: Shard, axis: str) -> None:
         """Rows of a table that is cut along the indexed axis: own rows, and zero for those of other units."""

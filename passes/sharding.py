@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xdsl.dialects import func
 from xdsl.dialects.builtin import ModuleOp
@@ -25,11 +25,15 @@ Placed = Shard | None
 
 @dataclass(frozen=True)
 class Step:
-    """What one operation asks for: placements of operands, placement of the result, mesh axes of partial sums."""
+    """What one operation asks for: placements of operands, placement of the result, mesh axes of partial sums.
+
+    `begins` marks what starts the residual stream: under sequence parallelism it is cut even if it is no sum.
+    """
 
     wanted: list[Shard]
     result: Shard
     partial: tuple[str, ...] = ()
+    begins: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,13 @@ class Sharding:
     sequence: int | None = None
 
     def normal(self, dim: Factors) -> Factors:
-        """A dimension without axes of size 1, and with neighbouring whole factors merged."""
+        """A dimension without cuts that divide nothing, and with neighbouring whole factors merged.
+
+        A single element on several units is held by all of them: copies need no exchange, padding would.
+        """
         result: list[Factor] = []
         for factor in dim:
-            axis = factor.axis if factor.axis and self.mesh[factor.axis] > 1 else None
+            axis = factor.axis if factor.axis and self.mesh[factor.axis] > 1 and factor.size > 1 else None
             if axis is None and result and result[-1].axis is None:
                 result[-1] = Factor(result[-1].size * factor.size)
             elif axis is not None or factor.size != 1:
@@ -91,11 +98,16 @@ class Sharding:
             case tc.ConcatOp():
                 return self._by_rule(op, have, static, op.rule().unsharded)
             case tc.GatherOp():
-                indexed = op.indexed_axis()
-                return self._by_rule(op, have, static, frozenset() if static[0] else frozenset({indexed}))
+                fixed = frozenset[str]() if static[0] else frozenset({op.indexed_axis()})
+                return replace(self._by_rule(op, have, static, fixed), begins=static[0])
             case tc.ReduceOp():
                 return self._by_rule(op, have, static, frozenset(op.rule().reduced))
-            case tc.ContractOp() | tc.MapOp() | tc.KvUpdateOp() | tc.TransposeOp():
+            case tc.ContractOp():
+                # Contractions see all tokens, so that one exchange serves all that read the same value.
+                tokens = [(side, self.token_dim(o)) for side, o in zip(op.rule().inputs, op.operands, strict=True)]
+                fixed = frozenset(side[dim] for side, dim in tokens if dim is not None)
+                return self._by_rule(op, have, static, fixed)
+            case tc.MapOp() | tc.KvUpdateOp() | tc.TransposeOp():
                 return self._by_rule(op, have, static, op.rule().unsharded)
             case tc.WeightOp() | tc.ConstantOp():
                 return Step([], self.whole(op.results[0]))
@@ -156,7 +168,7 @@ class Sharding:
     def _take(self, factors: list[Factor], size: int) -> Factors | None:
         """Remove factors of product `size` from the front; whole ones may be split, cut ones on a unit's boundary."""
         taken: list[Factor] = []
-        while size > 1 or (taken and factors and factors[0].size == 1):
+        while size > 1:
             factor = factors.pop(0)
             if size % factor.size == 0:
                 taken.append(factor)
@@ -208,8 +220,8 @@ class Sharding:
         return Step(wanted, self._along(op.result, rule.output, axes))
 
     def retired(self, op: Operation, step: Step) -> Shard:
-        """The placement of a result after its partial sums are added: cut along S under sequence parallelism."""
-        rows = self.token_dim(op.results[0]) if step.partial == ("tp",) else None
+        """The placement of a result behind its partial sums: cut along S under sequence parallelism."""
+        rows = self.token_dim(op.results[0]) if step.partial == ("tp",) or step.begins else None
         if rows is None or step.result.axes:
             return step.result
         size = step.result.shape[rows]
