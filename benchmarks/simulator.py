@@ -90,9 +90,8 @@ def event_loop(n: int = 1_000_000, units: int = 8) -> dict[str, float]:
     fixed = np.where(transfer, 500.0, rng.integers(50, 2000, costs))
     work = np.where(transfer, rng.integers(100, 4000, costs).astype(np.float64), 0.0)
     demand = np.where(transfer, 256.0, 0.0)
-    vector = ~transfer & (rng.random(n) < 0.3)
-
-    rates = Rates(fixed, work, demand, vector, np.zeros(n, np.bool_))
+    vector = ~transfer & (rng.random(costs) < 0.3)
+    rates = Rates(fixed, work, demand, vector, np.zeros(costs, np.bool_))
     uses = np.concatenate([[0], np.cumsum(transfer)])
     pool = np.zeros(int(transfer.sum()), np.int64)
     resources = Resources(uses, pool, np.ones(len(pool)), np.array([1536.0]), np.zeros(1, np.int64))
