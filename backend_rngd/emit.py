@@ -65,14 +65,17 @@ class Emitted:
         """Units of the group."""
         return max((len(values) for values in self.launch.values()), default=1)
 
-    def check(self, machine: Machine) -> list[Violation]:
-        """Every broken rule of the streams, with the memory map and the registers of this program."""
+    def check(self, machine: Machine, runs: int = 1) -> list[Violation]:
+        """Every broken rule of the streams, with the memory map and the registers of this program.
+
+        runs: 2 if a unit may start the next run before other units have finished this one (batches in flight).
+        """
         regions = [(p.address, p.nbytes) for p in self.globals.values() if p.space == "hbm"]
         if self.scratch[1]:
             regions.append(self.scratch)
         out: list[Violation] = []
         for stream in self.streams:
-            out += check_stream(stream, machine, regions, self.row_registers.values(), self.buffers, self.launch)
+            out += check_stream(stream, machine, regions, self.row_registers.values(), self.buffers, self.launch, runs)
         return out
 
 

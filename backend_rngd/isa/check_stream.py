@@ -92,6 +92,7 @@ def check_stream(
     host_registers: Iterable[int] = HOST_REGISTERS,
     buffers: Sequence[BufferSpan] | None = None,
     launch: Launch = NO_LAUNCH,
+    runs: int = 1,
 ) -> list[Violation]:
     """Every broken rule of a stream, warnings included (see `errors`).
 
@@ -100,6 +101,7 @@ def check_stream(
     host_registers: registers that the host sets before the entry (row registers of caches).
     buffers: where DM buffers lie and when they live; with them every DM access must stay inside one that is alive.
     launch: launch registers with their value in every unit of the group; all units run this stream.
+    runs: 2 if a unit may start the next run of the stream before others have finished this one.
     """
     out: list[Violation] = []
     place = _Place(out, stream)
@@ -124,7 +126,7 @@ def check_stream(
             _check_unit(place.at(routine, index), instruction, stream.slices, machine, touched[index], stashes)
         _check_waits(stream, routine, touched, place)
         _check_types(routine, touched, place)
-    _check_memory(stream, footprints, place, machine, hbm_regions, buffers, frozenset(host_registers), launch)
+    _check_memory(stream, footprints, place, machine, hbm_regions, buffers, frozenset(host_registers), launch, runs)
     return out
 
 
@@ -354,6 +356,7 @@ def _check_memory(
     buffers: Sequence[BufferSpan] | None,
     host: frozenset[int],
     launch: Launch,
+    runs: int,
 ) -> None:
     """Registers are set, addresses stay in the memory map, and units keep out of each other's way."""
     units = max((len(values) for values in launch.values()), default=1)
@@ -378,7 +381,7 @@ def _check_memory(
     found = MemoryCheck(stream, footprints, units, hbm, shared, host, report)
     found.enter(0, registers)
     if not errors(place.out) and synchronises(stream):
-        check_units(stream, units, registers, footprints, report)
+        check_units(stream, units, registers, footprints, report, runs)
 
 
 def _check_launch(launch: Launch, host: frozenset[int], machine: Machine, place: _Place) -> None:

@@ -82,11 +82,11 @@ class _Run:
         self.origin = 0
 
     # Control ---------------------------------------------------------------------------------------------------------
-    def all(self) -> None:
-        """Run every chunk, skip repetitions that change nothing, then look at semaphores."""
+    def all(self, runs: int) -> None:
+        """Run every chunk `runs` times, skip repetitions that change nothing, then look at semaphores."""
         before: tuple[Chunk, _State] | None = None
         settled: Chunk | None = None
-        for chunk in self.expansion.chunks:
+        for chunk in runs * self.expansion.chunks:
             if settled is not None and chunk.items == settled.items and chunk.transfers == settled.transfers:
                 continue
             settled = None
@@ -321,10 +321,12 @@ def check_units(
     registers: Registers,
     footprints: Sequence[Sequence[Sequence[Access]]],
     report: Reporter,
+    runs: int = 1,
 ) -> None:
     """Report races, deadlocks and semaphores that do not add up in a stream that `units` units run.
 
     registers: values at the entry by unit, of every register that is read. Descriptors must be legal and waits inside
-    the unit correct. What units of other pipeline stages do is not looked at.
+    the unit correct. What units of other pipeline stages do is not looked at. runs: how often the program runs without
+    the host waiting for all units in between: 2 shows whatever more can show.
     """
-    _Run(Expansion(stream, units, registers, footprints), report).all()
+    _Run(Expansion(stream, units, registers, footprints), report).all(runs)

@@ -286,6 +286,18 @@ def test_a_single_layer_hides_what_the_next_one_shows() -> None:
     assert b.emit().check(MACHINE) == []
 
 
+def test_the_next_run_may_start_before_others_have_finished() -> None:
+    """One exchange a run: what it publishes may still be read when the next run writes it."""
+    b = one_buffer()
+    call = list(b.routines["main"].block.ops)[-1]
+    call.detach()
+    call.erase()
+    out = b.emit()
+    assert out.check(MACHINE) == []
+    assert rules(out.check(MACHINE, runs=2)) == {"unit-race"}
+    assert layers(4, 1).emit().check(MACHINE, runs=2) == []
+
+
 def test_a_report_names_both_instructions_and_the_remedy() -> None:
     found = errors(without_release().emit().check(MACHINE))
     text = next(str(v) for v in found if "gather p" in str(v))
