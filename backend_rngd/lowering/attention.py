@@ -1,36 +1,40 @@
 """Attention over K and V in HBM: scores, mask, softmax and the weighted sum, all inside a slice.
 
-Rows of a slice are (token, query head of one KV head). Few tokens: every (batch, KV head) pair has its own slice. Many
-tokens: tokens stay on their slices and the KV heads are walked one after the other; K and V arrive spread over the
-slices of a batch row and go round the ring. What happens inside a slice is in
-`attention_head.py`.
+Rows of a slice are (token, query head of one KV head). Few tokens: every (batch, KV head) pair has its own slice, or
+several that share its keys (`attention_split.py`). Many tokens: tokens stay on their slices and the KV heads are walked
+one after the other; K and V arrive spread over the slices of a batch row and go round the ring. What happens inside a
+slice is in `attention_head.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space
 from backend_rngd.lowering.attention_head import KEY_MULTIPLE, AttentionParams, Cache, HeadLowering, Rows
+from backend_rngd.lowering.attention_loops import PairLoops, pair_loops
+from backend_rngd.lowering.attention_split import SplitKeys, key_parts
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.move import load_rows, place_of, ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir.errors import UnsupportedError
 
 SCORE_BYTES = 64 * 1024  # scores of a chunk of rows a slice
-PairLoops = list[tuple[int, int, int, int]]  # (count, batch step, head step, slice step)
 
 
 class AttentionLowering:
     """Lowers one attention op."""
 
-    def __init__(self, em: Emitter, iota: SSAValue, spill: int) -> None:
-        """iota: DM buffer with 0, 1, 2, ... as f32 in every slice, at least as long as the keys."""
+    def __init__(self, em: Emitter, iota: Callable[[int], SSAValue], spill: int) -> None:
+        """iota(parts): DM buffer with the positions of the keys as f32, all in every slice or one of `parts` parts."""
         self.em = em
-        self.head = HeadLowering(em, iota)
+        self.iota = iota
         self.spill = spill
+
+    def _head(self, parts: int = 1) -> HeadLowering:
+        return HeadLowering(self.em, self.iota(parts))
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
         """q `b h s d`; limit: f32 per token (8 B apart); result `b s h e` with heads and values contiguous."""
@@ -45,7 +49,14 @@ class AttentionLowering:
         self._need_contiguous(q)
         if k.padded != k.width and (q.space == Space.DM or rows.replicated):
             q = self._pad_heads(q if q.space == Space.DM else load_rows(self.em, q, rows.local), k.padded)
-        return self._pairs(q, k, v, limit, p) if rows.replicated else self._tokens(q, k, v, limit, p)
+        if not rows.replicated:
+            self.head = self._head()
+            return self._tokens(q, k, v, limit, p)
+        parts = key_parts(rows.batch, rows.length, p, k.keys, v.width, self.em.slices)
+        if parts > 1 and rows.local * p.kv_heads * p.group * v.width * 2 <= self.spill:
+            return SplitKeys(self, self._head(parts), parts).run(q, k, v, limit, p)
+        self.head = self._head()
+        return self._pairs(q, k, v, limit, p)
 
     def _pad_heads(self, q: Tensor, padded: int) -> Tensor:
         """q with zeros behind every head, so that contraction packets are whole flits."""
@@ -64,7 +75,7 @@ class AttentionLowering:
         dims = (q.dims[0], Dim("feature", heads, padded * 2), q.dims[2], Dim("feature", width, 2))
         return Tensor(buffer, Space.DM, q.dtype, dims, rows, 0, pitch)
 
-    def _tile(self, cache: Cache, count: int, real: int) -> SSAValue:
+    def tile(self, cache: Cache, count: int, real: int) -> SSAValue:
         """A DM buffer for `count` keys of a cache, `real` of which exist; its padding is zero."""
         nbytes = count * cache.padded * 2
         tile = self.em.alloc(nbytes, "keys")
@@ -72,7 +83,7 @@ class AttentionLowering:
             self.em.memset(tile, 0, nbytes)
         return tile
 
-    def _load(
+    def load(
         self, cache: Cache, base: int, count: int, tile: SSAValue, target: int, loops: Sequence[tuple[int, int, int]]
     ) -> None:
         """Rows of a cache from HBM byte `base` to DM address `target` of `tile`, repeated by `loops`."""
@@ -99,7 +110,7 @@ class AttentionLowering:
             per_step = em.slices
         for first in range(0, len(pairs), per_step):
             some = pairs[first : first + per_step]
-            loops, b0, h0 = _pair_loops(some)
+            loops, b0, h0 = pair_loops(some)
             mine = em.alloc(tokens * group * head * 2, "queries")
             lim = em.alloc(tokens * 8, "limits")
             em.dma(
@@ -127,12 +138,12 @@ class AttentionLowering:
                 cache: Cache, start: int, count: int, b0: int = b0, h0: int = h0, loops: PairLoops = loops
             ) -> SSAValue:
                 real = min(count, cache.keys - start)
-                tile = self._tile(cache, count, real)
+                tile = self.tile(cache, count, real)
                 base = b0 * cache.batch_stride + h0 * cache.head_stride + start * cache.width * 2
                 steps = [
                     (n, b * cache.batch_stride + h * cache.head_stride, s * DM_SLICE_STRIDE) for n, b, h, s in loops
                 ]
-                self._load(cache, base, real, tile, 0, steps)
+                self.load(cache, base, real, tile, 0, steps)
                 return tile
 
             result = em.alloc(tokens * group * v.width * 2, "values")
@@ -204,17 +215,17 @@ class AttentionLowering:
                 base = h * cache.head_stride + start * cache.width * 2
                 real = min(count, cache.keys - start)
                 if count % ring or real < count:  # keys do not fill the ring: every slice reads them from HBM
-                    tile = self._tile(cache, count, real)
+                    tile = self.tile(cache, count, real)
                     for group in range(em.slices // ring):
                         row = min(group, rows.batch - 1) * cache.batch_stride
-                        self._load(
+                        self.load(
                             cache, base + row, real, tile, group * ring * DM_SLICE_STRIDE, [(ring, 0, DM_SLICE_STRIDE)]
                         )
                     return tile
                 each = count // ring
-                spread = self._tile(cache, each, each)
+                spread = self.tile(cache, each, each)
                 step = each * cache.width * 2
-                self._load(
+                self.load(
                     cache,
                     base,
                     each,
@@ -224,7 +235,7 @@ class AttentionLowering:
                 )
                 idle = em.slices - rows.batch * ring
                 if idle:  # slices of batch rows that no request uses take part in the ring
-                    self._load(
+                    self.load(
                         cache, base, each, spread, rows.batch * ring * DM_SLICE_STRIDE, [(idle, 0, DM_SLICE_STRIDE)]
                     )
                 if ring == 1:
@@ -293,10 +304,10 @@ class AttentionLowering:
 
                 def load(cache: Cache, start: int, count: int, h: int = h, r: int = r) -> SSAValue:
                     real = min(count, cache.keys - start)
-                    tile = self._tile(cache, count, real)
+                    tile = self.tile(cache, count, real)
                     base = h * cache.head_stride + start * cache.width * 2
                     live = -(-(rows.batch - r) // rows.local)
-                    self._load(
+                    self.load(
                         cache,
                         base + r * cache.batch_stride,
                         real,
@@ -305,7 +316,7 @@ class AttentionLowering:
                         [(live, rows.local * cache.batch_stride, DM_SLICE_STRIDE)],
                     )
                     if live < em.slices:
-                        self._load(
+                        self.load(
                             cache, base, real, tile, live * DM_SLICE_STRIDE, [(em.slices - live, 0, DM_SLICE_STRIDE)]
                         )
                     return tile
@@ -333,15 +344,3 @@ class AttentionLowering:
                     out.base + r * out.pitch + h * p.group * v.width * 2,
                 )
         return out
-
-
-def _pair_loops(pairs: list[tuple[int, int]]) -> tuple[PairLoops, int, int]:
-    """Loops (count, batch step, head step, slice step) over consecutive (batch, head) pairs, and the first pair."""
-    b0, h0 = pairs[0]
-    heads = sum(1 for b, _ in pairs if b == b0)
-    batches = len(pairs) // heads
-    if batches * heads != len(pairs):
-        raise UnsupportedError(
-            "attention pairs that end inside a batch row", "loops are rectangular", "use fewer heads"
-        )
-    return [(batches, 1, 0, heads), (heads, 0, 1, 1)], b0, h0

@@ -102,6 +102,38 @@ class HeadLowering:
         multiple: int = KEY_MULTIPLE,
     ) -> None:
         """Rows of one KV head: `target` receives `[token][head][value]` with the given strides."""
+        em, rows = self.em, r.tokens * p.group
+        acc, stats = self.partial(r, p, k, v, load, slices, multiple)
+        base = em.vrf_space(round_up(rows * 8, 32))
+        em.load_vrf(em.fetch(rows * 8, [(rows * 2, 4)], Dtype.F32, 2), stats, base, slices)
+        packet = 8 if v.width % 8 == 0 else 4
+        divide = VectorOp(
+            Alu.FP_DIV,
+            Op.DIV,
+            Mode.STREAM_OPERAND,
+            Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (v.width, 0)))),
+        )
+        em.execute(
+            em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet),
+            acc,
+            Commit(target_base, ((r.tokens, target_token), (p.group, target_head), (v.width, 2)), Dtype.BF16, packet),
+            target,
+            vector=(divide,),
+            slices=slices,
+        )
+
+    def partial(
+        self,
+        r: Rows,
+        p: AttentionParams,
+        k: Cache,
+        v: Cache,
+        load: Callable[[Cache, int, int], SSAValue],
+        slices: int,
+        multiple: int = KEY_MULTIPLE,
+    ) -> tuple[SSAValue, SSAValue]:
+        """Weighted sums `[row][padded value]` (f32) that are not divided yet, and `[2][row]` (f32, 8 B apart): the
+        largest scores and the sums of the weights."""
         em = self.em
         rows = r.tokens * p.group
         lanes = 8 if rows > 4 else 4
@@ -117,7 +149,7 @@ class HeadLowering:
         probabilities = em.alloc(groups * lanes * keys * 2, "probabilities")
         if groups * lanes > rows:
             em.memset(probabilities, rows * keys * 2, (groups * lanes - rows) * keys * 2)
-        total = self._softmax(r, p, rows, keys, scores, mask, probabilities, slices)
+        stats = self._softmax(r, p, rows, keys, scores, mask, probabilities, slices)
         acc = em.alloc(groups * lanes * v.padded * 4, "sums")
         per_value = key_tile(keys, max(KEY_MULTIPLE, TILE_BYTES // (v.padded * 2)), max(KEY_MULTIPLE, multiple))
         half = em.machine.trf_bytes_per_slice // lanes // 2
@@ -141,23 +173,7 @@ class HeadLowering:
                     vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),),
                     slices=slices,
                 )
-        base = em.vrf_space(round_up(rows * 8, 32))
-        em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), total, base, slices)
-        packet = 8 if v.width % 8 == 0 else 4
-        divide = VectorOp(
-            Alu.FP_DIV,
-            Op.DIV,
-            Mode.STREAM_OPERAND,
-            Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (v.width, 0)))),
-        )
-        em.execute(
-            em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet),
-            acc,
-            Commit(target_base, ((r.tokens, target_token), (p.group, target_head), (v.width, 2)), Dtype.BF16, packet),
-            target,
-            vector=(divide,),
-            slices=slices,
-        )
+        return acc, stats
 
     def _mask(self, r: Rows, p: AttentionParams, keys: int, slices: int) -> SSAValue:
         """`[token][key]`: 0 where visible, else minus the distance from the visible range."""
@@ -270,7 +286,7 @@ class HeadLowering:
         probabilities: SSAValue,
         slices: int,
     ) -> SSAValue:
-        """probabilities = exp(score + mask - max), bf16; returns their sums, f32, 8 B a row."""
+        """probabilities = exp(score + mask - max), bf16; returns the maxima, then the sums, f32, 8 B a row."""
         em = self.em
         n = rows * keys
         em.execute(
@@ -292,17 +308,17 @@ class HeadLowering:
                 VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),
             ),
         )
-        top, total = em.alloc(rows * 8, "max"), em.alloc(rows * 8, "sum")
+        stats = em.alloc(2 * rows * 8, "max and sum")
         em.execute(
             em.fetch(0, [(n, 4)], Dtype.F32, 8),
             scores,
             Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2),
-            top,
+            stats,
             slices=slices,
             vector=(VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=keys, inner=1),),
         )
         base = em.vrf_space(round_up(rows * 8, 32))
-        em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), top, base, slices)
+        em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), stats, base, slices)
         em.execute(
             em.fetch(0, [(n, 4)], Dtype.F32, 8),
             scores,
@@ -322,12 +338,12 @@ class HeadLowering:
         em.execute(
             em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32),
             probabilities,
-            Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2),
-            total,
+            Commit(rows * 8, ((rows, 8), (2, 4)), Dtype.F32, 2),
+            stats,
             slices=slices,
             vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1),),
         )
-        return total
+        return stats
 
     def _values(
         self,

@@ -35,6 +35,7 @@ class Program:
         self.mesh = Mesh.parse(mesh.data) if isinstance(mesh, StringAttr) else Mesh(())
         self.units = self.mesh.size
         self._semaphores = 0
+        self._iotas: set[tuple[int, int]] = set()
         self._launch: dict[tuple[int, ...], int] = {}
         self.own_unit = self.launch_register(tuple(u * UNIT_STRIDE for u in range(self.units)))
         self.main = self.routine("main")
@@ -106,21 +107,24 @@ class Program:
         self.out.placements.setdefault(image, Placement(image, name, *form, dtype.name.lower(), nbytes, shard))
         return em.global_buffer(image, "hbm", nbytes, "weight")
 
-    def iota(self, em: Emitter, keys: int) -> SSAValue:
-        """DM global with 0, 1, 2, ... f32 in every slice, loaded before anything else."""
+    def iota(self, em: Emitter, keys: int, parts: int = 1) -> SSAValue:
+        """DM global with 0, 1, 2, ... f32 in every slice, loaded before anything else. parts: a slice holds one of so
+        many equal parts, neighbours hold neighbouring ones."""
         count = round_up(keys, 64)
         name = f"iota.{count}"
-        buffer = em.global_buffer(f"dm.{name}", "dm", count * 4, "scratch")
-        if name not in self.out.constants:
+        each = count if parts == 1 else keys // parts
+        buffer = em.global_buffer(f"dm.{name}.{parts}", "dm", each * 4, "scratch")
+        if (count, parts) not in self._iotas:
+            self._iotas.add((count, parts))
             block = self._prologue().block
             rest = list(block.ops)
             for op in rest:
                 op.detach()
             first = Emitter(self.out.module, block, self.machine, self.options.slices, "constants")
             source = self.constant_global(first, name, np.arange(count, dtype=np.float32))
-            target = first.global_buffer(f"dm.{name}", "dm", count * 4, "scratch")
-            loops = [(first.slices, 0, DM_SLICE_STRIDE)]
-            first.dma(hbm(source), dm(target), loops, count * 4)
+            target = first.global_buffer(f"dm.{name}.{parts}", "dm", each * 4, "scratch")
+            loops = [(first.slices // parts, 0, parts * DM_SLICE_STRIDE), (parts, each * 4, DM_SLICE_STRIDE)]
+            first.dma(hbm(source), dm(target), loops, each * 4)
             for op in rest:
                 block.add_op(op)
         return buffer

@@ -525,7 +525,7 @@ class FunctionLowering:
             kv_heads,
         )
         limit = self._limit(op, q.rows, causal)
-        attention = AttentionLowering(self.em, self._iota(keys.keys), self.spill)
+        attention = AttentionLowering(self.em, lambda parts: self.parent.iota(self.em, keys.keys, parts), self.spill)
         if q.dims[3].kind == "feature" and q.dims[3].stride != 2:
             q = self.copy(q)
         self.env[op.results[0]] = attention.run(q, keys, values, limit, params)
@@ -550,9 +550,6 @@ class FunctionLowering:
             names = [f"d{i}" for i in range(len(t.dims))]
             self.limits[key] = self.vector.map(e, [t], [names], names, Dtype.F32)
         return self.limits[key]
-
-    def _iota(self, keys: int) -> SSAValue:
-        return self.parent.iota(self.em, keys)
 
 
 def _location(op: Operation) -> str:

@@ -96,6 +96,7 @@ def ring_broadcast(
     ring_stride: int,
     packet_loops: Sequence[tuple[int, int]],
     valid: int,
+    slices: int | None = None,
 ) -> None:
     """Every slice of a ring of `ring` slices receives what each of them holds (switch BROADCAST01).
 
@@ -108,6 +109,7 @@ def ring_broadcast(
         Commit(target_base, (*time_loops, (ring, ring_stride), *packet_loops), dtype, valid),
         target,
         switch=Switch(SwitchKind.BROADCAST01, 1, ring, _time(fetch_loops, packet)),
+        slices=slices,
     )
 
 

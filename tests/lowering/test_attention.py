@@ -50,6 +50,11 @@ def decoder(b: int, s: int, t: int, heads: int, kv: int, d: int, window: int, so
         (4, 1, 256, 8, 2, 64, [3, 7, 100, 255], 0, 0.0),  # decode, ragged
         (1, 1, 1024, 32, 8, 128, [900], 0, 0.0),  # several K and V tiles
         (2, 3, 64, 4, 4, 32, [10, 20], 0, 0.0),  # a few new tokens each
+        (1, 1, 1024, 4, 1, 128, [900], 0, 0.0),  # one pair: keys split into many parts, most of them visible
+        (1, 1, 2048, 5, 1, 64, [3], 0, 0.0),  # only the first part has visible keys
+        (3, 1, 512, 4, 2, 64, [0, 200, 511], 100, 20.0),  # parts with window and softcap, ragged
+        (2, 4, 256, 6, 2, 32, [17, 250], 0, 0.0),  # several tokens over split keys
+        (1, 1, 512, 6, 3, 20, [300], 0, 0.0),  # three KV heads, heads padded to a flit
         (1, 128, 128, 9, 3, 64, [0], 0, 0.0),  # prefill
         (1, 100, 128, 9, 3, 64, [0], 0, 0.0),  # tokens that do not fill the slices
         (1, 64, 256, 8, 2, 128, [64], 50, 30.0),  # a chunk behind others, window and softcap
