@@ -14,6 +14,7 @@ from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.contract_base import Matrix, vector_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
+from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.stream_tokens import TokensStream
 from backend_rngd.lowering.stream_weights import WeightsStream
 from backend_rngd.lowering.tensor import Dim, Tensor
@@ -35,15 +36,16 @@ class ContractLowering:
         epilogue: Sequence[ChainOp] = (),
         output: SSAValue | None = None,
         target: Callable[[Space, int], SSAValue] | None = None,
+        scales: Scales | None = None,
     ) -> Tensor:
         """`x` has K contiguous features; `dims` are the result's (feature dims row-major over N).
 
         output: an HBM buffer that receives the result as a program output, channel-major for few tokens.
-        target: gives the buffer of the result (memory, bytes) instead of a local one.
+        target: gives the buffer of the result (memory, bytes) instead of a local one. scales: factors of the result.
         """
         assert x.rows is not None
         mapping = self.few if x.rows.replicated else self.many
-        mapping.target = target
+        mapping.target, mapping.scales = target, scales or Scales()
         result = mapping.run(x, w, dims, dtype, vector_ops(epilogue), output)
-        mapping.target = None
+        mapping.target, mapping.scales = None, Scales()
         return result

@@ -13,29 +13,37 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
+from backend_rngd.lowering.scales import TO_FLOAT, Scales
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir import expr as ex
 
 N_MULTIPLE = 64  # output channels are padded so that every tile fills whole slices
 
 
-def k_multiple(k: int) -> int:
-    """Padding of K: a full 64 B packet (32 bf16) where K allows it, else one flit (16)."""
-    return 32 if k % 32 == 0 else 16
+def k_multiple(k: int, width: int = 2) -> int:
+    """Padding of K, elements of `width` bytes: a full 64 B packet (32 bf16) where K allows it, else one flit (16)."""
+    packet = 64 // width
+    return packet if k % packet == 0 else packet // 2
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight in HBM: `rows` x `k` (padded) bf16."""
+    """A weight in HBM: `rows` x `k` (padded) elements that the engine multiplies."""
 
     buffer: SSAValue
     rows: int
     k: int
+    dtype: Dtype = Dtype.BF16
 
     @property
     def pitch(self) -> int:
         """Bytes of a row."""
-        return self.k * 2
+        return self.k * self.dtype.bytes
+
+    @property
+    def raised(self) -> tuple[VectorOp, ...]:
+        """What makes the engine's sums f32: those of integers are i32."""
+        return (TO_FLOAT,) if self.dtype == Dtype.I8 else ()
 
 
 def epilogue_ops(e: ex.Expr | None) -> list[ChainOp] | None:
@@ -75,6 +83,7 @@ class ContractionMapping:
         self.spill = spill
         self.half = 0
         self.target: Callable[[Space, int], SSAValue] | None = None  # where the next result goes instead of a local
+        self.scales = Scales()  # of the next result
 
     def _next_half(self, lane_bytes: int, used: int) -> int:
         """TRF base inside a lane: alternating halves when the operand fits half a lane."""

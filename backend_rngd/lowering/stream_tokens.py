@@ -29,11 +29,12 @@ from backend_rngd.isa.descriptors import (
 )
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
+from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
 from backend_rngd.machine import Machine
 
 CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (hardware.md 2.8 supply limit)
-TRF_K = 1024  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
+TRF_K_BYTES = 2048  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
 PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
 GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
 
@@ -89,12 +90,13 @@ class TokensStream(ContractionMapping):
         """See `ContractLowering.run`."""
         em, rows = self.em, x.rows
         assert rows is not None
-        packet = k_multiple(w.k)
-        chunks = split_k(w.k, TRF_K, packet)
+        element = w.dtype.bytes
+        packet = k_multiple(w.k, element)
+        chunks = split_k(w.k, TRF_K_BYTES // element, packet)
         widest = max(k for _, k in chunks)
         count = rows.physical
         limit = max(1, min(8, GROUP_BYTES // (count * CHANNELS * dtype.bytes)))
-        groups = channel_groups(w.rows, em.slices, limit, rows.local, w.k, em.machine)
+        groups = channel_groups(w.rows, em.slices, limit, rows.local, w.pitch, em.machine)
         result = self._output(dims, dtype, x, w, output) if output is not None else self._result(dims, dtype, x, w.rows)
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
@@ -108,7 +110,7 @@ class TokensStream(ContractionMapping):
             for c in range(len(chunks))
             for g, t in passes[first : first + batch]
         ]
-        buffers = [em.alloc(CHANNELS * widest * 2, "weights") for _ in range(2)]
+        buffers = [em.alloc(CHANNELS * widest * element, "weights") for _ in range(2)]
         row = _row_bytes(max(g.per_slice for g in groups) * dtype.bytes, em.machine.dm_banks * em.machine.dm_bank_bytes)
         finals = [em.alloc(count * row, "channels") for _ in range(min(2, len(groups)))]
         partial = CHANNELS * 4
@@ -116,9 +118,10 @@ class TokensStream(ContractionMapping):
         part = em.alloc(count * partial, "partial") if split else None
         if any(g.slices < g.ring for g in groups):  # slices without channels take part with zero weights
             for buffer in buffers:
-                em.memset(buffer, 0, CHANNELS * widest * 2)
+                em.memset(buffer, 0, CHANNELS * widest * element)
         self._load_weights(w, groups, jobs[0], chunks, buffers[0])
         tokens, loaded = x, (-1, -1)
+        scales = ScaleOps(em, self.scales)
         for i, (g, t, c) in enumerate(jobs):
             if i + 1 < len(jobs):
                 self._load_weights(w, groups, jobs[i + 1], chunks, buffers[(i + 1) % 2])
@@ -126,24 +129,32 @@ class TokensStream(ContractionMapping):
             number = passes.index((g, t))
             if not resident and loaded != (number // batch, c):
                 tokens, loaded = self._tokens_chunk(x, k0, k), (number // batch, c)
-            base = self._next_half(em.machine.trf_bytes_per_slice // 8, 2 * k * 2)
-            em.load_trf(em.fetch(0, [(8, k * 2), (2, 8 * k * 2), (k, 2)], Dtype.BF16, 16), buffers[i % 2], 8, base)
+            run = k * element
+            base = self._next_half(em.machine.trf_bytes_per_slice // 8, 2 * run)
+            channels = em.fetch(0, [(8, run), (2, 8 * run), (k, element)], w.dtype, FLIT_BYTES // element)
+            em.load_trf(channels, buffers[i % 2], 8, base)
             ring = groups[g].ring
             seen = rows.local * ring  # tokens that a slice meets
             final = _Area(finals[g % len(finals)], seen, row, dtype, t * CHANNELS * dtype.bytes)
+            after: tuple[VectorOp, ...] = ()
+            if last:
+                if t == 0:
+                    scales.broadcast_tokens(ring)
+                    scales.load_channels(groups[g].start, groups[g].per_slice, groups[g].slices, ring)
+                after = (*scales.many(seen, CHANNELS, t * CHANNELS), *vector)
             if not split:
-                self._pass(tokens, k0 if resident else 0, k, packet, base, final, ring, vector)
+                self._pass(tokens, k0 if resident else 0, k, packet, base, final, ring, (*w.raised, *after))
             else:
                 assert part is not None
                 mine = _Area(acc[number % batch], seen, partial, Dtype.F32)
                 here = mine if c == 0 else _Area(part, seen, partial, Dtype.F32)
-                self._pass(tokens, k0 if resident else 0, k, packet, base, here, ring, ())
+                self._pass(tokens, k0 if resident else 0, k, packet, base, here, ring, w.raised)
                 if c > 0:
                     goal = final if last and not own_epilogue else mine
-                    ops = vector if last and not own_epilogue else ()
+                    ops = after if last and not own_epilogue else ()
                     self._add(mine.buffer, part, seen * CHANNELS, goal.commit, goal.buffer, ops)
                 if last and own_epilogue:
-                    self._apply(mine.buffer, seen * CHANNELS, final.commit, final.buffer, vector)
+                    self._apply(mine.buffer, seen * CHANNELS, final.commit, final.buffer, after)
             if last and t == groups[g].passes - 1:
                 self._rows_home(final.buffer, row, groups[g], result)
         return result
@@ -166,43 +177,44 @@ class TokensStream(ContractionMapping):
         buffer: SSAValue,
     ) -> None:
         """16 rows of the weight to each slice of the group, one K chunk."""
-        group, (k0, k) = groups[job[0]], chunks[job[2]]
+        group, (k0, k), element = groups[job[0]], chunks[job[2]], w.dtype.bytes
         self.em.dma(
-            hbm(w.buffer, (group.start + job[1] * CHANNELS) * w.pitch + k0 * 2),
+            hbm(w.buffer, (group.start + job[1] * CHANNELS) * w.pitch + k0 * element),
             dm(buffer),
             [
                 (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
                 (group.slices, group.per_slice * w.pitch, DM_SLICE_STRIDE),
-                (CHANNELS, w.pitch, k * 2),
+                (CHANNELS, w.pitch, k * element),
             ],
-            k * 2,
+            k * element,
         )
 
     def _tokens_chunk(self, x: Tensor, k0: int, k: int) -> Tensor:
         rows = x.rows
         assert rows is not None
-        buffer = self.em.alloc(rows.local * k * 2, "tokens")
-        loops = [(self.em.slices, rows.local * x.pitch, DM_SLICE_STRIDE), (rows.local, x.pitch, k * 2)]
-        self.em.dma(hbm(x.buffer, x.base + k0 * 2), dm(buffer), loops, k * 2)
-        return Tensor(buffer, Space.DM, x.dtype, (), rows, 0, k * 2)
+        run = k * x.dtype.bytes
+        buffer = self.em.alloc(rows.local * run, "tokens")
+        loops = [(self.em.slices, rows.local * x.pitch, DM_SLICE_STRIDE), (rows.local, x.pitch, run)]
+        self.em.dma(hbm(x.buffer, x.base + k0 * x.dtype.bytes), dm(buffer), loops, run)
+        return Tensor(buffer, Space.DM, x.dtype, (), rows, 0, run)
 
     def _pass(
         self, x: Tensor, k0: int, k: int, packet: int, base: int, target: _Area, ring: int, vector: Sequence[VectorOp]
     ) -> None:
         """The tokens of a ring against the 16 channels that each slice holds; rows come out as (local row, slice)."""
-        em, rows = self.em, x.rows
+        em, rows, width = self.em, x.rows, x.dtype.bytes
         assert rows is not None
         em.execute(
-            em.fetch(x.base + k0 * 2, [(rows.local, x.pitch), (k, 2)], Dtype.BF16, packet),
+            em.fetch(x.base + k0 * width, [(rows.local, x.pitch), (k, width)], x.dtype, packet),
             x.buffer,
             target.commit,
             target.buffer,
             switch=Switch(SwitchKind.BROADCAST01, 1, ring, rows.local * (k // packet)),
             contract=Contract(
                 8,
-                packet // 16,
+                packet * width // FLIT_BYTES,
                 base,
-                ((rows.local, 0, 0), (k // packet, packet * 2, REDUCE), (ring, 0, 0), (2, k * 2, BROADCAST)),
+                ((rows.local, 0, 0), (k // packet, packet * width, REDUCE), (ring, 0, 0), (2, k * width, BROADCAST)),
                 packet,
                 packet.bit_length() - 1,
                 LaneMode.INTERLEAVED,
@@ -241,11 +253,11 @@ def _row_bytes(nbytes: int, banks: int) -> int:
     return nbytes + FLIT_BYTES if nbytes % banks == 0 else nbytes
 
 
-def channel_groups(rows: int, slices: int, limit: int, local: int, k: int, machine: Machine) -> list[Group]:
+def channel_groups(rows: int, slices: int, limit: int, local: int, row: int, machine: Machine) -> list[Group]:
     """Groups of at most `limit` passes that cover `rows` channels (a multiple of 64).
 
-    local: tokens a slice, k: elements of K; they decide whether the channels that do not fill all slices go to smaller
-    rings (less to multiply, more copies of the weights to transfer).
+    local: tokens a slice, row: bytes of a channel's weights; they decide whether the channels that do not fill all
+    slices go to smaller rings (less to multiply, more copies of the weights to transfer).
     """
     groups: list[Group] = []
     start, width = 0, slices * CHANNELS
@@ -259,11 +271,11 @@ def channel_groups(rows: int, slices: int, limit: int, local: int, k: int, machi
             groups.append(Group(start, passes, rest // (passes * CHANNELS), slices))
         start += groups[-1].slices * groups[-1].per_slice
     if start < rows:
-        groups += _last_channels(start, (rows - start) // CHANNELS, slices, local, k, machine)
+        groups += _last_channels(start, (rows - start) // CHANNELS, slices, local, row, machine)
     return groups
 
 
-def _last_channels(start: int, count: int, slices: int, local: int, k: int, machine: Machine) -> list[Group]:
+def _last_channels(start: int, count: int, slices: int, local: int, row: int, machine: Machine) -> list[Group]:
     """Fewer blocks of 16 channels than slices: one large ring, or rings of powers of two that add up to `count`."""
     whole = [Group(start, 1, count, slices)]
     parts: list[Group] = []
@@ -279,11 +291,11 @@ def _last_channels(start: int, count: int, slices: int, local: int, k: int, mach
         """Multiplications behind the transfer of the weights, or the transfer where that takes longer."""
         total = 0.0
         for g in groups:
-            nbytes = g.slices * (slices // g.ring) * CHANNELS * k * 2
+            nbytes = g.slices * (slices // g.ring) * CHANNELS * row
             transfer = machine.dma_startup_cycles + nbytes / min(
                 machine.dma_engine_bytes_per_cycle, machine.hbm_bytes_per_cycle / machine.pes_per_chip
             )
-            total += max(local * (k / 32) * g.ring * 2, transfer) + machine.pass_issue_cycles
+            total += max(local * (row / 64) * g.ring * 2, transfer) + machine.pass_issue_cycles
         return total
 
     return min(whole, parts, key=cycles)

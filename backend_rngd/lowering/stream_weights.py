@@ -11,12 +11,24 @@ from dataclasses import dataclass
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, REDUCE, Commit, Contract, Dtype, LaneMode, Space, VectorOp
+from backend_rngd.isa.descriptors import (
+    DM_SLICE_STRIDE,
+    FLIT_BYTES,
+    REDUCE,
+    Commit,
+    Contract,
+    Dtype,
+    LaneMode,
+    Space,
+    VectorOp,
+)
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
+from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor
 
+SCALED_CHANNELS = 1024  # of a tile a slice, so that their scales fit half of VRF
 TILE_BYTES = 96 * 1024  # one weight tile a slice; two are in flight, activations need the rest of 512 KB
 
 
@@ -46,15 +58,19 @@ class WeightsStream(ContractionMapping):
         local = x.rows.local
         lanes = max(4, local)
         lane_bytes = em.machine.trf_bytes_per_slice // lanes
-        packet = k_multiple(w.k)
-        chunks = split_k(w.k, lane_bytes // 2, packet)
+        element = w.dtype.bytes
+        packet = k_multiple(w.k, element)
+        chunks = split_k(w.k, lane_bytes // element, packet)
         widest = max(k for _, k in chunks)
-        tiles = column_tiles(w.rows, max(4, TILE_BYTES // (widest * 2) // 4 * 4), em.slices)
+        most = TILE_BYTES // (widest * element)
+        if self.scales.channels is not None:
+            most = min(most, SCALED_CHANNELS)
+        tiles = column_tiles(w.rows, max(4, most // 4 * 4), em.slices)
         largest = max(t.per_slice for t in tiles)
-        buffers = [em.alloc(largest * widest * 2, "weights") for _ in range(min(2, len(tiles) * len(chunks)))]
+        scales = ScaleOps(em, self.scales)
+        buffers = [em.alloc(largest * widest * element, "weights") for _ in range(min(2, len(tiles) * len(chunks)))]
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
-        result_ops = () if own_epilogue else vector
         parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if split else []
         finals = [em.alloc(t.per_slice * lanes * dtype.bytes, "channels") for t in tiles]
         for i, t in enumerate(tiles):
@@ -70,9 +86,14 @@ class WeightsStream(ContractionMapping):
                 self._load_weights(w, tiles[nt], *chunks[nc], buffers[(i + 1) % 2])
             k0, k = chunks[c]
             if t == 0:
-                base = self._next_half(lane_bytes, k * 2)
+                base = self._next_half(lane_bytes, k * element)
                 self._tokens_to_trf(x, k0, k, lanes, base)
             tile, last = tiles[t], c == len(chunks) - 1
+            after: tuple[VectorOp, ...] = ()
+            if last:
+                scales.load_channels(tile.start, tile.per_slice, tile.slices, em.slices)
+                # The sums over chunks run in every slice, a pass over weights only where there are channels.
+                after = (*scales.few(tile.per_slice, lanes, em.slices if split else tile.slices), *vector)
             where = finals[t] if not split else parts[0 if c == 0 else 1][t]
             self._weights_pass(
                 buffers[i % 2],
@@ -83,7 +104,8 @@ class WeightsStream(ContractionMapping):
                 base,
                 where,
                 dtype if not split else Dtype.F32,
-                vector if not split else (),
+                (*w.raised, *(after if not split else ())),
+                w.dtype,
             )
             count = tile.per_slice * lanes
             if split and c > 0:
@@ -94,11 +116,11 @@ class WeightsStream(ContractionMapping):
                     tile.per_slice * lanes,
                     compact(tile.per_slice * lanes, dtype if done else Dtype.F32),
                     finals[t] if done else parts[0][t],
-                    result_ops if done else (),
+                    after if done else (),
                 )
             if last and own_epilogue:
                 count = tile.per_slice * lanes
-                self._apply(parts[0][t], count, compact(count, dtype), finals[t], vector)
+                self._apply(parts[0][t], count, compact(count, dtype), finals[t], after)
         if output is not None:
             for tile, final in zip(tiles, finals, strict=True):
                 run = tile.per_slice * lanes * dtype.bytes
@@ -115,18 +137,21 @@ class WeightsStream(ContractionMapping):
     def _tokens_to_trf(self, x: Tensor, k0: int, k: int, lanes: int, base: int) -> None:
         """TRF lane l holds token l (tokens repeat when there are fewer than lanes)."""
         assert x.rows is not None
-        source, offset, pitch = x.buffer, x.base + k0 * 2, x.pitch
+        width = x.dtype.bytes
+        source, offset, pitch = x.buffer, x.base + k0 * width, x.pitch
         if x.space == Space.HBM:
-            source = self.em.alloc(x.rows.local * k * 2, "tokens")
+            source = self.em.alloc(x.rows.local * k * width, "tokens")
             self.em.dma(
                 hbm(x.buffer, offset),
                 dm(source),
-                [(self.em.slices, 0, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * 2)],
-                k * 2,
+                [(self.em.slices, 0, DM_SLICE_STRIDE), (x.rows.local, x.pitch, k * width)],
+                k * width,
             )
-            offset, pitch = 0, k * 2
-        loops = [(lanes // x.rows.local, 0), (x.rows.local, pitch), (k, 2)]
-        self.em.load_trf(self.em.fetch(offset, loops, Dtype.BF16, 16), source, lanes, base, context="main")
+            offset, pitch = 0, k * width
+        loops = [(lanes // x.rows.local, 0), (x.rows.local, pitch), (k, width)]
+        self.em.load_trf(
+            self.em.fetch(offset, loops, x.dtype, FLIT_BYTES // width), source, lanes, base, context="main"
+        )
 
     def _weights_pass(
         self,
@@ -139,18 +164,20 @@ class WeightsStream(ContractionMapping):
         target: SSAValue,
         dtype: Dtype,
         vector: Sequence[VectorOp],
+        multiplied: Dtype,
     ) -> None:
+        width = multiplied.bytes
         self.em.execute(
-            self.em.fetch(0, [(tile.per_slice, k * 2), (k, 2)], Dtype.BF16, packet),
+            self.em.fetch(0, [(tile.per_slice, k * width), (k, width)], multiplied, packet),
             weights,
             Commit(0, ((tile.per_slice, lanes * dtype.bytes), (lanes, dtype.bytes)), dtype, lanes),
             target,
             slices=tile.slices,
             contract=Contract(
                 lanes,
-                packet // 16,
+                packet * width // FLIT_BYTES,
                 base,
-                ((tile.per_slice, 0, 0), (k // packet, packet * 2, REDUCE)),
+                ((tile.per_slice, 0, 0), (k // packet, packet * width, REDUCE)),
                 packet,
                 packet.bit_length() - 1,
                 LaneMode.INTERLEAVED,
@@ -190,11 +217,12 @@ class WeightsStream(ContractionMapping):
             )
 
     def _load_weights(self, w: Matrix, tile: Tile, k0: int, k: int, buffer: SSAValue) -> None:
+        width = w.dtype.bytes
         self.em.dma(
-            hbm(w.buffer, tile.start * w.pitch + k0 * 2),
+            hbm(w.buffer, tile.start * w.pitch + k0 * width),
             dm(buffer),
-            [(tile.slices, tile.per_slice * w.pitch, DM_SLICE_STRIDE), (tile.per_slice, w.pitch, k * 2)],
-            k * 2,
+            [(tile.slices, tile.per_slice * w.pitch, DM_SLICE_STRIDE), (tile.per_slice, w.pitch, k * width)],
+            k * width,
         )
 
 

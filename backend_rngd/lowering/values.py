@@ -17,11 +17,13 @@ from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
 from ir.errors import UnsupportedError
 from ir.types import elem_of
 
-DTYPES = {"bf16": Dtype.BF16, "f32": Dtype.F32, "i32": Dtype.I32}
+DTYPES = {"bf16": Dtype.BF16, "f32": Dtype.F32, "i32": Dtype.I32, "i8": Dtype.I8, "f8e4m3": Dtype.F8E4M3}
 NUMPY: dict[Dtype, np.dtype[Any]] = {
     Dtype.BF16: np.dtype(ml_dtypes.bfloat16),
     Dtype.F32: np.dtype(np.float32),
     Dtype.I32: np.dtype(np.int32),
+    Dtype.I8: np.dtype(np.int8),
+    Dtype.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -153,7 +155,7 @@ def dtype_of(value: SSAValue) -> Dtype:
     element = elem_of(value)
     if element not in DTYPES:
         raise UnsupportedError(
-            f"element type {element}", "the lowering knows bf16, f32 and i32", "cast the model to bf16"
+            f"element type {element}", "the lowering knows bf16, f32, i32, i8 and f8e4m3", "cast the model to bf16"
         )
     return DTYPES[element]
 

@@ -119,7 +119,7 @@ def test_any_shape(tokens: tuple[int, int], k: int, n: int) -> None:
     st.integers(1, 128).map(lambda v: v * 32),
 )
 def test_tiles_cover_every_channel_once(rows: int, per_slice: int, limit: int, local: int, k: int) -> None:
-    groups = channel_groups(rows, 64, limit, local, k, MACHINE)
+    groups = channel_groups(rows, 64, limit, local, k * 2, MACHINE)
     for tiles in (column_tiles(rows, per_slice, 64), groups):
         position = 0
         for tile in tiles:

@@ -1,0 +1,142 @@
+"""Scales of a quantized contraction, applied in the vector engine behind it (hardware.md 2.9: two float multipliers).
+
+The sums of stored numbers are multiplied by a number per output channel, per token or for all. The numbers come through
+VRF: they are f32 in HBM (per channel) or DM (per token, for all), and the sub context loads them while the pass before
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import (
+    DM_SLICE_STRIDE,
+    Alu,
+    Commit,
+    Dtype,
+    Mode,
+    Op,
+    Operand,
+    Source,
+    Switch,
+    SwitchKind,
+    VectorOp,
+)
+from backend_rngd.lowering.emitter import Emitter, dm, hbm, operand_loops
+from backend_rngd.lowering.tensor import Tensor, round_up
+from ir import expr as ex
+
+MULTIPLIERS = (Alu.FP_MUL0, Alu.FP_MUL1)
+TO_FLOAT = VectorOp(Alu.FXP_TO_FP, Op.CONVERT, Mode.UNARY)
+SPACING = 8  # bytes between numbers of a tensor without features: the value and its padding
+VRF_BYTES = 4096  # of one operand, so that the next pass's operands load meanwhile
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors of a contraction's result: per channel (f32 in HBM, padded), per token, for all (tensors in DM)."""
+
+    channels: SSAValue | None = None
+    tokens: Tensor | None = None
+    all: tuple[Tensor, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Multipliers that they take."""
+        return (self.channels is not None) + (self.tokens is not None) + len(self.all)
+
+
+def factors(e: ex.Expr) -> list[int] | None:
+    """The operand numbers that an expression multiplies, None if it does anything else."""
+    match e:
+        case ex.Input(index):
+            return [index]
+        case ex.Call("mul", (left, right)):
+            a, b = factors(left), factors(right)
+            return None if a is None or b is None else [*a, *b]
+        case _:
+            return None
+
+
+class ScaleOps:
+    """Emits the loads of scales and gives the operations that apply them."""
+
+    def __init__(self, em: Emitter, scales: Scales) -> None:
+        self.em = em
+        self.scales = scales
+        self.channels: SSAValue | None = None
+        self.tokens: SSAValue | None = None
+        self.ring = 0
+
+    def load_channels(self, start: int, per_slice: int, slices: int, ring: int) -> None:
+        """Bring the numbers of channels [start, start + slices * per_slice) to their slices, in every ring."""
+        if self.scales.channels is None:
+            return
+        em, nbytes = self.em, per_slice * 4
+        self.channels = em.alloc(nbytes, "scales")
+        if slices < ring:  # VRF loads read every slice
+            em.memset(self.channels, 0, nbytes)
+        loops = [(em.slices // ring, 0, ring * DM_SLICE_STRIDE), (slices, nbytes, DM_SLICE_STRIDE)]
+        em.dma(hbm(self.scales.channels, start * 4), dm(self.channels), loops, nbytes)
+
+    def broadcast_tokens(self, ring: int) -> None:
+        """Bring the numbers of a ring's tokens to its slices, in the order in which the switch delivers tokens."""
+        t = self.scales.tokens
+        if t is None or t.rows is None or ring == self.ring:
+            return
+        em, local = self.em, t.rows.local
+        self.ring, self.tokens = ring, em.alloc(local * ring * SPACING, "scales")
+        em.execute(
+            em.fetch(t.base, [(local, t.pitch), (2, 4)], Dtype.F32, 2),
+            t.buffer,
+            Commit(0, ((local * ring, SPACING), (2, 4)), Dtype.F32, 2),
+            self.tokens,
+            switch=Switch(SwitchKind.BROADCAST01, 1, ring, local),
+        )
+
+    def few(self, per_slice: int, lanes: int, slices: int) -> list[VectorOp]:
+        """Factors of a stream `[channel][lane]` whose lanes hold tokens, repeated if there are fewer."""
+        found: list[Operand] = []
+        if self.channels is not None:
+            base = self._load(self.channels, 0, [(per_slice, 4)], slices)
+            found.append(_operand(base, [(per_slice, 4), (lanes, 0)]))
+        t = self.scales.tokens
+        if t is not None and t.rows is not None:
+            local = t.rows.local
+            base = self._load(t.buffer, t.base, [(local, t.pitch), (2, 4)], slices)
+            found.append(_operand(base, [(per_slice, 0), (lanes // local, 0), (local, SPACING)]))
+        return self._ops(found, per_slice * lanes, slices)
+
+    def many(self, count: int, channels: int, first: int) -> list[VectorOp]:
+        """Factors of a stream `[token][channel]` of `count` tokens; `first`: of those that were loaded."""
+        found: list[Operand] = []
+        if self.channels is not None:
+            base = self._load(self.channels, first * 4, [(channels, 4)], self.em.slices)
+            found.append(_operand(base, [(count, 0), (channels, 4)]))
+        if self.tokens is not None:
+            base = self._load(self.tokens, 0, [(count, SPACING), (2, 4)], self.em.slices)
+            found.append(_operand(base, [(count, SPACING), (channels, 0)]))
+        return self._ops(found, count * channels, self.em.slices)
+
+    def _ops(self, found: list[Operand], elements: int, slices: int) -> list[VectorOp]:
+        for t in self.scales.all:
+            base = self._load(t.buffer, t.base, [(2, 4)], slices)
+            found.append(_operand(base, [(elements, 0)]))
+        pairs = zip(MULTIPLIERS, found, strict=False)
+        return [VectorOp(alu, Op.MUL, Mode.STREAM_OPERAND, operand) for alu, operand in pairs]
+
+    def _load(self, source: SSAValue, base: int, loops: Sequence[tuple[int, int]], slices: int) -> int:
+        elements = 1
+        for n, _ in loops:
+            elements *= n
+        at = self.em.vrf_space(round_up(elements * 4, 32))
+        packet = 8 if elements % 8 == 0 else 4 if elements % 4 == 0 else 2
+        self.em.load_vrf(self.em.fetch(base, loops, Dtype.F32, packet), source, at, slices)
+        return at
+
+
+def _operand(base: int, loops: Sequence[tuple[int, int]]) -> Operand:
+    return Operand(Source.VRF, base=base, loops=operand_loops(loops))
