@@ -77,26 +77,30 @@ class SplitKeys:
         loops, _, _ = pair_loops(pairs)
         used = len(pairs) * parts
         count = tokens * group
-        mine, lim = em.alloc(count * head * 2, "queries"), em.alloc(tokens * 8, "limits")
         copies = (parts, 0, DM_SLICE_STRIDE)
         step = parts * DM_SLICE_STRIDE
-        em.dma(
-            place_of(q),
-            dm(mine),
-            [
-                *((n, b * tokens * q.pitch + h * group * q_head, s * step) for n, b, h, s in loops),
-                copies,
-                (tokens, q.pitch, group * head * 2),
-                (group, q_head, head * 2),
-            ],
-            head * 2,
-        )
-        em.dma(
-            dm(limit.buffer, limit.base),
-            dm(lim),
-            [*((n, b * tokens * limit.pitch, s * step) for n, b, _, s in loops), copies, (tokens, limit.pitch, 8)],
-            8,
-        )
+        if len(pairs) == 1:  # every slice holds what it needs
+            work = Rows(tokens, q.buffer, q.base, q.pitch, q_head, limit.buffer, limit.base, limit.pitch)
+        else:
+            mine, lim = em.alloc(count * head * 2, "queries"), em.alloc(tokens * 8, "limits")
+            em.dma(
+                place_of(q),
+                dm(mine),
+                [
+                    *((n, b * tokens * q.pitch + h * group * q_head, s * step) for n, b, h, s in loops),
+                    copies,
+                    (tokens, q.pitch, group * head * 2),
+                    (group, q_head, head * 2),
+                ],
+                head * 2,
+            )
+            if rows.batch == 1:
+                lim, lim_base, lim_pitch = limit.buffer, limit.base, limit.pitch
+            else:
+                where = [*((n, b * tokens * limit.pitch, s * step) for n, b, _, s in loops), copies]
+                em.dma(dm(limit.buffer, limit.base), dm(lim), [*where, (tokens, limit.pitch, 8)], 8)
+                lim_base, lim_pitch = 0, 8
+            work = Rows(tokens, mine, 0, group * head * 2, head * 2, lim, lim_base, lim_pitch)
 
         def load(cache: Cache, start: int, keys: int) -> SSAValue:
             tile = self.attention.tile(cache, keys, keys)
@@ -106,7 +110,6 @@ class SplitKeys:
             return tile
 
         own = [replace(cache, keys=cache.keys // parts) for cache in (k, v)]
-        work = Rows(tokens, mine, 0, group * head * 2, head * 2, lim, 0, 8)
         acc, stats = self.head.partial(work, p, own[0], own[1], load, used)
         share = v.width // parts
         gathered = em.alloc(parts * count * share * 4, "parts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from xdsl.ir import SSAValue
 from backend_rngd.dialect import CallOp, LaunchOp, RoutineOp
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
+from backend_rngd.lowering.indexed import OFFSET_BYTES, offsets
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
-from backend_rngd.lowering.tensor import round_up
+from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form
+from backend_rngd.lowering.vector import VectorLowering
 from backend_rngd.machine import Machine
 from ir.errors import UnsupportedError
 from ir.placement import Mesh
@@ -35,6 +38,7 @@ class Program:
         self.mesh = Mesh.parse(mesh.data) if isinstance(mesh, StringAttr) else Mesh(())
         self.units = self.mesh.size
         self._semaphores = 0
+        self._offsets: set[str] = set()
         self._iotas: set[tuple[int, int]] = set()
         self._launch: dict[tuple[int, ...], int] = {}
         self.own_unit = self.launch_register(tuple(u * UNIT_STRIDE for u in range(self.units)))
@@ -128,6 +132,22 @@ class Program:
             for op in rest:
                 block.add_op(op)
         return buffer
+
+    def input_offsets(self, em: Emitter, index: Tensor, scale: int) -> SSAValue | None:
+        """HBM global with a program input (cache slots) times `scale`, computed once for all layers before the first
+        of them; None if `index` is no program input."""
+        name = next((n for n, b in em.known_globals().items() if b is index.buffer), None)
+        if name is None or index.rows is None or name not in {port.buffer for port in self.out.inputs}:
+            return None
+        target = f"offsets.{name}.{scale}"
+        nbytes = index.rows.physical * OFFSET_BYTES
+        if target not in self._offsets:
+            self._offsets.add(target)
+            first = Emitter(self.out.module, self._prologue().block, self.machine, self.options.slices, "offsets")
+            source = replace(index, buffer=first.global_buffer(name, "hbm", first.declared_bytes(name), "input"))
+            image = first.global_buffer(target, "hbm", nbytes, "activation")
+            offsets(first, VectorLowering(first, self.options.spill_bytes), source, scale, image)
+        return em.global_buffer(target, "hbm", nbytes, "activation")
 
     def constant_global(self, em: Emitter, name: str, values: np.ndarray[Any, Any]) -> SSAValue:
         """An HBM global with literal bytes."""

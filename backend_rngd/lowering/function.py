@@ -22,8 +22,9 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.group import Group, check_axis
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
-from backend_rngd.lowering.move import load_rows, move_rows
+from backend_rngd.lowering.move import load_constant, load_rows, move_rows
 from backend_rngd.lowering.program import SPILL_BYTES
+from backend_rngd.lowering.scales import scales_of, scaling
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
 from backend_rngd.lowering.values import Form, Stored, Value, Weight, dtype_of, probe_layout, product
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
@@ -33,6 +34,7 @@ from ir.errors import UnsupportedError
 from ir.types import shape_of
 from passes.outline import OUTLINED
 
+MULTIPLIED = (Dtype.BF16, Dtype.I8, Dtype.F8E4M3)  # each with its own kind (hardware.md 2.8)
 VIEWS = (tc.ReshapeOp, tc.TransposeOp, tc.SliceOp)
 
 
@@ -87,7 +89,7 @@ class FunctionLowering:
         buffer = w.vector()
         dims = tuple(Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in zip(w.shape, strides, strict=True))
         held = Tensor(buffer, Space.HBM, w.dtype, dims, None, 0, pitch)
-        self.resident[value] = load_rows(self.em, held, 1)
+        self.resident[value] = load_constant(self.em, held)
         return self.resident[value]
 
     def in_dm(self, value: SSAValue) -> Tensor:
@@ -254,7 +256,7 @@ class FunctionLowering:
     def op_tc_contract(self, op: tc.ContractOp) -> None:
         """Contraction engine, see `contract.py`. A result that the program returns goes straight to its output."""
         final = op.results[0]
-        if self._epilogue(op)[1] is not None:
+        if self._epilogue(op)[1] is not None or scaling(op) is not None:
             final = next(iter(final.uses)).operation.results[0]
         name = self._output_name(final)
         if name is not None:
@@ -305,10 +307,10 @@ class FunctionLowering:
                 "use attention",
             )
         x = self.tensor(operands[0])
-        if x.rows is None or x.dtype != Dtype.BF16 or right.dtype != Dtype.BF16:
+        if x.rows is None or x.dtype != right.dtype or x.dtype not in MULTIPLIED:
             raise UnsupportedError(
                 f"contraction `{rule}` of {x.dtype.name} and {right.dtype.name}",
-                "the contraction engine multiplies bf16 (f8 and integers come with quantized checkpoints)",
+                "the contraction engine multiplies two operands of bf16, i8 or f8e4m3",
                 "cast the model to bf16",
             )
         k_axes = [a for a in sides[0] if a in sides[1] and a not in rule.output]
@@ -320,10 +322,10 @@ class FunctionLowering:
             for side, shape in ((sides[0], x.shape), (sides[1], right.sizes))
             for a, n in zip(side, shape, strict=True)
         }
-        multiple = k_multiple(product(sizes[a] for a in k_axes))
+        multiple = k_multiple(product(sizes[a] for a in k_axes), x.dtype.bytes)
         rows, columns = ([sides[1].index(a) for a in axes] for axes in (n_axes, k_axes))
         buffer, n, k = right.matrix(rows, columns, (N_MULTIPLE, multiple))
-        matrix = Matrix(buffer, round_up(n, N_MULTIPLE), round_up(k, multiple))
+        matrix = Matrix(buffer, round_up(n, N_MULTIPLE), round_up(k, multiple), right.dtype)
         x = self._contiguous(x, [sides[0].index(a) for a in k_axes], matrix.k)
         by_axis = {a: d for a, d in zip(sides[0], x.dims, strict=True)}
         dims = [
@@ -332,14 +334,20 @@ class FunctionLowering:
         ]
         dtype = dtype_of(op.results[0])
         ops, final = self._epilogue(op)
+        sums, scales = 0, None
+        if (scaled := scaling(op)) is not None:
+            channel = next((i for i, a in enumerate(rule.output) if a in n_axes), 0)
+            scales = scales_of(*scaled, channel, x.rows, self.em.slices, self.env, self.tensor)
+            if scales is not None:
+                final, sums = scaled
         if final is not None:
             dtype = dtype_of(final.results[0])
         produced = (final or op).results[0]
         sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
-        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, target if self.parent.units > 1 else None)
+        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, target if self.parent.units > 1 else None, scales)
         if final is not None:
             final_rule = final.rule()
-            result = result.transpose([final_rule.inputs[0].index(a) for a in final_rule.output])
+            result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])
             self.fused.add(final)
         self.env[produced] = result
         if produced is not op.results[0]:
@@ -380,9 +388,10 @@ class FunctionLowering:
                 raise UnsupportedError(
                     f"a contraction over {k} elements", "padding of spilled values is not built", "use a multiple of 16"
                 )
-            buffer = self.em.alloc(x.rows.local * padded * 2)
-            self.em.memset(buffer, 0, x.rows.local * padded * 2)
-            target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, padded * 2)
+            pitch = padded * x.dtype.bytes
+            buffer = self.em.alloc(x.rows.local * pitch)
+            self.em.memset(buffer, 0, x.rows.local * pitch)
+            target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, pitch)
         return self.vector.map(ex.Input(0), [x], [names], names, x.dtype, target=target)
 
     # Between units ------------------------------------------------------------
@@ -437,7 +446,9 @@ class FunctionLowering:
     def _offsets(self, value: SSAValue, scale: int) -> SSAValue:
         key = (value, scale)
         if key not in self.offset_images:
-            self.offset_images[key] = offsets(self.em, self.vector, self.in_dm(value), scale)
+            index = self.tensor(value)
+            made = self.parent.input_offsets(self.em, index, scale) if self.group.repeated else None
+            self.offset_images[key] = made or offsets(self.em, self.vector, self.in_dm(value), scale)
         return self.offset_images[key]
 
     def op_tc_gather(self, op: tc.GatherOp) -> None:

@@ -22,7 +22,9 @@ from ir import expr as ex
 OFFSET_BYTES = 8  # an offset and its padding: a commit writes at least 8 B
 
 
-def offsets(em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int) -> SSAValue:
+def offsets(
+    em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int, image: SSAValue | None = None
+) -> SSAValue:
     """HBM image `[physical row]` (8 B apart) of index * row_bytes for an i32 tensor with rows."""
     rows = index.rows
     assert rows is not None
@@ -30,7 +32,7 @@ def offsets(em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int) 
         index = load_rows(em, index, rows.local)
     names = [f"d{i}" for i in range(len(index.dims))]
     scaled = vector.map(ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes)))), [index], [names], names, Dtype.I32)
-    image = em.alloc(rows.physical * OFFSET_BYTES, "offsets", "hbm")
+    image = image or em.alloc(rows.physical * OFFSET_BYTES, "offsets", "hbm")
     target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, rows, 0, OFFSET_BYTES)
     store_rows(em, scaled, target, rows.local)
     return image

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
 from backend_rngd.lowering.emitter import Emitter, Place, dm, hbm
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
+
+CUT_BYTES = 4096  # constants from this size on reach the slices by the ring
 
 
 def place_of(t: Tensor, offset: int = 0) -> Place:
@@ -54,6 +57,30 @@ def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
     else:
         row_loops = [(em.slices, 0, DM_SLICE_STRIDE)]
     em.dma(hbm(t.buffer, t.base), dm(out.buffer), [*row_loops, *loops], packet)
+    return out
+
+
+def load_constant(em: Emitter, t: Tensor) -> Tensor:
+    """Bring a constant into DM of every slice: a piece to each, then round the ring, if it is large enough to be cut.
+
+    A transfer writes 256 B a cycle, which 64 copies of a vector of 4,096 numbers hold up for 2,048 cycles.
+    """
+    count = 1
+    for d in t.features:
+        count *= d.size
+    nbytes, flit = count * t.dtype.bytes, 32 // t.dtype.bytes
+    piece = count // em.slices
+    dense = t.row_bytes == nbytes
+    if nbytes < CUT_BYTES or count % em.slices or piece % flit or not dense:
+        return load_rows(em, t, 1)
+    spread = em.alloc(piece * t.dtype.bytes, "piece")
+    em.dma(place_of(t), dm(spread), [(em.slices, piece * t.dtype.bytes, DM_SLICE_STRIDE)], piece * t.dtype.bytes)
+    out = replace(t, buffer=em.alloc(t.pitch), space=Space.DM, base=0)
+    packet = ring_packet(piece, flit)
+    ring_broadcast(
+        em, spread, [(piece, t.dtype.bytes)], t.dtype, packet, 0, em.slices, out.buffer, 0,
+        [(piece // packet, packet * t.dtype.bytes)], piece * t.dtype.bytes, [(packet, t.dtype.bytes)], flit,
+    )  # fmt: skip
     return out
 
 
