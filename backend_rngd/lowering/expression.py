@@ -51,6 +51,7 @@ BINARY: dict[str, tuple[tuple[Alu, Op], ...]] = {
     "max": ((Alu.CLIP_MAX, Op.MAX),),
     "min": ((Alu.CLIP_MIN, Op.MIN),),
 }
+MAGNITUDE = "abs"
 COMMUTATIVE = frozenset({"mul", "add", "max", "min"})
 
 
@@ -152,7 +153,7 @@ def _relu(b: _Builder, x: Ref) -> Ref:
 
 
 def _abs(b: _Builder, x: Ref) -> Ref:
-    return b.node("max", x, b.node("mul", x, const(-1.0)))
+    return b.node(MAGNITUDE, x)
 
 
 def _round(b: _Builder, x: Ref) -> Ref:
@@ -226,6 +227,7 @@ class _Chain:
         self.ops.append(ChainOp(alu, op, mode, arg, group))
 
 
+SIGN_OFF = Arg("const", float(0x7FFFFFFF))  # the magnitude of an f32 is what remains of it (hardware.md 2.9: logic)
 FLOAT_STAGE = Alu.FP_FMA.stage
 LAST_STAGE = Alu.CLIP_ADD.stage
 
@@ -387,6 +389,12 @@ class Scheduler:
             if picked is None:
                 return False
             chain.push(*picked, Mode.UNARY, Arg("none"), group)
+            return True
+        if node.fn == MAGNITUDE:
+            picked = chain.pick(((Alu.LOGIC_AND, Op.AND),), final)
+            if picked is None:
+                return False  # it is the first stage: it starts a pass
+            chain.push(*picked, Mode.STREAM_OPERAND, SIGN_OFF, group)
             return True
         if node.fn not in BINARY:
             return False

@@ -24,7 +24,7 @@ from backend_rngd.lowering.group import Group, check_axis
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
 from backend_rngd.lowering.move import load_constant, load_rows, move_rows
 from backend_rngd.lowering.program import SPILL_BYTES
-from backend_rngd.lowering.scales import scales_of, scaling
+from backend_rngd.lowering.scales import Scales, scales_of, scaling
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
 from backend_rngd.lowering.values import Form, Stored, Value, Weight, dtype_of, probe_layout, product
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
@@ -256,7 +256,7 @@ class FunctionLowering:
     def op_tc_contract(self, op: tc.ContractOp) -> None:
         """Contraction engine, see `contract.py`. A result that the program returns goes straight to its output."""
         final = op.results[0]
-        if self._epilogue(op)[1] is not None or scaling(op) is not None:
+        if self._epilogue(op)[1] is not None or self._scales(op) is not None:
             final = next(iter(final.uses)).operation.results[0]
         name = self._output_name(final)
         if name is not None:
@@ -335,16 +335,14 @@ class FunctionLowering:
         dtype = dtype_of(op.results[0])
         ops, final = self._epilogue(op)
         sums, scales = 0, None
-        if (scaled := scaling(op)) is not None:
-            channel = next((i for i, a in enumerate(rule.output) if a in n_axes), 0)
-            scales = scales_of(*scaled, channel, x.rows, self.em.slices, self.env, self.tensor)
-            if scales is not None:
-                final, sums = scaled
+        if (scaled := self._scales(op)) is not None:
+            final, sums, scales = scaled
         if final is not None:
             dtype = dtype_of(final.results[0])
         produced = (final or op).results[0]
         sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
-        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, target if self.parent.units > 1 else None, scales)
+        where = target if self.parent.units > 1 else None
+        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales)
         if final is not None:
             final_rule = final.rule()
             result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])
@@ -366,6 +364,17 @@ class FunctionLowering:
         user = uses[0].operation
         ops = epilogue_ops(user.expression())
         return (ops, user) if ops is not None else ([], None)
+
+    def _scales(self, op: tc.ContractOp) -> tuple[tc.MapOp, int, Scales] | None:
+        """The map of a quantized contraction's scales if it rides behind it, and which of its operands the sums are."""
+        scaled = scaling(op)
+        if scaled is None:
+            return None
+        weight = next((i for i, o in enumerate(op.operands) if isinstance(self.env[o], Weight)), None)
+        channels = op.rule().inputs[weight] if weight is not None else ()
+        channel = next((i for i, a in enumerate(op.rule().output) if a in channels), 0)
+        scales = scales_of(*scaled, channel, self._rows_of(op), self.em.slices, self.env, self.tensor)
+        return None if scales is None else (*scaled, scales)
 
     def _contiguous(self, x: Tensor, axes: Sequence[int], padded: int) -> Tensor:
         """x with the K axes contiguous in the given order, zero-padded to `padded` elements."""

@@ -7,7 +7,8 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xdsl.ir import SSAValue
@@ -21,17 +22,23 @@ from backend_rngd.isa.descriptors import (
     Op,
     Operand,
     Source,
+    Space,
     Switch,
     SwitchKind,
     VectorOp,
 )
 from backend_rngd.lowering.emitter import Emitter, dm, hbm, operand_loops
-from backend_rngd.lowering.tensor import Tensor, round_up
+from backend_rngd.lowering.tensor import RowSpace, Tensor, round_up
+from backend_rngd.lowering.values import Form, Value, Weight
 from ir import expr as ex
+from ir.dialects import tc
+from ir.dialects.tc_compute import QUANTIZED
+from ir.types import elem_of
 
 MULTIPLIERS = (Alu.FP_MUL0, Alu.FP_MUL1)
 TO_FLOAT = VectorOp(Alu.FXP_TO_FP, Op.CONVERT, Mode.UNARY)
 SPACING = 8  # bytes between numbers of a tensor without features: the value and its padding
+CHANNEL_MULTIPLE = 64  # numbers in HBM are padded like the channels
 VRF_BYTES = 4096  # of one operand, so that the next pass's operands load meanwhile
 
 
@@ -59,6 +66,53 @@ def factors(e: ex.Expr) -> list[int] | None:
             return None if a is None or b is None else [*a, *b]
         case _:
             return None
+
+
+def scaling(op: tc.ContractOp) -> tuple[tc.MapOp, int] | None:
+    """The only reader of a quantized contraction's sums, if it multiplies them, and the operand that they are."""
+    uses = list(op.result.uses)
+    if elem_of(op.lhs) not in QUANTIZED or len(uses) != 1 or not isinstance(user := uses[0].operation, tc.MapOp):
+        return None
+    found = factors(user.expression())
+    if found is None or sorted(found) != list(range(len(user.inputs))) or len(found) > 1 + len(MULTIPLIERS):
+        return None
+    rule = user.rule()
+    return (user, uses[0].index) if rule.inputs[uses[0].index] == rule.output else None
+
+
+def scales_of(
+    user: tc.MapOp,
+    sums: int,
+    channel: int,
+    rows: RowSpace,
+    ring: int,
+    env: Mapping[SSAValue, Value],
+    tensor: Callable[[SSAValue], Tensor],
+) -> Scales | None:
+    """The scales of a map that multiplies sums (its operand `sums`), None if they cannot ride behind the contraction.
+
+    channel: dimension of the sums that is the output channel. ring: slices that exchange tokens.
+    """
+    rule = user.rule()
+    channels: SSAValue | None = None
+    tokens: Tensor | None = None
+    everywhere: list[Tensor] = []
+    for i, value in enumerate(user.inputs):
+        held = env.get(value)
+        if i == sums:
+            continue
+        if isinstance(held, Weight) and held.dtype == Dtype.F32 and math.prod(held.sizes) == 1:
+            everywhere.append(tensor(value))
+        elif isinstance(held, Weight) and held.dtype == Dtype.F32 and rule.inputs[i] == (rule.output[channel],):
+            channels = held.bind(Form((0,), (1, held.sizes[0]), (1, CHANNEL_MULTIPLE)))
+        elif isinstance(held, Tensor) and held.dtype == Dtype.F32 and held.rows == rows and not held.features:
+            fits = rows.replicated or rows.local * ring * SPACING <= VRF_BYTES
+            if tokens is not None or held.space != Space.DM or not fits:
+                return None
+            tokens = held
+        else:
+            return None
+    return Scales(channels, tokens, tuple(everywhere))
 
 
 class ScaleOps:

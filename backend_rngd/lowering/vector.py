@@ -20,6 +20,12 @@ from ir.errors import UnsupportedError
 CHUNK_ELEMENTS = 8192  # f32 intermediates of a chunk: 32 KB of a slice's 512 KB
 VRF_OPERAND_BYTES = 4096  # half of VRF, so that the next pass's operands can load meanwhile
 REDUCED_SPACING = 8  # bytes between results of a reduction: a commit writes at least 8 B
+TO_I8 = (
+    VectorOp(Alu.FP_TO_FXP, Op.CONVERT, Mode.UNARY),
+    VectorOp(Alu.CLIP_MAX, Op.MAX, Mode.STREAM_OPERAND, Operand(Source.CONST, -128.0)),
+    VectorOp(Alu.CLIP_MIN, Op.MIN, Mode.STREAM_OPERAND, Operand(Source.CONST, 127.0)),
+)
+"""Nearest even and saturated; the cast engine behind it wraps (hardware.md 2.10)."""
 PAIR = "\0pair"  # dummy axis of tensors that have rows only: two f32 values fill the smallest packet (8 B)
 
 
@@ -298,7 +304,8 @@ class _Chunk:
         for i, (t, ns) in enumerate(zip(inputs, names, strict=True)):
             self.values[Ref("in", i)] = self._operand(t, ns)
         integer = dtype == Dtype.I32 and all(t.dtype == Dtype.I32 for t in inputs)
-        scheduler = self._scheduler(e, FLOAT_STAGE if reduce else LAST_STAGE)
+        last_stage = Alu.FP_DIV.stage if dtype == Dtype.I8 else LAST_STAGE  # clipping follows
+        scheduler = self._scheduler(e, FLOAT_STAGE if reduce else last_stage)
         try:
             steps = scheduler.run()
             fused = True
@@ -425,6 +432,14 @@ class _Chunk:
         dtype = target.tensor.dtype
         if dtype == Dtype.I32 and not integer:
             vector.append(VectorOp(Alu.FP_TO_FXP, Op.CONVERT, Mode.UNARY))
+        if dtype == Dtype.I8 and stream.tensor.dtype != Dtype.I8:
+            vector += TO_I8
+        if packet * dtype.bytes < 8:
+            raise UnsupportedError(
+                f"{self.axes[-1].size} neighbours of {dtype.name.lower()}",
+                "a commit writes multiples of 8 B",
+                "use sizes that are multiples of 8",
+            )
         plain = not vector and second is None
         cast = Dtype.F32 if stream.tensor.dtype == Dtype.BF16 and not (plain and dtype == Dtype.BF16) else None
         fetch = em.fetch(
