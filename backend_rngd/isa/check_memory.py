@@ -45,14 +45,16 @@ class MemoryCheck:
         hbm: Ranges,
         shared_dm: Ranges,
         host: frozenset[int],
+        launch: frozenset[int],
         report: Reporter,
     ) -> None:
-        """shared_dm: DM buffers that live everywhere, all that others may touch. host: registers set by the host."""
+        """shared_dm: DM buffers that live everywhere, all that others may touch. host, launch: registers."""
         self.stream = stream
         self.units = units
         self.hbm = hbm
         self.shared_dm = shared_dm
         self.host = host
+        self.launch = launch
         self.report = report
         # By routine: register -> (low, high, instruction) of local HBM accesses.
         self.spans: list[dict[int, list[tuple[int, int, int]]]] = []
@@ -116,7 +118,10 @@ class MemoryCheck:
         self.seen.add(key)
         if isinstance(what, Notify):
             units = {unit for value in registers[what.register] for unit in notified(what, value)}
-            if message := self._no_group("notifies", units):
+            if what.register and (what.register not in self.launch or any(v % UNIT_STRIDE for v in key[2][0])):
+                message = f"register {what.register} is no launch register with whole units"
+                self.report(number, index, "notify-units", message)
+            elif message := self._no_group("notifies", units):
                 self.report(number, index, "peer", message)
         elif isinstance(what, Dma):
             for endpoint, loops, write in sides(what):

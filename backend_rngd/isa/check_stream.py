@@ -378,7 +378,7 @@ def _check_memory(
                 ranges = what.ranges if isinstance(what, Notify) else (*what.ranges, *what.arrived)
                 if message := check_ranges(ranges, shared):
                     report(number, index, "sync-range", message)
-    found = MemoryCheck(stream, footprints, units, hbm, shared, host, report)
+    found = MemoryCheck(stream, footprints, units, hbm, shared, host, frozenset(launch), report)
     found.enter(0, registers)
     if not errors(place.out) and synchronises(stream):
         check_units(stream, units, registers, footprints, report, runs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -107,12 +107,18 @@ def reachable(stream: Stream) -> list[int]:
     return sorted(found)
 
 
-def mutate(stream: Stream, rng: random.Random) -> Mutant:
+def anything(_: Instruction) -> bool:
+    """Every instruction may be changed."""
+    return True
+
+
+def mutate(stream: Stream, rng: random.Random, wanted: Callable[[Instruction], bool] = anything) -> Mutant:
     """One random field of one random instruction changed (not its source location, which has no meaning to hardware).
 
-    The kind of field is drawn before the field, so that the many dependency counts do not crowd out the rest.
+    wanted: which instructions may be changed. The kind of field is drawn before the field, so that the many dependency
+    counts do not crowd out the rest.
     """
-    places = [(r, i) for r in reachable(stream) for i in range(len(stream.routines[r].instructions))]
+    places = [(r, i) for r in reachable(stream) for i, one in enumerate(stream.routines[r].instructions) if wanted(one)]
     r, i = rng.choice(places)
     instruction = stream.routines[r].instructions[i]
     found: dict[str, list[tuple[Path_, Any]]] = {}

@@ -460,6 +460,20 @@ def test_registers_of_notifies_are_set() -> None:
     assert found_in(changed(out, 1, body)) == {"register"}
 
 
+@pytest.mark.parametrize(("register", "values"), [(1, None), (50, (0, 64))])
+def test_notifies_name_whole_units(register: int, values: tuple[int, ...] | None) -> None:
+    """A row register, and a launch register with a part of a buffer."""
+    out = layers(2).emit()
+    body = list(out.streams[0].routines[1].instructions)
+    index = next(i for i, one in enumerate(body) if isinstance(one.what, Notify))
+    notify = body[index].what
+    assert isinstance(notify, Notify)
+    body[index] = replace(body[index], what=replace(notify, register=register))
+    launch = out.launch | ({register: values} if values else {})
+    new = replace(changed(out, 1, body), launch=launch, row_registers={64: 1})
+    assert found_in(new) == {"notify-units"}
+
+
 def test_every_rule_of_units_is_covered() -> None:
     here = {"launch", "peer", "sync-range"}.union(*[wanted for _, wanted in MISTAKES])
     assert here == UNIT_RULES
