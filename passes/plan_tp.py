@@ -54,6 +54,7 @@ class PlanTp(ModulePass):
         styles = read_styles(op, self.plan)
         op.attributes.pop(MODEL_PLAN, None)
         if self.size == 1:
+            styles.check(op, Mesh((("kv", 1), ("r", 1))))
             return
         mesh = styles.mesh or choose_mesh(op, self.size)
         if mesh.size != self.size:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backend_rngd.artifact import shards
 from ir.placement import Factor, Mesh, PlacementError, Shard, own_part
 
 MESHES = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(
@@ -45,6 +46,18 @@ def test_parts_join_to_the_whole(case: tuple[Mesh, Shard]) -> None:
     held = np.concatenate([p.ravel() for p in parts])
     assert sorted(held[held != 0].tolist()) == sorted(array.ravel().tolist() * copies)
     assert shard.waste(mesh) == pytest.approx(1 - np.count_nonzero(held) / held.size)
+
+
+@given(case=placements())
+def test_the_runtime_cuts_alike(case: tuple[Mesh, Shard]) -> None:
+    """The runtime, which does not know the IR, reads the same text with its own function."""
+    mesh, shard = case
+    array = np.arange(1, math.prod(shard.shape) + 1, dtype=np.int32).reshape(shard.shape)
+    parts = [shards.cut(array, str(shard), str(mesh), unit) for unit in range(mesh.size)]
+    for unit, part in enumerate(parts):
+        assert np.array_equal(part, shard.cut(array, mesh, unit))
+    assert np.array_equal(shards.join(parts, str(shard), str(mesh)), array)
+    assert shards.waste(str(shard), str(mesh)) == pytest.approx(shard.waste(mesh))
 
 
 @given(case=placements())
