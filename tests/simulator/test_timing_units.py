@@ -101,6 +101,11 @@ def stream(*items: tuple, **routines: tuple) -> Stream:
     return Stream(0, 64, bodies, ("model.layers.0.mlp|tc.contract",))
 
 
+def waiting_for(counts: list[int]) -> After:
+    main, sub, dma = counts
+    return After(main, sub, dma)
+
+
 def launch(units: int) -> dict[int, tuple[int, ...]]:
     return {OWN_UNIT: tuple(u * UNIT_STRIDE for u in range(units))}
 
@@ -356,7 +361,7 @@ def spmd(draw, units: int, cards: int) -> Stream:
     counts = [0, 0, 0]
     local = units // cards
     for _ in range(draw(st.integers(1, 12))):
-        after = After(*[draw(st.integers(0, n)) if draw(st.booleans()) else 0 for n in counts])
+        after = waiting_for([draw(st.integers(0, n)) if draw(st.booleans()) else 0 for n in counts])
         kind = draw(st.sampled_from(["load", "copy", "scale", "sub", "gather", "hot", "card", "sync"]))
         size = draw(st.integers(1, 12))
         if kind == "load":
@@ -429,7 +434,7 @@ def handed_over(body: Stream, units: int, stage: int, stages: int) -> Stream:
         for x in body.routines[0].instructions
     ]
     counts = [sum(c is context for c, _, _ in first + items) for context in (MAIN, SUB, DMA)]
-    last = [(DMA, Notify(OWN_UNIT, units * UNIT_STRIDE, (), 1), After(*counts))] if stage < stages - 1 else []
+    last = [(DMA, Notify(OWN_UNIT, units * UNIT_STRIDE, (), 1), waiting_for(counts))] if stage < stages - 1 else []
     return stream(*first, *items, *last)
 
 
