@@ -24,10 +24,12 @@ from frontend.blocks import Graph, externals
 from frontend.emit import NoRuleError
 from frontend.export import export_decoder, export_encoder
 from frontend.layers import LayerIndex, LayerStack, find_stack, keep_layers
+from frontend.quantization import module_schemes
 from frontend.resolve import ModelSource
 from frontend.skeleton import TORCH_DTYPES, Skeleton, build_skeleton
 from frontend.weights import weight_table
 from ir.errors import Problem, UserError
+from ir.quantization import note_schemes
 from ir.weights import WeightTable
 
 
@@ -122,7 +124,12 @@ def _capture(source: ModelSource, num_hidden_layers: int | None, weights: str) -
     _keep_plan(module, skeleton)
     seconds["convert"] = time.perf_counter() - began
     began = time.perf_counter()
-    table = weight_table(source, builder.used_weights, buffers, aliases, weights)
+    schemes = module_schemes(module, source.quantization)
+    if source.quantization is not None and not schemes:
+        what = "quantization_config names no linear layer of the model"
+        raise UserError([Problem(what, "its targets match none", "use the config of this checkpoint")])
+    note_schemes(module, schemes)
+    table = weight_table(source, builder.used_weights, buffers, aliases, weights, schemes)
     seconds["weights"] = time.perf_counter() - began
     seconds["total"] = time.perf_counter() - start
     info = CaptureInfo(

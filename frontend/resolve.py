@@ -17,6 +17,7 @@ from typing import Any, cast
 from frontend import gguf_convert
 from frontend.architectures import REFUSED, SUPPORTED, Architecture, supported_names
 from frontend.checkpoint import TensorRange, find_weight_files, read_tensors
+from frontend.quantization import Quantization, read_quantization
 from ir.errors import Problem, UserError
 
 _TOKENIZER_FILES = (
@@ -55,6 +56,8 @@ class ModelSource:
     compute_dtype: str
     """Element type of the captured graph: `bf16`, or the one that was asked for explicitly."""
     tensors: dict[str, TensorRange] = field(repr=False)
+    quantization: Quantization | None = None
+    """How the weights of linear layers are stored, if not as numbers of the declared type."""
 
     @property
     def max_positions(self) -> int | None:
@@ -125,10 +128,9 @@ def _inspect(
     model_type = str(config.get("model_type", ""))
     architecture, remote, class_name = _architecture(config, model_type, trust_remote_code, problems)
     declared = _declared_dtype(config, tensors)
+    quantization: Quantization | None = None
     if "quantization_config" in config and gguf_file is None:
-        method = cast("dict[str, Any]", config["quantization_config"]).get("quant_method", "unknown")
-        why = "quantised checkpoints are not read yet"
-        problems.append(Problem(f"the checkpoint is quantised ({method})", why, "use the bf16 checkpoint of the model"))
+        quantization = read_quantization(cast("dict[str, Any]", config["quantization_config"]), problems)
     elif declared in ("f16", "f32", "f64") and not auto_bfloat16_cast and compute_dtype is None:
         problems.append(
             Problem(
@@ -158,6 +160,7 @@ def _inspect(
         declared_dtype=declared,
         compute_dtype=compute_dtype or "bf16",
         tensors=tensors,
+        quantization=quantization,
     )
 
 

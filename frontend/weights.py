@@ -16,6 +16,7 @@ import torch
 from frontend.checkpoint import TensorRange
 from frontend.resolve import ModelSource
 from ir.errors import Problem, UserError
+from ir.quantization import WEIGHT, Scheme
 from ir.weights import WeightRef, WeightTable
 
 Wanted = Mapping[str, tuple[tuple[int, ...], str]]
@@ -32,9 +33,17 @@ def parse_mode(text: str) -> tuple[str, int | None]:
 
 
 def weight_table(
-    source: ModelSource, wanted: Wanted, buffers: Mapping[str, torch.Tensor], aliases: Mapping[str, str], mode: str
+    source: ModelSource,
+    wanted: Wanted,
+    buffers: Mapping[str, torch.Tensor],
+    aliases: Mapping[str, str],
+    mode: str,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> WeightTable:
-    """References for all wanted names. Raises UserError listing every tensor that is missing or has another shape."""
+    """References for all wanted names; of quantized ones (`schemes`) to what stands in for them.
+
+    Raises UserError listing every tensor that is missing or has another shape.
+    """
     kind, seed = parse_mode(mode)
     tied: dict[str, list[str]] = {}
     for alias, name in aliases.items():
@@ -42,6 +51,19 @@ def weight_table(
     refs: dict[str, WeightRef] = {}
     problems: list[Problem] = []
     for name, (shape, elem) in wanted.items():
+        if schemes and name in schemes:
+            parts = schemes[name].tensors(name, (shape[0], shape[1]))
+            refs |= (
+                _quantized(source, parts, problems)
+                if kind == "link"
+                else {part: _ref(part, sizes, number, seed=seed) for part, (sizes, number) in parts.items()}
+            )
+            continue
+        scale = f"{name.removesuffix(WEIGHT)}.weight_scale"
+        if kind == "link" and name.endswith(WEIGHT) and _find(source, [scale]) is not None:
+            why = f"the checkpoint holds {scale}, but quantization_config does not say how it is stored"
+            problems.append(Problem(f"weight {name} is quantized", why, "restore the checkpoint's config.json"))
+            continue
         stored = _find(source, [name, *tied.get(name, [])]) if kind == "link" else None
         if stored is None and name in buffers:
             refs[name] = _ref(name, shape, elem, inline=to_numpy(buffers[name], elem))
@@ -68,6 +90,32 @@ def weight_table(
     if problems:
         raise UserError(problems)
     return WeightTable(refs)
+
+
+FLOATS = ("bf16", "f16", "f32")
+
+
+def _quantized(
+    source: ModelSource, parts: Mapping[str, tuple[tuple[int, ...], str]], problems: list[Problem]
+) -> dict[str, WeightRef]:
+    """References to the tensors of a quantized weight; sizes of 1 are not counted, scales may be any float."""
+    refs: dict[str, WeightRef] = {}
+    for name, (shape, elem) in parts.items():
+        stored = _find(source, [name])
+        fix = "use the config of this checkpoint"
+        if stored is None:
+            why = "the checkpoint does not hold it, and quantization_config says that the layer is quantized"
+            problems.append(Problem(f"weight {name} is missing", why, fix))
+        elif [n for n in stored.shape if n != 1] != [n for n in shape if n != 1]:
+            why = f"config.json makes it {list(shape)}, {stored.file.name} holds {list(stored.shape)}"
+            problems.append(Problem(f"weight {name} has another shape", why, fix))
+        elif stored.dtype != elem and (elem != "f32" or stored.dtype not in FLOATS):
+            why = f"the scheme stores {elem}, {stored.file.name} holds {stored.dtype}"
+            problems.append(Problem(f"weight {name} has another type", why, fix))
+        else:
+            where = (str(stored.file), stored.tensor, stored.offset, stored.nbytes)
+            refs[name] = WeightRef(name, tuple(shape), stored.dtype, *where)
+    return refs
 
 
 def _ref(

@@ -7,7 +7,7 @@ A quantized contraction multiplies stored numbers; scales turn its sums into val
 * `int8`, `fp8` (f8e4m3): weights and activations have 8 bits. Weight scales are per output `channel` or per `tensor`.
   Activations are quantized with a `dynamic` scale per token (its largest magnitude becomes the largest number) or with
   one `static` scale of the checkpoint.
-* `int4`: weights have 4 bits and a scale per output channel and `group` of inputs; activations stay bf16.
+* `int4`: weights have 4 bits and a scale per output channel and `group` of inputs (0: all); activations stay bf16.
 
 A module that capture made names its quantized weights in the attribute `tc.quantized`; `bind-quantized` applies it.
 """
@@ -71,7 +71,7 @@ class Scheme:
         if self.kind == "int4":
             return {
                 f"{module}.weight_packed": ((n, k // PER_WORD), "i32"),
-                scale: ((n, k // self.group), "f32"),
+                scale: ((n, k // (self.group or k)), "f32"),
             }
         found: dict[str, tuple[tuple[int, ...], str]] = {
             fqn: ((n, k), ELEMENT[self.kind]),

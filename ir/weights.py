@@ -54,6 +54,10 @@ SAFETENSORS_DTYPES = {
 """Element types by the name that a safetensors header uses."""
 
 RANDOM_SCALE = 0.02
+RANDOM_NUMBERS = {"i8": 127.0, "f8e4m3": 256.0, "i32": 2.0e9}
+"""Largest random numbers that stand for quantized weights."""
+RANDOM_STEP, RANDOM_INPUT = 0.0006, 0.03
+"""Scales of such weights and of their static activations."""
 INLINE_LIMIT = 64 * 1024
 """Bytes up to which an inline array goes into the JSON text; larger ones into a file beside it."""
 
@@ -191,6 +195,12 @@ def random_weight(ref: WeightRef) -> Array:
     """
     generator = np.random.default_rng([ref.seed or 0, zlib.crc32(ref.name.encode())])
     values = generator.standard_normal(ref.shape, dtype=np.float32) * np.float32(RANDOM_SCALE)
+    if ref.name.endswith("_scale"):
+        step = RANDOM_INPUT if ref.name.endswith("input_scale") else RANDOM_STEP
+        return np.full(ref.shape, step, STORED_DTYPES[ref.dtype])
+    if ref.dtype in RANDOM_NUMBERS:
+        largest = RANDOM_NUMBERS[ref.dtype]
+        values = np.clip(values * np.float32(largest / 4 / RANDOM_SCALE), -largest, largest)
     last = ref.name.rsplit(".", 2)[-2:]
     if len(ref.shape) == 1 and last[-1] == "weight" and any(m in last[0].lower() for m in ("norm", "ln")):
         values += np.float32(1)

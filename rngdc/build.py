@@ -156,8 +156,9 @@ def front(
     with clock.stage("passes"):
         from ir.text import print_module
         from passes.opt import run_pipeline
-        from passes.pipeline import simplify_stage
+        from passes.pipeline import bind_stage, simplify_stage
 
+        run_pipeline(captured.module, bind_stage())
         text = print_module(captured.module)
         progress("simplifying")
         dumps = options.dump_ir / "model" if options.dump_ir else None

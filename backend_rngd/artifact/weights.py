@@ -34,6 +34,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Element types by name, with the numpy dtype that carries them."""
 
 RANDOM_SCALE = 0.02
+RANDOM_NUMBERS = {"i8": 127.0, "f8e4m3": 256.0, "i32": 2.0e9}
+"""Largest random numbers that stand for quantized weights."""
+RANDOM_STEP, RANDOM_INPUT = 0.0006, 0.03
+"""Scales of such weights and of their static activations."""
 
 
 def read_weight(source: WeightSource, directory: Path) -> Array:
@@ -67,6 +71,12 @@ def _random(source: WeightSource, dtype: np.dtype[Any]) -> Array:
     """
     generator = np.random.default_rng([source.seed or 0, zlib.crc32(source.name.encode())])
     values = generator.standard_normal(source.shape, dtype=np.float32) * np.float32(RANDOM_SCALE)
+    if source.name.endswith("_scale"):
+        step = RANDOM_INPUT if source.name.endswith("input_scale") else RANDOM_STEP
+        return np.full(source.shape, step, dtype)
+    if source.dtype in RANDOM_NUMBERS:
+        largest = RANDOM_NUMBERS[source.dtype]
+        values = np.clip(values * np.float32(largest / 4 / RANDOM_SCALE), -largest, largest)
     last = source.name.rsplit(".", 2)[-2:]
     if len(source.shape) == 1 and last[-1] == "weight" and any(m in last[0].lower() for m in ("norm", "ln")):
         values += np.float32(1)
