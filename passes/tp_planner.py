@@ -176,7 +176,7 @@ class Planner:
             return None
         (axis,) = outputs
         factors = self._purpose(follower.ends(op.result, rule.output.index(axis)), sizes[axis])
-        if factors is None and style == COLUMN:
+        if factors is None and style == COLUMN and not is_single_head(op, sizes[axis]):
             factors = self.sharding.cut(sizes[axis])
         return None if factors is None else self._cut(side, sizes, axis, factors)
 
@@ -260,3 +260,12 @@ class Planner:
         values += [(o.results, n.results) for o, n in zip(function.body.block.ops, copy.body.block.ops, strict=True)]
         self.static |= {n for old, new in values for o, n in zip(old, new, strict=True) if o in self.static}
         return copy
+
+
+def is_single_head(op: Operation, size: int) -> bool:
+    """Whether an output of `size` is the one head of an attention in the same function: there is no head axis to cut,
+    and the values of a head stay together, so every unit computes it."""
+    block = op.parent
+    assert block is not None
+    found = [a for a in block.ops if isinstance(a, tc.AttentionOp)]
+    return any(shape_of(v)[1] == 1 and shape_of(v)[3] == size for a in found for v in (a.q, a.k, a.v))
