@@ -38,8 +38,8 @@ def extract(
         base += (registers or unit.registers)[register]
         where = offsets + base
         low, high = _bounds(where)
-        unit.card.check_range(low, high - low + width)
-        raw = unit.card.hbm[where[..., None] + np.arange(width)]
+        unit.window.check_range(low, high - low + width)
+        raw = unit.window.hbm[where[..., None] + np.arange(width)]
     else:
         low, high = _bounds(slices)
         if low < 0 or high >= unit.slices:

@@ -99,11 +99,6 @@ class Unit:
         self.generation = 0
         self._programs: dict[int, Program] = {}
 
-    @property
-    def card(self) -> Hbm:
-        """The HBM that the unit addresses."""
-        return self.window
-
     def reset(self) -> None:
         """Treat DM, TRF and VRF as uninitialised again (their bytes stay)."""
         for memory in (self.dm, self.trf, self.vrf):

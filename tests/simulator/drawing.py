@@ -109,7 +109,7 @@ def agree(unit: Unit, literal: LiteralUnit, tolerance: float = 0.0, dtype: Dtype
             np.testing.assert_array_equal(fast, slow)
         np.testing.assert_array_equal(unit.trf.grid[s], np.frombuffer(bytes(literal.trf[s]), np.uint8))
         np.testing.assert_array_equal(unit.vrf.grid[s], np.frombuffer(bytes(literal.vrf[s]), np.uint8))
-    np.testing.assert_array_equal(unit.card.read(0, HBM_BYTES), np.frombuffer(bytes(literal.hbm), np.uint8))
+    np.testing.assert_array_equal(unit.window.read(0, HBM_BYTES), np.frombuffer(bytes(literal.hbm), np.uint8))
 
 
 @st.composite

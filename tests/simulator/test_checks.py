@@ -73,11 +73,11 @@ def test_reading_what_nobody_wrote():
     store = Dma(Endpoint(Space.DM, 2 * DM_SLICE_STRIDE + 512), Endpoint(Space.HBM, 0), ((1, 8, 8),), 8)
     refused(SimulationError.UNINITIALISED, r"DM slice 2 byte 512", store)
     empty = unit(written=False)
-    empty.card.write(0, bytes(512))
+    empty.window.write(0, bytes(512))
     refused(SimulationError.UNINITIALISED, r"HBM byte 512", LOAD, memory=empty)
     gather = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.DM, 0), ((2, 0, 8),), 8, Index(0, 1024, (4,), False))
     refused(SimulationError.UNINITIALISED, r"HBM index table at 1024", gather, memory=empty)
-    empty.card.write(1024, np.array([0, 600], np.uint32))
+    empty.window.write(1024, np.array([0, 600], np.uint32))
     refused(SimulationError.UNINITIALISED, r"HBM row of an indexed transfer", gather, memory=empty)
 
 
@@ -118,7 +118,7 @@ def test_out_of_bounds():
     matmul = Exec(4, Fetch(0, ((8, 32), (16, 2)), Dtype.BF16, 16), COMMIT, None, contract)
     refused(SimulationError.BOUNDS, r"TRF bytes \[8192", LOAD, matmul)
     table = unit()
-    table.card.write(1024, np.array([0, 65532], np.uint32))
+    table.window.write(1024, np.array([0, 65532], np.uint32))
     gather = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.DM, 0), ((2, 0, 8),), 8, Index(0, 1024, (4,), False))
     refused(SimulationError.BOUNDS, r"HBM bytes", gather, memory=table)
 

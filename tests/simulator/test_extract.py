@@ -34,7 +34,7 @@ def test_rows_over_slices_with_an_unfilled_last_slice(unit):
 
 def test_hbm_at_a_register(unit):
     values = np.arange(12, dtype=np.int32)
-    unit.card.write(4096, values)
+    unit.window.write(4096, values)
     layout = {"dtype": "i32", "shape": [3, 4], "base": 96, "space": "hbm", "digits": [[0, 3, 0, 16], [1, 4, 0, 4]]}
     registers = [0] * 64
     registers[2] = 4000

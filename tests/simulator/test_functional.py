@@ -210,7 +210,7 @@ def test_transfers(data, seed):
 def test_gather_and_scatter(data, seed):
     op, table = data.draw(draw_.indexed(4))
     unit, literal = draw_.both(4, seed, Dtype.I8)
-    unit.card.write(24576, table)
+    unit.window.write(24576, table)
     literal.hbm[24576 : 24576 + table.nbytes] = table.tobytes()
     stream = draw_.stream_of(op)
     unit.run(stream)
