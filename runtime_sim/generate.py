@@ -163,13 +163,22 @@ class _Replica:
         bucket = next(b for b in self.plan.decoders if b.attention_size >= longest)
         starts = [s for s in range(0, len(rows), bucket.batch) if any(map(self._active, rows[s : s + bucket.batch]))]
         outputs = self.device.run_all([self._decode(bucket, first) for first in starts], self.replica)
-        seconds = self._finish_times([bucket] * len(starts))[-1]
+        seconds = self._step_time(bucket, len(starts))
         for first, found in zip(starts, outputs, strict=True):
             logits = _logits(found)
             for i, row in enumerate(rows[first : first + bucket.batch]):
                 if self._active(row):
                     row.steps.append(seconds)
                     self._take(first + i, logits[i])
+
+    def _step_time(self, bucket: Bucket, batches: int) -> float:
+        """Seconds from token to token once the stages are full: a row's next token begins when its last one has left
+        the last stage, and every stage serves all micro-batches in between."""
+        one = self.device.time(bucket).seconds
+        if self.device.stages == 1 or batches == 1:
+            return batches * one
+        first, second = (self.device.time(bucket, n * batches).seconds for n in (1, 2))
+        return max(one, second - first)
 
     def _decode(self, bucket: Bucket, first: int) -> Invocation:
         ids = np.zeros((bucket.batch, 1), np.int32)
