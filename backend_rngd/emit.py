@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from xdsl.dialects.builtin import ModuleOp
 from backend_rngd.addresses import FIRST_ARGUMENT_REGISTER, AddressBook
 from backend_rngd.dialect import AllocOp, CallOp, InstructionOp, ProbeOp, RoutineOp, space_of
 from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Routine, Stream
-from backend_rngd.isa.legality import BufferSpan, Violation, check_stream
+from backend_rngd.isa.legality import BufferSpan, Violation, check_pipeline, check_stream
 from backend_rngd.machine import Machine
 from backend_rngd.schedule import CONTEXTS
 from ir.errors import UnsupportedError
@@ -70,13 +71,21 @@ class Emitted:
 
         runs: 2 if a unit may start the next run before other units have finished this one (batches in flight).
         """
-        regions = [(p.address, p.nbytes) for p in self.globals.values() if p.space == "hbm"]
-        if self.scratch[1]:
-            regions.append(self.scratch)
+        regions = self._regions()
         out: list[Violation] = []
         for stream in self.streams:
             out += check_stream(stream, machine, regions, self.row_registers.values(), self.buffers, self.launch, runs)
         return out
+
+    def check_stages(self, streams: Sequence[Stream], machine: Machine, runs: int = 2) -> list[Violation]:
+        """Every broken rule of the streams of pipeline stages, made from this program's (`artifact.stages`)."""
+        rows = self.row_registers.values()
+        return check_pipeline(streams, machine, self._regions(), rows, self.buffers, self.launch, runs)
+
+    def _regions(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the buffers in HBM."""
+        found = [(p.address, p.nbytes) for p in self.globals.values() if p.space == "hbm"]
+        return [*found, self.scratch] if self.scratch[1] else found
 
 
 class _Locations:

@@ -162,6 +162,8 @@ class MemoryCheck:
 
     def _wrong(self, verb: str, unit: int, piece: Piece) -> str:
         """What is wrong with a piece of another unit's memory, or nothing."""
+        if unit >= self.units and not piece.hbm:
+            return f"{verb} DM of unit {unit}: another stage may lie on another card, which is reached through HBM"
         memory = self.hbm if piece.hbm else self.shared_dm
         for low, high in piece.pieces:
             if not memory.holds(low, high):

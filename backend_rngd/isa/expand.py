@@ -1,4 +1,4 @@
-"""A stream as every unit of its group runs it: calls followed, registers resolved, reduced to what other units can see.
+"""A stream as every unit of a group runs it: calls followed, registers resolved, reduced to what other units can see.
 
 What is kept: notifies, waits, transfers with a peer side, and every access of a unit to bytes of its own memory that
 some unit of the group reads or writes through a peer side. Such bytes are numbered as *cells*: pieces that every peer
@@ -8,7 +8,7 @@ side touches as a whole or not at all.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -97,7 +97,11 @@ def synchronises(stream: Stream) -> bool:
 
 
 class Expansion:
-    """Chunks of a stream for `units` units, and the grid of the bytes they share."""
+    """Chunks of a stream for the units of one group.
+
+    Units are numbered over all pipeline stages: stage * units + rank. After the constructor, `pieces` says what peer
+    sides touch; `expand` needs a grid of the pieces of all stages.
+    """
 
     def __init__(
         self,
@@ -105,35 +109,66 @@ class Expansion:
         units: int,
         registers: Registers,
         footprints: Sequence[Sequence[Sequence[Access]]],
+        stage: int = 0,
+        stages: int = 1,
     ) -> None:
-        """registers: values at the entry, by unit. footprints: of every instruction, launch values included."""
+        """registers: values at the entry, by rank. footprints: of every instruction, launch values included."""
         self.stream = stream
         self.units = units
+        self.stage = stage
+        self.stages = stages
+        self.chunks: list[Chunk] = []
+        self.missing: set[tuple[int, int]] = set()  # (routine, index) of instructions that name an absent stage
         self._footprints = footprints
-        self._stretches = [_stretches(r, f) for r, f in zip(stream.routines, footprints, strict=True)]
-        self._every = tuple(range(units))
+        self._everything = [_stretches(r, f) for r, f in zip(stream.routines, footprints, strict=True)]
+        self._ranks = tuple(range(units))
         self._entry = registers
-        pieces: list[Piece] = []
-
-        def collect(number: int, step: _Step, values: Registers) -> None:
-            what = stream.routines[number].instructions[step.index].what
-            if isinstance(what, Dma):
-                pieces.extend(self._peers(what, values))
-
-        everything = self._stretches
-        self._stretches = [self._kept(number, self._with_peers) for number in range(len(everything))]
-        self._walk(0, registers, 0, collect)
-        self.grid = Grid(pieces)
+        self.outside = frozenset[int]() if stages > 1 else self._outside()
         self._own: dict[tuple[int, int], list[tuple[tuple[int, ...], bool]]] = {}
         self._items: dict[tuple[int, int, int, int, tuple[tuple[int, ...], ...]], Item | None] = {}
-        self._stretches = everything
-        self._stretches = [self._kept(number, self._noticed) for number in range(len(everything))]
-        self.chunks = self._chunks(registers)
+        self.pieces: set[Piece] = set()
+        self._stretches = [self._kept(number, self._with_peers) for number in range(len(self._everything))]
+        self._walk(0, registers, 0, self._collect)
+
+    def expand(self, grid: Grid) -> None:
+        """Fill `chunks`."""
+        self.grid = grid
+        self._stretches = [self._kept(number, self._noticed) for number in range(len(self._everything))]
+        self.chunks = self._chunks(self._entry)
+
+    def known(self, unit: int) -> int | None:
+        """The number over all stages of a unit as the group numbers it; None if that stage is not there."""
+        group, rank = divmod(unit, self.units)
+        stage = self.stage + (0, 1, -1)[group]
+        return stage * self.units + rank if 0 <= stage < self.stages else None
+
+    def _outside(self) -> frozenset[int]:
+        """Semaphores that units of other pipeline stages notify: the same ones that this stream notifies of others."""
+        return frozenset(
+            i.what.semaphore
+            for routine in self.stream.routines
+            for i in routine.instructions
+            if isinstance(i.what, Notify)
+            and any(unit >= self.units for v in self._entry.get(i.what.register, ()) for unit in notified(i.what, v))
+        )
+
+    def _collect(self, number: int, step: _Step, registers: Registers) -> None:
+        """Note the bytes of the peer sides of a transfer, for every rank."""
+        what = self.stream.routines[number].instructions[step.index].what
+        assert isinstance(what, Dma)
+        for endpoint, loops, _ in sides(what):
+            if endpoint.space.is_peer:
+                for value in set(registers[endpoint.register]):
+                    for unit, piece in peer_pieces(endpoint, loops, what.packet, value, 3 * self.units):
+                        if self.known(unit) is None:
+                            self.missing.add((number, step.index))
+                        else:
+                            self.pieces.add(piece)
 
     def _kept(self, number: int, wanted: Callable[[int, int], bool]) -> list[_Stretch]:
         return [
             _Stretch([step for step in stretch.steps if wanted(number, step.index)], stretch.transfers, stretch.call)
-            for stretch in self._stretches[number]
+            for stretch in self._everything[number]
         ]
 
     def _with_peers(self, number: int, index: int) -> bool:
@@ -167,16 +202,6 @@ class Expansion:
                         found.append((cells, access.write))
         return found
 
-    def _peers(self, desc: Dma, registers: Registers) -> Iterator[Piece]:
-        """Bytes of the peer sides of a transfer inside the group, for every executing unit."""
-        for endpoint, loops, _ in sides(desc):
-            if endpoint.space.is_peer:
-                values = registers[endpoint.register]
-                for own in self._every:
-                    for unit, piece in peer_pieces(endpoint, loops, desc.packet, values[own], 3 * self.units):
-                        if unit < self.units:
-                            yield piece
-
     def _walk(self, number: int, registers: Registers, at: int, visit: Callable[[int, _Step, Registers], None]) -> int:
         """Visit the instructions of a routine and of its callees in order; the position behind it."""
         for stretch in self._stretches[number]:
@@ -186,17 +211,6 @@ class Expansion:
             if stretch.call is not None:
                 at = self._walk(stretch.call.routine, moved(stretch.call, registers), at, visit)
         return at
-
-    @property
-    def outside(self) -> frozenset[int]:
-        """Semaphores that units of other pipeline stages notify: the same ones that this stream notifies of others."""
-        return frozenset(
-            i.what.semaphore
-            for routine in self.stream.routines
-            for i in routine.instructions
-            if isinstance(i.what, Notify)
-            and any(unit >= self.units for v in self._entry.get(i.what.register, ()) for unit in notified(i.what, v))
-        )
 
     def _chunks(self, registers: Registers) -> list[Chunk]:
         out: list[Chunk] = []
@@ -235,29 +249,42 @@ class Expansion:
         targets: tuple[tuple[int, ...], ...] = ()
         visits: tuple[tuple[Visit, ...], ...] = ()
         if isinstance(what, Notify):
-            targets = tuple(notified(what, used[0][own], own) for own in self._every)
+            targets = tuple(self._targets(number, step.index, what, used[0][rank], rank) for rank in self._ranks)
         elif isinstance(what, Dma):
-            visits = tuple(self._transfer(what, used[0][own], used[1][own], own) for own in self._every)
+            visits = tuple(self._transfer(what, used[0][rank], used[1][rank], rank) for rank in self._ranks)
         elif not isinstance(what, Wait):
             found = self._own_cells(number, step.index)
-            visits = tuple(tuple(Visit((own,), cells, write) for cells, write in found) for own in self._every)
+            first = self.stage * self.units
+            visits = tuple(tuple(Visit((first + r,), cells, write) for cells, write in found) for r in self._ranks)
         sync = what if isinstance(what, (Notify, Wait)) else None
         if sync is None and not any(visits):
             return None
         return Item(number, step.index, step.low, step.high, sync, targets, visits)
 
-    def _transfer(self, desc: Dma, source: int, destination: int, own: int) -> tuple[Visit, ...]:
-        """Cells touched by a transfer of unit `own`; source, destination: values of the registers of its sides."""
+    def _targets(self, number: int, index: int, desc: Notify, value: int, rank: int) -> tuple[int, ...]:
+        """Units that a notify of a unit raises; value: contents of its register."""
+        out: list[int] = []
+        for unit in notified(desc, value, rank):
+            found = self.known(unit)
+            if found is None:
+                self.missing.add((number, index))
+            else:
+                out.append(found)
+        return tuple(out)
+
+    def _transfer(self, desc: Dma, source: int, destination: int, rank: int) -> tuple[Visit, ...]:
+        """Cells touched by a transfer of a unit; source, destination: values of the registers of its sides."""
         out: list[Visit] = []
         for (endpoint, loops, write), value in zip(sides(desc), (source, destination), strict=True):
             if not endpoint.space.is_peer:
                 if cells := self.grid.own_cells(endpoint, loops, desc.packet, value):
-                    out.append(Visit((own,), cells, write))
+                    out.append(Visit((self.stage * self.units + rank,), cells, write))
                 continue
             by_cells: dict[tuple[int, ...], list[int]] = {}
             for unit, piece in peer_pieces(endpoint, loops, desc.packet, value, 3 * self.units):
-                if unit < self.units:
-                    by_cells.setdefault(self.grid.cells(piece), []).append(unit)
+                found = self.known(unit)
+                if found is not None:
+                    by_cells.setdefault(self.grid.cells(piece), []).append(found)
             out += [Visit(tuple(units), cells, write) for cells, units in by_cells.items()]
         return tuple(out)
 

@@ -39,10 +39,11 @@ class GroupProgram:
         module = parse_module((DATA / name).read_text("utf-8"))
         found = [op for op in module.walk() if isinstance(op, tc.WeightOp)]
         self.shapes = {op.fqn.data: tuple(shape_of(op.result.type)) for op in found}
-        PlanTp(size=units).apply(Context(), module)
-        Partition().apply(Context(), module)
+        if units > 1:
+            PlanTp(size=units).apply(Context(), module)
+            Partition().apply(Context(), module)
         outline(module)
-        self.mesh = Mesh.parse(module.attributes["tc.mesh"].data)  # type: ignore[attr-defined]
+        self.mesh = Mesh.parse(getattr(module.attributes.get("tc.mesh"), "data", ""))
         self.units = units
         self.lowered: Lowered = lower(module, MACHINE, LoweringOptions(cache_capacity=32, cache_batch=2))
         self.top = place(self.lowered.module, MACHINE)
