@@ -14,12 +14,13 @@ from backend_rngd.dialect import RoutineOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.attention import AttentionLowering
 from backend_rngd.lowering.attention_head import AttentionParams, Cache
-from backend_rngd.lowering.collective import CollectiveLowering, dense
+from backend_rngd.lowering.collective import CollectiveLowering
 from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.contract import ContractLowering
 from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
+from backend_rngd.lowering.exchange import dense
 from backend_rngd.lowering.group import Group, check_axis
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
 from backend_rngd.lowering.move import load_constant, load_rows, move_rows

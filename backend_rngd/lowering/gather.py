@@ -1,0 +1,151 @@
+"""Collectives that move parts: tokens (sequence parallelism) and columns of logits, all through HBM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import UNIT_STRIDE, Space
+from backend_rngd.lowering.emitter import hbm
+from backend_rngd.lowering.exchange import Exchange, feature, feature_count, peer, row_bytes, row_dim
+from backend_rngd.lowering.move import place_of, store_rows
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
+from ir.errors import UnsupportedError
+
+
+class Gather(Exchange):
+    """All-gather, reduce-scatter, and the own part of a value."""
+
+    def all_gather(self, x: Tensor, dim: int, output: Callable[[int], SSAValue]) -> Tensor:
+        """The parts of all units along dimension `dim`; `output` gives an HBM buffer for gathered features."""
+        if self.group.units == 1:
+            return x
+        if x.dims[dim].is_row:
+            return self._gather_rows(x, dim)
+        return self._gather_features(x, dim, output)
+
+    def _gather_features(self, x: Tensor, dim: int, output: Callable[[int], SSAValue]) -> Tensor:
+        """Features: the image of every unit is a part of the result in all rows."""
+        group, em = self.group, self.em
+        rows = x.rows
+        assert rows is not None
+        features = [d for d in x.dims if d.kind == "feature"]
+        held = self.image(x)
+        self.exchange_with_all(held.buffer)
+        outermost = x.dims[dim].stride == max(d.stride for d in features) and x.dims[dim].size > 1
+        if outermost and x.pitch <= min(d.stride for d in features):  # channel-major: images lie one after the other
+            nbytes = x.dims[dim].size * x.dims[dim].stride
+            target = output(group.units * nbytes)
+            em.dma(
+                peer(held.buffer, Space.HBM, held.base, 0), hbm(target), [(group.units, UNIT_STRIDE, nbytes)], nbytes
+            )
+            dims = list(x.dims)
+            dims[dim] = Dim("feature", x.dims[dim].size * group.units, x.dims[dim].stride)
+            return replace(x, buffer=target, space=Space.HBM, dims=tuple(dims), base=0)
+        sizes = [d.size * group.units if i == dim else d.size for i, d in enumerate(x.dims) if not d.is_row]
+        strides, pitch = feature_dims(sizes, x.dtype.bytes)
+        outer = sizes[: [i for i, d in enumerate(x.dims) if not d.is_row].index(dim)]
+        if any(n > 1 for n in outer):
+            raise UnsupportedError(
+                f"an all-gather of dimension {dim} of {x.shape}",
+                "only the outermost feature dimension is gathered",
+                "transpose the value first",
+            )
+        target = output(rows.physical * pitch)
+        run = feature_count(x) * x.dtype.bytes
+        em.dma(
+            peer(held.buffer, Space.HBM, held.base, 0),
+            hbm(target),
+            [(group.units, UNIT_STRIDE, run), (rows.physical, x.pitch, pitch)],
+            run,
+        )
+        at = iter(strides)
+        dims = [
+            d if d.is_row else feature(n, next(at))
+            for d, n in zip(
+                x.dims, [d.size * group.units if i == dim else d.size for i, d in enumerate(x.dims)], strict=True
+            )
+        ]
+        return Tensor(target, Space.HBM, x.dtype, tuple(dims), rows, 0, pitch)
+
+    def _gather_rows(self, x: Tensor, dim: int) -> Tensor:
+        """Tokens of a sequence: every unit holds a part of each one."""
+        group, em = self.group, self.em
+        rows = x.rows
+        assert rows is not None
+        part = rows.length
+        whole = RowSpace.make(rows.batch, part * group.units, em.slices)
+        held = self.image(x)
+        self.exchange_with_all(held.buffer)
+        dims = [row_dim(d, whole) for d in x.dims]
+        image = em.alloc(whole.physical * x.pitch, space="hbm")
+        self.fill(place_of(held), image, whole, x)
+        loops = [
+            (rows.batch, rows.batch_stride * x.pitch, whole.batch_stride * x.pitch),
+            (group.units, UNIT_STRIDE, part * x.pitch),
+            (part, x.pitch, x.pitch),
+        ]
+        em.dma(peer(held.buffer, Space.HBM, held.base, 0), hbm(image), loops, row_bytes(x))
+        gathered = Tensor(image, Space.HBM, x.dtype, tuple(dims), whole, 0, x.pitch)
+        return self.where_it_fits(gathered)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """The own part of the sum over all units, tokens of dimension `dim`."""
+        group, em = self.group, self.em
+        rows = x.rows
+        assert rows is not None
+        if group.units == 1:
+            return x
+        if not x.dims[dim].is_row:
+            raise UnsupportedError(
+                "a reduce-scatter of features", "only tokens are scattered", "turn sequence parallelism off"
+            )
+        part = rows.length // group.units
+        mine = RowSpace.make(rows.batch, part, em.slices)
+        held = self.image(x)
+        self.exchange_with_all(held.buffer)
+        own = group.register(part=part * x.pitch)
+        nbytes = part * x.pitch
+        copies = em.alloc(group.units * rows.batch * nbytes, space="hbm")
+        loops = [
+            (group.units, UNIT_STRIDE, rows.batch * nbytes),
+            (rows.batch, rows.batch_stride * x.pitch, nbytes),
+            (part, x.pitch, x.pitch),
+        ]
+        em.dma(peer(held.buffer, Space.HBM, held.base, own), hbm(copies), loops, row_bytes(x))
+        sums = em.alloc(mine.physical * x.pitch, space="hbm")
+        packed = sums if mine.batch_stride == part else em.alloc(rows.batch * nbytes, space="hbm")
+        self.add_in_pieces(hbm(copies), group.units, rows.batch * nbytes, rows.batch * part, x, packed)
+        self.fill(hbm(packed), sums, mine, x)
+        if packed is not sums:
+            loops = [(rows.batch, nbytes, mine.batch_stride * x.pitch), (part, x.pitch, x.pitch)]
+            em.dma(hbm(packed), hbm(sums), loops, row_bytes(x))
+        dims = [row_dim(d, mine) for d in x.dims]
+        return self.where_it_fits(Tensor(sums, Space.HBM, x.dtype, tuple(dims), mine, 0, x.pitch))
+
+    def local_slice(self, x: Tensor, dim: int, size: int) -> Tensor:
+        """The own part of the tokens of dimension `dim`: a copy inside the own memory, from a unit's own place."""
+        group, em = self.group, self.em
+        rows = x.rows
+        assert rows is not None
+        if not x.dims[dim].is_row or size * group.units != rows.length:
+            raise UnsupportedError(
+                f"the own part of dimension {dim} of {x.shape}",
+                "only tokens are cut, and into equal parts",
+                "choose a bucket whose length is a multiple of the units",
+            )
+        image = x
+        if x.space == Space.DM:
+            buffer = em.alloc(rows.physical * x.pitch, space="hbm")
+            image = replace(x, buffer=buffer, space=Space.HBM, base=0)
+            store_rows(em, x, image, rows.local)
+        mine = RowSpace.make(rows.batch, size, em.slices)
+        target = em.alloc(mine.physical * x.pitch, space="hbm")
+        self.fill(place_of(image), target, mine, x)
+        own = group.register(part=UNIT_STRIDE + size * x.pitch)
+        loops = [(rows.batch, rows.batch_stride * x.pitch, mine.batch_stride * x.pitch), (size, x.pitch, x.pitch)]
+        em.dma(peer(image.buffer, Space.HBM, image.base, own), hbm(target), loops, row_bytes(x))
+        dims = [row_dim(d, mine) for d in x.dims]
+        return self.where_it_fits(Tensor(target, Space.HBM, x.dtype, tuple(dims), mine, 0, x.pitch))
