@@ -228,7 +228,9 @@ class AllReduce(Exchange):
         rank = group.rank_scope
         then = rank if group.cards > 1 else scope
         sums = self._add_rows(peer(held.buffer, Space.HBM, held.base, own), group.local, 1, share, x, then)
-        if group.cards > 1:
+        if group.cards > 1 and self._worth_two_phases(share * x.pitch) and share % group.cards == 0:
+            sums = self._cards_in_two_phases(sums, share, x)
+        elif group.cards > 1:
             group.exchange(rank, sums, in_dm=False)
             source = peer(sums, Space.HBM, 0, rank.register)
             sums = self._add_rows(source, group.cards, group.local, share, x, scope)
@@ -236,6 +238,27 @@ class AllReduce(Exchange):
         loops = [(group.local, UNIT_STRIDE, share * x.pitch), (share, x.pitch, x.pitch)]
         em.dma(peer(sums, Space.HBM, 0, scope.register), hbm(held.buffer, held.base), loops, row_bytes(x))
         return held
+
+    def _worth_two_phases(self, nbytes: int) -> bool:
+        """Whether the cards should add a part each: fewer bytes over the links, one more exchange."""
+        group, machine = self.group, self.em.machine
+        cards = group.cards
+        saved = (cards - 1) * (1 - 2 / cards) * nbytes * group.local / machine.pcie_peer_bytes_per_cycle
+        return saved > machine.pcie_latency_cycles + 2 * machine.dma_startup_cycles
+
+    def _cards_in_two_phases(self, sums: SSAValue, share: int, x: Tensor) -> SSAValue:
+        """Between units of equal rank: card number c adds part c of the rows, then all read the others' parts."""
+        group, em = self.group, self.em
+        rank = group.rank_scope
+        part = share // group.cards
+        group.exchange(rank, sums, in_dm=False)
+        own = group.register(rank=1, by_card=part * x.pitch)
+        mine = self._add_rows(peer(sums, Space.HBM, 0, own), group.cards, group.local, part, x, rank)
+        group.exchange(rank, mine, in_dm=False)
+        whole = group.publish(group.card_scope, "hbm", share * x.pitch, False)
+        loops = [(group.cards, group.local * UNIT_STRIDE, part * x.pitch), (part, x.pitch, x.pitch)]
+        em.dma(peer(mine, Space.HBM, 0, rank.register), hbm(whole), loops, row_bytes(x))
+        return whole
 
     def _add_rows(self, source: Place, copies: int, step: int, share: int, x: Tensor, scope: Scope) -> SSAValue:
         """Sum of `copies` images of `share` rows, `step` units apart, in a buffer that `scope` will publish."""

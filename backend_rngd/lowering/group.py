@@ -62,14 +62,15 @@ class Group:
         """Units of the group on a card."""
         return self.units // self.cards
 
-    def register(self, on_card: int = 0, rank: int = 0, card: int = 0, part: int = 0) -> int:
+    def register(self, on_card: int = 0, rank: int = 0, card: int = 0, part: int = 0, by_card: int = 0) -> int:
         """A launch register with a sum over the numbers of a unit: its number on its card times `on_card`, its rank
         (the same number) as a unit address times `rank`, its card's first unit as a unit address times `card`, its
-        number in the group times `part`. Register 0 if that is 0 for all."""
+        number in the group times `part`, its card's number times `by_card`. Register 0 if that is 0 for all."""
         values = [
             (u % self.local) * (on_card + UNIT_STRIDE * rank)
             + (u // self.local * self.local) * UNIT_STRIDE * card
             + u * part
+            + u // self.local * by_card
             for u in range(self.units)
         ]
         return self.program.launch_register(tuple(values))

@@ -67,8 +67,12 @@ def test_all_reduce_over_cards(units: int, batch: int, seq: int) -> None:
     check_mlp(run, batch, seq, 64, 96)
 
 
-def test_all_reduce_over_cards_in_hbm() -> None:
-    check_mlp(GroupRun(mlp(4, 1, 130, 96, 64), SMALL_CARDS, spill_bytes=256), 1, 130, 96, 64)
+@pytest.mark.parametrize(("units", "latency"), [(4, None), (8, None), (8, 0)])
+def test_all_reduce_over_cards_in_hbm(units: int, latency: int | None) -> None:
+    """Without latency and start-up the cards add a part each."""
+    changes = {} if latency is None else {"pcie_latency_cycles": latency, "dma_startup_cycles": 0}
+    machine = SMALL_CARDS.model_copy(update=changes)
+    check_mlp(GroupRun(mlp(units, 1, 130, 96, 64), machine, spill_bytes=256), 1, 130, 96, 64)
 
 
 @pytest.mark.parametrize("machine", [MACHINE, SMALL_CARDS])
