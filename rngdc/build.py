@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ir.errors import Problem, UserError
 from rngdc.buckets import BucketSpec, choose
 from rngdc.model_files import copy_model_files, eos_ids, pooling
 from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages
+from rngdc.work import TextWatcher, Watcher
 from rngdc.write import weight_sources, write_programs
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class BuildReport:
     """Seconds of each bucket by step."""
     notes: list[str]
     peak_bytes: dict[str, int]
+    worker_memory_bytes: int = 0
+    """Of the largest worker process, 0 if there was none."""
     peak_memory_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,22 +87,26 @@ class BuildReport:
             "peak_bytes": self.peak_bytes,
             "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
             "peak_memory_bytes": self.peak_memory_bytes,
+            "worker_memory_bytes": self.worker_memory_bytes,
             "notes": self.notes,
         }  # fmt: skip
 
 
-def build(options: BuildOptions, progress: Progress, problems: list[Problem] | None = None) -> BuildReport:
-    """Build an artifact. Raises UserError with every problem found (`problems`: those the caller has found already)."""
+def build(
+    options: BuildOptions, progress: Progress, problems: list[Problem] | None = None, watcher: Watcher | None = None
+) -> BuildReport:
+    """Build an artifact. `watcher` is told what happens to every bucket (default: as texts to `progress`).
+
+    Raises UserError with every problem found (`problems`: those the caller has found already), and BuildFailedError for
+    bugs and processes that died.
+    """
     clock, notes, machine = Clock(), list[str](), load_machine(options.machine)
     with clock.stage("resolve"):
         source, buckets, writer = check_all(options, machine, list(problems or []), notes, progress)
     captured, captured_text = front(options, source, notes, clock, progress)
-    with clock.stage("passes"):
-        modules = specialise_modules(options, captured, buckets, progress)
-        modules = shard_modules(options, modules, notes, progress)
-    _check_memory(options, modules, machine)
     with clock.stage("backend"):
-        programs = compile_modules(modules, machine, progress, options.dump_ir, clock.steps)
+        programs = make_programs(options, captured, buckets, machine, notes, watcher or TextWatcher(progress))
+    clock.steps.update(programs.seconds)
     with clock.stage("write"), writer:
         progress("writing the artifact")
         (writer.directory / "ir" / "model.mlir").write_text(captured_text, "utf-8")
@@ -121,13 +129,15 @@ def build(options: BuildOptions, progress: Progress, problems: list[Problem] | N
             pipeline=options.parallel.pipeline,
             units=options.parallel.tensor,
             slices=machine.slices_per_pe,
-            mesh=mesh_text(modules.values()),
+            mesh=programs.mesh,
         )
         manifest = write_programs(
             writer, programs, machine, model, parallel, options.weights, weights, linked, options.name
         )
     seconds = clock.stages | {"total": clock.total()}
-    return BuildReport(str(options.output), manifest, seconds, clock.steps, notes, programs.peak)
+    return BuildReport(
+        str(options.output), manifest, seconds, clock.steps, notes, programs.peak, programs.worker_memory
+    )
 
 
 def check_all(
@@ -178,7 +188,7 @@ def specialise_modules(
         progress(f"{bucket.name}: specialise")
         module = captured.module.clone()
         kv = None if captured.info.kind == "encoder" else bucket.attention_size
-        stage = specialise_stage(bucket.batch, bucket.input_length, kv)
+        stage = specialise_stage(bucket.batch, bucket.input_length, kv, bucket.logits)
         run_pipeline(module, stage, options.dump_ir / bucket.name if options.dump_ir else None)
         modules[bucket] = module
     return modules
@@ -212,24 +222,49 @@ def shard_modules(
     return modules
 
 
-def mesh_text(modules: Iterable[ModuleOp]) -> str:
-    """The mesh that the modules of all buckets were partitioned for; empty for one unit."""
-    from ir.dialects import tc
+def make_programs(
+    options: BuildOptions,
+    captured: Captured,
+    buckets: list[BucketSpec],
+    machine: Machine,
+    notes: list[str],
+    watcher: Watcher,
+) -> Programs:
+    """The programs of all buckets, by the workers and from the cache as the options say."""
+    from rngdc.estimate import memory_problems
+    from rngdc.program import Request, build_programs, lowering_options
 
-    meshes = {str(mesh) for mesh in map(tc.mesh_of, modules) if mesh is not None}
-    if len(meshes) > 1:
-        raise AssertionError(f"buckets were partitioned for different meshes: {', '.join(sorted(meshes))}")
-    return meshes.pop() if meshes else ""
+    work, plan = options.work, options.parallel.plan
+    cache = work.open_cache()
+    request = Request(
+        passes={b: bucket_passes(options, captured.info.kind, b) for b in buckets},
+        model=captured.module,
+        machine=machine,
+        lowering=lowering_options(buckets, machine.slices_per_pe),
+        digest=hashlib.sha256(plan.read_bytes()).hexdigest() if plan is not None else "",
+        check=lambda memory: memory_problems(memory, options.parallel, machine),
+        dumps=options.dump_ir,
+        fast_fail=work.fast_fail,
+        workers=(work.builders, work.compilers),
+        meta={"model": options.model},
+    )
+    if options.parallel.sequence and options.parallel.tensor == 1:
+        notes.append("--sequence-parallel has no effect with -tp 1")
+    programs = build_programs(request, work.open_executor(), cache, watcher)
+    notes += [n for n in programs.notes if n not in notes]
+    notes += cache.notes if cache is not None else []
+    return programs
 
 
-def _check_memory(options: BuildOptions, modules: dict[BucketSpec, ModuleOp], machine: Machine) -> None:
-    from passes.outline import outline
-    from rngdc.estimate import memory_of, memory_problems
+def bucket_passes(options: BuildOptions, kind: str, bucket: BucketSpec) -> str:
+    """The passes that make a bucket of the simplified model, as `rngdc opt -p` takes them."""
+    from passes.pipeline import shard_stage, spec, specialise_stage
 
-    for module in modules.values():
-        outline(module)
-    if problems := memory_problems(memory_of(modules.values()), options.parallel, machine):
-        raise UserError(problems)
+    spread = options.parallel
+    kv = None if kind == "encoder" else bucket.attention_size
+    plan = str(spread.plan) if spread.plan is not None else None
+    stage = specialise_stage(bucket.batch, bucket.input_length, kv, bucket.logits)
+    return spec([*stage, *shard_stage(spread.tensor, spread.sequence, plan)])
 
 
 def compile_modules(
@@ -239,44 +274,13 @@ def compile_modules(
     dumps: Path | None = None,
     seconds: dict[str, dict[str, float]] | None = None,
 ) -> Programs:
-    """Streams of all buckets, verified; `dumps` gets the `rngd` modules as numbered files, `seconds` the times."""
-    from ir.text import print_module
+    """Streams of modules of static sizes, verified; `dumps` gets the `rngd` modules as numbered files, `seconds` the
+    times."""
     from rngdc.program import compile_programs
 
-    def dump(step: str, bucket: BucketSpec, module: ModuleOp) -> None:
-        if dumps is None:
-            return
-        directory = dumps / bucket.name
-        directory.mkdir(parents=True, exist_ok=True)
-        name = f"{len(list(directory.glob('*.mlir'))):02d}-rngd-{step}.mlir"
-        rest = {"lower": "rngd-hoist,rngd-place,rngd-schedule", "hoist": "rngd-place,rngd-schedule"}.get(step, "")
-        (directory / name).write_text(f"// rngdc opt -p '{rest}' {name}\n{print_module(module)}", "utf-8")
-
-    current: list[tuple[str, str, float]] = []
-
-    def close() -> None:
-        if current and seconds is not None:
-            name, bucket, begun = current.pop()
-            times = seconds.setdefault(bucket, {})
-            times[name] = times.get(name, 0.0) + time.perf_counter() - begun
-        current.clear()
-
-    def step(name: str, bucket: BucketSpec) -> None:
-        close()
-        current.append((name, bucket.name, time.perf_counter()))
-        progress(f"{bucket.name}: {name}")
-
-    programs = compile_programs(modules, machine, machine.slices_per_pe, step, dump)
-    for program in programs.programs:
-        step("verify", program.bucket)
-        assert program.emitted is not None
-        errors = [v for v in program.emitted.check(machine) if v.severity == "error"]
-        if errors:
-            listed = "\n".join(f"  {v}" for v in errors[:20])
-            raise AssertionError(
-                f"{program.bucket.name}: the compiler made {len(errors)} illegal instructions:\n{listed}"
-            )
-    close()
+    programs = compile_programs(modules, machine, TextWatcher(progress), dumps)
+    if seconds is not None:
+        seconds.update(programs.seconds)
     return programs
 
 

@@ -51,12 +51,12 @@ def _markdown(data: dict[str, Any]) -> str:
     ]
     steps = list(dict.fromkeys(step for times in data["steps"].values() for step in times))
     lines += [
-        f"| bucket | instructions | {' | '.join(steps)} |",
+        f"| {' | '.join(['bucket', 'instructions', *steps])} |",
         f"|---|---:|{'---:|' * len(steps)}",
     ]
     for name, times in data["steps"].items():
-        cells = " | ".join(f"{times.get(step, 0.0):.2f} s" for step in steps)
-        lines.append(f"| {name} | {data['streams'].get(name, 0):,} | {cells} |")
+        cells = [f"{times[step]:.2f} s" if step in times else "cached" for step in steps]
+        lines.append(f"| {' | '.join([name, format(data['streams'].get(name, 0), ','), *cells])} |")
     lines += ["", "| memory of a processing element | bytes |", "|---|---:|"]
     lines += [f"| HBM: {name} | {value:,} |" for name, value in data["hbm_bytes"].items()]
     lines += [f"| {name} at the peak | {value:,} |" for name, value in data["peak_bytes"].items()]

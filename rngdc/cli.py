@@ -10,11 +10,12 @@ import traceback
 from rngdc import __version__
 from rngdc.commands.app import app
 from rngdc.commands.build import build
+from rngdc.commands.cache import cache
 from rngdc.commands.execute import check, run, simulate
 from rngdc.commands.look import disasm, inspect, opt
 from rngdc.guard import foreign_packages
 
-__all__ = ["app", "build", "check", "disasm", "inspect", "main", "opt", "run", "simulate"]
+__all__ = ["app", "build", "cache", "check", "disasm", "inspect", "main", "opt", "run", "simulate"]
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -62,6 +63,13 @@ def _run(arguments: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
+        from rngdc.work import BuildFailedError
+
+        if isinstance(error, BuildFailedError):
+            from rngdc.console import print_failures
+
+            print_failures(error)
+            raise SystemExit(3) from None
         from runtime_sim.errors import SimulationError
 
         if isinstance(error, SimulationError):

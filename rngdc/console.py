@@ -7,11 +7,14 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from rngdc.work import BuildFailedError
 
 WIDE = 160
 """Columns of tables that go to a file or a pipe."""
@@ -42,6 +45,13 @@ def print_notes(notes: Sequence[str]) -> None:
     """Things worth knowing that are no errors."""
     for note in notes:
         err.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def print_failures(error: BuildFailedError) -> None:
+    """What a build refused, and what failed in it with the command that does the same once more."""
+    print_problems(error.problems)
+    for line in error.lines():
+        err.print(f"internal error: {line}" if not line.startswith(" ") else line, markup=False)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from xdsl.passes import ModulePass
 from backend_rngd.machine import load_machine
 from backend_rngd.registry import get_rngd_dialects, get_rngd_passes
 from passes.opt import opt_main as run_opt
+from passes.outline import Outline
 from passes.registry import PassFactory
 
 
@@ -54,5 +55,9 @@ class RngdHoist(ModulePass):
 
 def opt_main(argv: Sequence[str]) -> int:
     """Run the tool; returns the exit status."""
-    own: dict[str, PassFactory] = {"rngd-lower": lambda: RngdLower, "rngd-hoist": lambda: RngdHoist}
+    own: dict[str, PassFactory] = {
+        "outline": lambda: Outline,
+        "rngd-lower": lambda: RngdLower,
+        "rngd-hoist": lambda: RngdHoist,
+    }
     return run_opt(argv, get_rngd_dialects(), own | get_rngd_passes())

@@ -9,6 +9,7 @@ from pathlib import Path
 from backend_rngd.machine import Machine
 from ir.errors import Problem
 from rngdc.buckets import BucketRequest
+from rngdc.work import WorkOptions, check_work
 
 DEFAULT_TENSOR_PARALLEL = 1
 DEFAULT_PIPELINE_PARALLEL = 1
@@ -50,6 +51,7 @@ class BuildOptions:
     dump_ir: Path | None = None
     machine: str = "rngd"
     dry_run: bool = False
+    work: WorkOptions = field(default_factory=WorkOptions)
 
 
 def tensor_parallel_sizes(machine: Machine) -> tuple[list[int], list[int]]:
@@ -61,6 +63,7 @@ def tensor_parallel_sizes(machine: Machine) -> tuple[list[int], list[int]]:
 def check_options(options: BuildOptions, machine: Machine, problems: list[Problem]) -> None:
     """Append a problem for every option whose value cannot be used whatever the model is."""
     _check_parallel(options.parallel, machine, problems)
+    check_work(options.work, options.dump_ir, problems)
     if not re.fullmatch(WEIGHT_MODES, options.weights):
         why = "weights are linked, copied, random or left out"
         problems.append(Problem(f"--weights {options.weights!r}", why, "use link, copy, random[:SEED] or none"))

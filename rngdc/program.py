@@ -1,70 +1,58 @@
-"""From specialised `tc` modules to streams on one HBM map: all buckets share weights and caches."""
+"""From a model in `tc` to the streams of all its buckets, on one HBM map: they share weights, literals and caches.
+
+Two rounds of tasks (`rngdc.tasks`) with the map between them, done by an executor, with results of earlier builds taken
+from the cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i64
+from xdsl.dialects.builtin import ModuleOp
 
-from backend_rngd.artifact import Bucket, Cache, Constant, HbmMap, Placement, Port
-from backend_rngd.dialect import GlobalOp
-from backend_rngd.emit import Emitted, emit
-from backend_rngd.hoist import hoist, undo
-from backend_rngd.lowering import Lowered, LoweringOptions, lower
-from backend_rngd.lowering.context import MESH
+from backend_rngd.artifact import Bucket, Cache, Constant, HbmMap, Placement
+from backend_rngd.emit import Emitted
+from backend_rngd.lowering import LoweringOptions
 from backend_rngd.machine import Machine
-from backend_rngd.place import place
-from backend_rngd.schedule import schedule
 from ir.errors import Problem, UserError
-from ir.placement import Mesh
-from passes.outline import outline
+from ir.text import print_module
 from rngdc.buckets import BucketSpec
+from rngdc.cache import Cache as ResultCache
+from rngdc.cache import key_of
+from rngdc.estimate import Memory
+from rngdc.executor import Executor, Failure, InlineExecutor, Listeners
+from rngdc.results import from_files, to_files
+from rngdc.tasks import BuildTask, Built, Compiled, CompileTask, Result, SharedImage, Task
+from rngdc.work import BuildFailedError, FailedTask, Watcher
 
-SPILL_SHARES = (1.0, 0.6, 0.4, 0.25, 0.12)
-"""What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM."""
-
-Step = Callable[[str, BucketSpec], None]
-"""Called before each step with its name."""
-Dump = Callable[[str, BucketSpec, ModuleOp], None]
-"""Called after each step with the module."""
+KEPT_MODULES = 8
+"""Up to so many buckets keep their modules between the rounds; those of more are read again, to save memory."""
 
 
 @dataclass
 class Program:
-    """A bucket on its way from `tc` to streams."""
+    """A finished bucket: what the artifact stores of it. `emitted` exists if the program was made in this process."""
 
     bucket: BucketSpec
-    tc: ModuleOp
-    lowered: Lowered
-    emitted: Emitted | None = None
-    record: Bucket | None = None
+    ir: str
+    stream: bytes
+    debug: str
+    record: Bucket
     notes: list[str] = field(default_factory=list[str])
-
-    @property
-    def probes(self) -> list[dict[str, Any]]:
-        """Contents of debug/<bucket>.json."""
-        assert self.emitted is not None
-        return [
-            {
-                "value": p.value,
-                "routine": p.routine,
-                "instructions": p.instructions,
-                "space": p.space,
-                "register": p.register,
-                "address": p.address,
-                "layout": p.layout,
-            }
-            for p in self.emitted.probes
-        ]
+    emitted: Emitted | None = None
 
 
 @dataclass
 class Programs:
-    """All buckets of an artifact with the HBM map they share."""
+    """All buckets of an artifact with the HBM map they share.
+
+    `seconds`: by bucket and step, as measured where the step was done; empty for results from the cache.
+    `worker_memory`: bytes at the peak of the largest worker process.
+    """
 
     programs: list[Program]
     placements: list[Placement]
@@ -75,256 +63,309 @@ class Programs:
     peak: dict[str, int] = field(default_factory=dict[str, int])
     mesh: str = ""
     units: int = 1
+    notes: list[str] = field(default_factory=list[str])
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict[str, "dict[str, float]"])
+    worker_memory: int = 0
+
+
+@dataclass
+class Request:
+    """What to build. `passes`: pipeline of every bucket, as text; `model`: the simplified module they start from.
+
+    `digest` stands for files that the passes read. `check`: what the memory of the programs must satisfy. `fast_fail`:
+    begin nothing new after the first failure. `workers`: pipeline builders, compilers.
+    """
+
+    passes: Mapping[BucketSpec, str]
+    model: ModuleOp
+    machine: Machine
+    lowering: LoweringOptions
+    digest: str = ""
+    check: Callable[[Memory], list[Problem]] = field(default=lambda _: [])
+    dumps: Path | None = None
+    fast_fail: bool = True
+    workers: tuple[int, int] = (1, 1)
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def buckets(self) -> list[BucketSpec]:
+        """In the order of the artifact."""
+        return list(self.passes)
+
+
+def lowering_options(buckets: Sequence[BucketSpec], slices: int, probes: bool = True) -> LoweringOptions:
+    """The KV cache has room for the largest program."""
+    capacity = max((b.attention_size for b in buckets), default=0)
+    batch = max((b.batch for b in buckets), default=1)
+    return LoweringOptions(slices=slices, cache_capacity=capacity, cache_batch=batch, probes=probes)
+
+
+def build_programs(
+    request: Request, executor: Executor | None = None, cache: ResultCache | None = None, watch: Watcher | None = None
+) -> Programs:
+    """Build every bucket. Raises UserError with all that cannot be built, BuildFailedError if tasks failed."""
+    with executor or InlineExecutor() as does:
+        return _Build(request, does, cache, watch or Watcher()).run()
 
 
 def compile_programs(
-    modules: Mapping[BucketSpec, ModuleOp], machine: Machine, slices: int, step: Step, dump: Dump, probes: bool = True
+    modules: Mapping[BucketSpec, ModuleOp], machine: Machine, watch: Watcher | None = None, dumps: Path | None = None
 ) -> Programs:
-    """Lower, place, schedule and emit every bucket. Raises UserError with all that cannot be built."""
-    capacity = max((b.attention_size for b in modules), default=0)
-    batch = max((b.batch for b in modules), default=1)
-    options = LoweringOptions(slices=slices, cache_capacity=capacity, cache_batch=batch, probes=probes)
-    programs: list[Program] = []
-    problems: list[Problem] = []
-    for bucket, module in modules.items():
-        step("lower", bucket)
-        outline(module)
-        try:
-            programs.append(Program(bucket, module, lower(module, machine, options)))
-        except UserError as error:
-            problems += [Problem(f"{bucket.name}: {p.what}", p.why, p.fix) for p in error.problems]
-            continue
-        dump("lower", bucket, programs[-1].lowered.module)
-    if problems:
-        raise UserError(problems)
-    shared = _SharedMap(machine.hbm_map_alignment)
-    for program in programs:
-        shared.collect(program.lowered)
-    hbm = shared.assign()
-    total = hbm.shared
-    peak: dict[str, int] = {}
-    for program in programs:
-        step("place", program.bucket)
-        try:
-            top = _place_program(program, machine, options, shared, hbm.shared, dump)
-        except UserError as error:
-            problems += [Problem(f"{program.bucket.name}: {p.what}", p.why, p.fix) for p in error.problems]
-            continue
-        module = program.lowered.module
-        total = max(total, top["hbm"])
-        for space, used in top.items():
-            peak[space] = max(peak.get(space, 0), used)
-        step("schedule", program.bucket)
-        schedule(module)
-        dump("schedule", program.bucket, module)
-        step("emit", program.bucket)
-        program.emitted = emit(module, machine, slices)
-        program.record = _record(program)
-    if problems:
-        raise UserError(problems)
-    caches = _caches(programs, batch, capacity)
-    return Programs(
-        programs, shared.placements(), shared.constants(), bytes(shared.constant_bytes), caches,
-        hbm.model_copy(update={"total": total}), peak, *_mesh(modules),
-    )  # fmt: skip
+    """Streams of modules that went through the passes, made in this process. Raises as `build_programs` does."""
+    made: list[Programs] = []
+    options = lowering_options(list(modules), machine.slices_per_pe)
+    builders = {
+        b: BuildTask(b, "", "", machine.name, options, "", str(dumps / b.name) if dumps else None) for b in modules
+    }
+    with InlineExecutor() as executor:
+        request = Request(dict.fromkeys(modules, ""), ModuleOp([]), machine, options, dumps=dumps, fast_fail=False)
+        work = _Build(request, executor, None, watch or Watcher())
+        made.append(work.run({b: (builders[b], m) for b, m in modules.items()}))
+    return made[0]
 
 
-def _place_program(
-    program: Program, machine: Machine, options: LoweringOptions, shared: _SharedMap, hbm_base: int, dump: Dump
-) -> dict[str, int]:
-    """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
-    first: UserError | None = None
-    for share in SPILL_SHARES:
-        if first is not None:
-            spill = int(options.spill_bytes * share)
-            program.lowered = lower(program.tc, machine, replace(options, spill_bytes=spill))
-            program.notes = [f"values larger than {spill} B a slice lie in HBM: DM is too small for larger ones"]
-        module = program.lowered.module
-        shared.set_addresses(program.lowered)
-        moves = hoist(module, machine)
-        dump("hoist", program.bucket, module)
-        try:
-            return place(module, machine, hbm_base)
-        except UserError as error:
-            first = first or error
-        undo(moves)  # early transfers keep buffers alive for longer
-        try:
-            return place(module, machine, hbm_base)
-        except UserError:
-            continue
-    assert first is not None
-    raise first
+class _Build:
+    """The two rounds of one build."""
 
+    def __init__(self, request: Request, executor: Executor, cache: ResultCache | None, watch: Watcher) -> None:
+        self.request = request
+        self.executor = executor
+        self.cache = cache
+        self.watch = watch
+        self.seconds: dict[str, dict[str, float]] = {}
+        self.worker_memory = 0
+        self.failed: list[FailedTask] = []
+        self.skipped = 0
 
-@dataclass(frozen=True)
-class UnitBytes:
-    """A literal that differs between units: its bytes for each of them."""
+    def run(self, given: Mapping[BucketSpec, tuple[BuildTask, ModuleOp]] | None = None) -> Programs:
+        """Build; `given` has the task and the module of every bucket if its passes have run already."""
+        request = self.request
+        kept = len(request.passes) <= KEPT_MODULES or given is not None
+        models = {task.bucket: module for task, module in (given or {}).values()}
+        tasks = [task for task, _ in given.values()] if given else self._builders()
 
-    images: tuple[bytes, ...]
+        def build(task: Task, listen: Callable[[str], None]) -> Result:
+            assert isinstance(task, BuildTask)
+            out = task.run(listen, models.get(task.bucket, request.model))
+            return out if kept else out.plain()
 
+        found = self._round(tasks, request.workers[0], build, stop_at_refusal=False)
+        built = {b: r for b, r in zip(request.buckets, found, strict=True) if isinstance(r, Built)}
+        problems = self._check_built(built)
+        built = {b: r for b, r in built.items() if not r.refused}
+        shared = SharedMap(request.machine.hbm_map_alignment)
+        for result in built.values():
+            shared.collect(result.images)
+        hbm = shared.assign()
+        compilers = [self._compiler(b, r, shared, hbm.shared) for b, r in built.items()]
 
-class _SharedMap:
-    """Weights, constants and caches of all buckets: equal ones once, each kind in one piece."""
+        def compile_one(task: Task, listen: Callable[[str], None]) -> Result:
+            assert isinstance(task, CompileTask)
+            before = built[task.bucket]
+            out = task.run(listen, before.lowered, before.module)
+            before.lowered = before.module = None
+            return out if kept else out.plain()
 
-    def __init__(self, alignment: int) -> None:
-        self.alignment = alignment
-        self.weights: dict[tuple[Any, ...], int] = {}
-        self.literals: dict[bytes | UnitBytes, int] = {}
-        self.caches: dict[str, int] = {}
-        self.names: dict[bytes | UnitBytes, str] = {}
-        self.address: dict[Any, int] = {}
-        self.constant_bytes = bytearray()
+        results = self._round(compilers, request.workers[1], compile_one, stop_at_refusal=request.fast_fail)
+        done = {b: r for b, r in zip(built, results, strict=True) if isinstance(r, Compiled)}
+        problems += [Problem(f"{b.name}: {w}", why, fix) for b, r in done.items() for w, why, fix in r.problems]
+        self._raise(problems)
+        return self._programs(built, done, shared, hbm)
 
-    def _globals(self, lowered: Lowered) -> list[tuple[GlobalOp, Any, int]]:
-        """(op, key, bytes) of every global that is shared between buckets."""
-        out: list[tuple[GlobalOp, Any, int]] = []
-        for op in lowered.module.body.block.ops:
-            if not isinstance(op, GlobalOp) or op.buffer_type.space.data != "hbm":
+    def _builders(self) -> list[BuildTask]:
+        r = self.request
+        text = print_module(r.model)
+        return [
+            BuildTask(b, text, passes, r.machine.name, r.lowering, r.digest, self._dumps(b))
+            for b, passes in r.passes.items()
+        ]
+
+    def _compiler(self, bucket: BucketSpec, built: Built, shared: SharedMap, base: int) -> CompileTask:
+        r = self.request
+        addresses = {image.key: shared.address[image.key] for image in built.images}
+        # The map may hold a form or a literal that only another bucket has asked for so far.
+        return CompileTask(bucket, built.text, r.machine.name, r.lowering, addresses, base, self._dumps(bucket))
+
+    def _dumps(self, bucket: BucketSpec) -> str | None:
+        return str(self.request.dumps / bucket.name) if self.request.dumps is not None else None
+
+    def _round(
+        self,
+        tasks: Sequence[Task],
+        workers: int,
+        do: Callable[[Task, Callable[[str], None]], Result],
+        stop_at_refusal: bool,
+    ) -> list[Result | None]:
+        """The results in the order of the tasks; None for those that failed or were not begun."""
+        if not tasks:
+            return []
+        self.watch.round(tasks[0].stage, [t.name for t in tasks])
+        out: list[Result | None] = [None] * len(tasks)
+        keys = [key_of(t.inputs()) if self.cache is not None else "" for t in tasks]
+        todo: list[int] = []
+        for i, task in enumerate(tasks):
+            out[i] = self._cached(task, keys[i])
+            if out[i] is None:
+                todo.append(i)
+            else:
+                self.seconds.setdefault(task.name, {})
+                self.watch.done(task, cached=True)
+        listeners = Listeners(self.watch.start, self.watch.step)
+        part = [tasks[i] for i in todo]
+        if isinstance(self.executor, InlineExecutor):
+            finished = self.executor.run(part, workers, listeners, do)
+        else:
+            finished = self.executor.run(part, workers, listeners)
+        begun = 0
+        for item in finished:
+            begun += 1
+            index, outcome = todo[item.index], item.outcome
+            task = tasks[index]
+            self.worker_memory = max(self.worker_memory, item.memory)
+            if isinstance(outcome, Failure):
+                self.failed.append(FailedTask(task, outcome))
+                self.watch.failed(task)
+                if self.request.fast_fail:
+                    self.executor.stop()
                 continue
-            name, kind, nbytes = op.sym_name.data, op.kind.data, op.buffer_type.nbytes.data
-            if kind == "weight":
-                p = lowered.placements[name]
-                out.append((op, (p.weight, p.permute, p.reshape, p.pad, p.dtype, p.shard), nbytes))
-            elif name in lowered.unit_constants:
-                rows = tuple(_padded(values, nbytes) for values in lowered.unit_constants[name])
-                self.names.setdefault(UnitBytes(rows), name)
-                out.append((op, UnitBytes(rows), nbytes))
-            elif kind == "constant":
-                raw = _padded(lowered.constants[name], nbytes)
-                self.names.setdefault(raw, name)
-                out.append((op, raw, nbytes))
-            elif kind == "cache":
-                out.append((op, name, nbytes))
+            self.seconds.setdefault(task.name, {}).update(
+                {k: self.seconds.get(task.name, {}).get(k, 0.0) + v for k, v in outcome.seconds.items()}
+            )
+            out[index] = outcome
+            if outcome.refused:
+                self.watch.failed(task)
+                if stop_at_refusal:
+                    self.executor.stop()
+                continue
+            self.watch.done(task)
+            if self.cache is not None and keys[index]:
+                meta = {"bucket": task.name, "stage": task.stage, **self.request.meta}
+                self.cache.put(task.stage, keys[index], to_files(outcome), meta)
+        self.skipped += len(todo) - begun
         return out
 
-    def collect(self, lowered: Lowered) -> None:
-        """Note what a bucket needs."""
-        for _, key, nbytes in self._globals(lowered):
-            table: dict[Any, int] = self.caches
-            if isinstance(key, (tuple, bytes, UnitBytes)):
-                table = self.weights if isinstance(key, tuple) else self.literals
-            table[key] = max(table.get(key, 0), nbytes)
+    def _cached(self, task: Task, key: str) -> Result | None:
+        if self.cache is None or task.dumps is not None:  # a dump shows what the passes do
+            return None
+        files = self.cache.get(task.stage, key)
+        if files is None:
+            return None
+        try:
+            return from_files(task, files)
+        except (KeyError, ValueError, TypeError):  # written by something else under this key
+            return None
+
+    def _check_built(self, built: Mapping[BucketSpec, Built]) -> list[Problem]:
+        """Raise for what the first round refused: first passes, then memory, then lowering.
+
+        Without fast fail what the lowering refuses is returned, and the others go on.
+        """
+        refused = [Problem(*p) for p in dict.fromkeys(p for r in built.values() for p in r.pass_problems)]
+        if refused or (self.failed and self.request.fast_fail):
+            self._raise(refused)
+        memory = _joined([r.memory for r in built.values() if r.memory is not None])
+        if memory is not None and (short := self.request.check(memory)):
+            self._raise(short)
+        problems = [Problem(f"{b.name}: {w}", why, fix) for b, r in built.items() for w, why, fix in r.problems]
+        if self.request.fast_fail:
+            self._raise(problems)
+        return problems
+
+    def _raise(self, problems: list[Problem]) -> None:
+        if self.failed:
+            for item in self.failed:
+                item.save(Path(tempfile.mkdtemp(prefix="rngdc-crash-")))
+            raise BuildFailedError(self.failed, problems, self.skipped)
+        if problems:
+            raise UserError(problems)
+
+    def _programs(
+        self, built: Mapping[BucketSpec, Built], done: Mapping[BucketSpec, Compiled], shared: SharedMap, hbm: HbmMap
+    ) -> Programs:
+        meshes = {(r.mesh, r.units) for r in built.values()}
+        if len(meshes) > 1:
+            raise AssertionError(f"buckets with different meshes: {', '.join(sorted(m for m, _ in meshes))}")
+        mesh, units = next(iter(meshes), ("", 1))
+        programs: list[Program] = []
+        peak: dict[str, int] = {}
+        caches: dict[str, Cache] = {}
+        for bucket, result in done.items():
+            assert result.record is not None
+            ir = built[bucket].text
+            programs.append(
+                Program(bucket, ir, result.stream, result.debug, result.record, result.notes, result.emitted)
+            )
+            for space, used in result.peak.items():
+                peak[space] = max(peak.get(space, 0), used)
+            caches |= {c.name: c for c in result.caches}
+        total = max(hbm.shared, peak.get("hbm", 0))
+        notes = [n for r in built.values() for n in r.notes]
+        constants, data = shared.constants()
+        return Programs(
+            programs, shared.placements(), constants, data, list(caches.values()),
+            hbm.model_copy(update={"total": total}), peak, mesh, units, list(dict.fromkeys(notes)), self.seconds,
+            self.worker_memory,
+        )  # fmt: skip
+
+
+def _joined(found: Sequence[Memory]) -> Memory | None:
+    """The memory of all programs: the calls of the longest entry, and at each the largest."""
+    if not found:
+        return None
+    longest = max(found, key=lambda m: len(m.calls))
+
+    def largest(rows: list[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(max(row[i] for row in rows if i < len(row)) for i in range(len(longest.calls)))
+
+    return Memory(longest.calls, largest([m.weights for m in found]), largest([m.caches for m in found]))
+
+
+class SharedMap:
+    """Weights, literals and caches of all buckets: equal ones once, each kind in one piece."""
+
+    KINDS = ("weight", "literal", "cache")
+
+    def __init__(self, alignment: int) -> None:
+        """`alignment`: bytes that every image starts at a multiple of."""
+        self.alignment = alignment
+        self.images: dict[str, dict[str, SharedImage]] = {kind: {} for kind in self.KINDS}
+        self.address: dict[str, int] = {}
+
+    def collect(self, images: Sequence[SharedImage]) -> None:
+        """Note what a bucket needs; of equal keys the largest counts."""
+        for image in images:
+            table = self.images[image.kind]
+            if image.key not in table or table[image.key].nbytes < image.nbytes:
+                table[image.key] = image
 
     def assign(self) -> HbmMap:
-        """Give every image an address; returns the ends of the areas (`total` is that of the shared ones)."""
+        """Give every image an address; returns the sizes of the areas (`total` is that of the shared ones)."""
         at = 0
         ends: list[int] = []
-        kinds: tuple[dict[Any, int], ...] = (self.weights, self.literals, self.caches)
-        for table in kinds:
-            for key, nbytes in table.items():
+        for kind in self.KINDS:
+            for key, image in self.images[kind].items():
                 self.address[key] = at
-                at += -(-nbytes // self.alignment) * self.alignment
+                at += -(-image.nbytes // self.alignment) * self.alignment
             ends.append(at)
         return HbmMap(weights=ends[0], constants=ends[1] - ends[0], caches=ends[2] - ends[1], shared=at, total=at)
-
-    def set_addresses(self, lowered: Lowered) -> None:
-        """Write the addresses into a bucket's module."""
-        for op, key, _ in self._globals(lowered):
-            op.address = IntegerAttr(self.address[key], i64)
 
     def placements(self) -> list[Placement]:
         """The images of weights; further forms of a weight get a number behind their name."""
         forms: dict[str, int] = {}
         out: list[Placement] = []
-        for key, nbytes in self.weights.items():
-            weight, permute, reshape, pad, dtype, shard = key
+        for key, image in self.images["weight"].items():
+            weight = image.form["weight"]
             number = forms[weight] = forms.get(weight, -1) + 1
             name = f"{weight}#{number}" if number else weight
-            out.append(
-                Placement(
-                    name=name,
-                    address=self.address[key],
-                    bytes=nbytes,
-                    weight=weight,
-                    permute=permute,
-                    reshape=reshape,
-                    pad=pad,
-                    dtype=dtype,
-                    shard=shard,
-                )  # fmt: skip
-            )
+            out.append(Placement(name=name, address=self.address[key], bytes=image.nbytes, **image.form))
         return out
 
-    def constants(self) -> list[Constant]:
-        """The literals; fills `constant_bytes`."""
-        self.constant_bytes.clear()
+    def constants(self) -> tuple[list[Constant], bytes]:
+        """The literals, and constants.bin."""
+        data = bytearray()
         out: list[Constant] = []
-        for raw in self.literals:
-            offset = len(self.constant_bytes)
-            images = raw.images if isinstance(raw, UnitBytes) else (raw,)
-            self.constant_bytes += b"".join(images)
-            out.append(
-                Constant(
-                    name=self.names[raw],
-                    address=self.address[raw],
-                    offset=offset,
-                    bytes=len(images[0]),
-                    per_unit=isinstance(raw, UnitBytes),
-                )  # fmt: skip
-            )
-        return out
-
-
-def _mesh(modules: Mapping[BucketSpec, ModuleOp]) -> tuple[str, int]:
-    """The mesh of the units and their number; all buckets have the same."""
-    texts = {m.data if isinstance(m := module.attributes.get(MESH), StringAttr) else "" for module in modules.values()}
-    if len(texts) > 1:
-        raise ValueError(f"buckets with different meshes: {', '.join(sorted(texts))}")
-    text = next(iter(texts), "")
-    return text, Mesh.parse(text).size
-
-
-def _padded(values: NDArray[Any], nbytes: int) -> bytes:
-    raw = np.ascontiguousarray(values).tobytes()
-    return raw + bytes(nbytes - len(raw))
-
-
-def _record(program: Program) -> Bucket:
-    emitted, lowered, bucket = program.emitted, program.lowered, program.bucket
-    assert emitted is not None
-
-    def ports(found: list[Any]) -> tuple[Port, ...]:
-        out: list[Port] = []
-        for p in found:
-            at = emitted.globals[p.buffer]
-            out.append(
-                Port(
-                    name=p.name,
-                    address=at.address + p.offset,
-                    bytes=at.nbytes - p.offset,
-                    dtype=p.dtype,
-                    shape=p.shape,
-                    strides=p.strides,
-                )  # fmt: skip
-            )
-        return tuple(out)
-
-    return Bucket(
-        name=bucket.name,
-        phase=bucket.phase,
-        batch=bucket.batch,
-        input_length=bucket.input_length,
-        attention_size=bucket.attention_size,
-        stream=f"streams/{bucket.name}.npz",
-        ir=f"ir/{bucket.name}.mlir",
-        debug=f"debug/{bucket.name}.json",
-        instructions=sum(len(r.instructions) for r in emitted.streams[0].routines),
-        inputs=ports(lowered.inputs),
-        outputs=ports(lowered.outputs),
-        row_registers=emitted.row_registers,
-        launch=emitted.launch,
-    )
-
-
-def _caches(programs: list[Program], batch: int, capacity: int) -> list[Cache]:
-    found: dict[str, Cache] = {}
-    for program in programs:
-        assert program.emitted is not None
-        for port in program.lowered.caches:
-            at = program.emitted.globals[port.buffer]
-            _, heads, _, width = port.shape
-            found[port.name] = Cache(
-                name=port.name, address=at.address, bytes=at.nbytes, row_bytes=at.row_bytes, batch=batch, heads=heads,
-                capacity=capacity, width=width, shard=port.shard,
-            )  # fmt: skip
-    return list(found.values())
+        for key, image in self.images["literal"].items():
+            place = {"address": self.address[key], "offset": len(data), "bytes": len(image.images[0])}
+            data += b"".join(image.images)
+            out.append(Constant(name=image.name, per_unit=image.per_unit, **place))
+        return out, bytes(data)

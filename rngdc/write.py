@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +41,10 @@ def write_programs(
     name: str = "",
 ) -> Manifest:
     """Write streams, IR, probes and constants, and finish the artifact."""
-    from backend_rngd.isa.tables import save_npz
-    from ir.text import print_module
-
     for program in programs.programs:
-        assert program.emitted is not None and program.record is not None
-        save_npz(program.emitted.streams[0], writer.directory / program.record.stream)
-        (writer.directory / program.record.ir).write_text(print_module(program.tc), "utf-8")
-        (writer.directory / program.record.debug).write_text(json.dumps(program.probes) + "\n", "utf-8")
+        (writer.directory / program.record.stream).write_bytes(program.stream)
+        (writer.directory / program.record.ir).write_text(program.ir, "utf-8")
+        (writer.directory / program.record.debug).write_text(program.debug, "utf-8")
     (writer.directory / "constants.bin").write_bytes(programs.constant_bytes)
     return writer.finish(
         Manifest(
@@ -65,7 +60,7 @@ def write_programs(
             linked=tuple(linked),
             hbm=programs.hbm,
             caches=tuple(programs.caches),
-            buckets=tuple(p.record for p in programs.programs if p.record is not None),
+            buckets=tuple(p.record for p in programs.programs),
         )
     )
 

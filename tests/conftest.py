@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds of the tests leave the user's cache alone."""
+    before = os.environ.get("RNGDC_CACHE_DIR")
+    os.environ["RNGDC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["RNGDC_CACHE_DIR"]
+    else:
+        os.environ["RNGDC_CACHE_DIR"] = before
 
 
 def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Collector | None:

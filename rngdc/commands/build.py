@@ -10,6 +10,7 @@ import typer
 
 from rngdc.commands.app import Json, app, refuse, step_texts
 from rngdc.options import DEFAULT_PIPELINE_PARALLEL, DEFAULT_TENSOR_PARALLEL, BuildOptions, ParallelOptions
+from rngdc.work import WorkOptions
 
 if TYPE_CHECKING:
     from ir.errors import Problem
@@ -158,6 +159,29 @@ def build(
             show_default=False,
         ),
     ] = None,
+    num_pipeline_builder_workers: Annotated[
+        int,
+        typer.Option(metavar="N", help="Processes that run the passes of buckets. They hold no weights."),
+    ] = 1,
+    num_compile_workers: Annotated[
+        int,
+        typer.Option(metavar="N", help="Processes that place, schedule and verify buckets."),
+    ] = 1,
+    executor: Annotated[str, typer.Option(help="Where these are: local, or ray for a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The cluster.", show_default="RAY_ADDRESS, or one on this machine"),
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Take results of earlier builds with the same IR.")
+    ] = True,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where they are kept.", show_default="the user's cache directory"),
+    ] = None,
+    fast_fail: Annotated[
+        bool, typer.Option("--fast-fail/--no-fast-fail", help="Begin nothing new after the first failure.")
+    ] = True,
     dump_ir: Annotated[
         Path | None,
         typer.Option(
@@ -214,14 +238,18 @@ def build(
         name=name,
         overwrite=overwrite,
         dump_ir=dump_ir,
+        work=WorkOptions(
+            num_pipeline_builder_workers, num_compile_workers, executor, ray_address, cache, cache_dir, fast_fail
+        ),
     )
     if dry_run:
         _dry_run(options, problems, json)
         return
     from rngdc.build import build as run_build
+    from rngdc.progress import build_progress
 
-    with step_texts() as show:
-        report = run_build(options, show, problems)
+    with build_progress() as watcher:
+        report = run_build(options, watcher.text, problems, watcher)
     _show(report, build_report, json)
 
 

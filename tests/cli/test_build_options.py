@@ -85,7 +85,7 @@ def test_the_name_is_kept(rngdc: Command, model: Path, tmp_path: Path) -> None:
 
 def test_build_report(rngdc: Command, model: Path, tmp_path: Path) -> None:
     for name in ("report.json", "report.md"):
-        arguments = ("-pb", "1,8", "-db", "1,8", "--overwrite", "--build-report", tmp_path / name)
+        arguments = ("-pb", "1,8", "-db", "1,8", "--overwrite", "--no-cache", "--build-report", tmp_path / name)
         assert rngdc("build", model, tmp_path / "out", *arguments).status == 0
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert set(report["steps"]) == set(report["streams"]) == {"prefill_b1_s8_kv8", "decode_b1_kv8"}
