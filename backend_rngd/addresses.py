@@ -184,7 +184,7 @@ def _fetch(fetch: Fetch, base: int, second: int | None) -> Fetch:
     if pair is not None:
         assert second is not None
         pair = (pair[0] + second, pair[1])
-    return Fetch(fetch.base + base, fetch.loops, fetch.dtype, fetch.packet, fetch.cast, pair)
+    return replace(fetch, base=fetch.base + base, second=pair)
 
 
 def _with_base(op: VectorOp, base: int) -> VectorOp:

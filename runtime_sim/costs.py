@@ -46,7 +46,7 @@ def uses_vector_engine(what: Exec) -> bool:
         return True
     if what.contract is not None:
         return what.commit.dtype.bytes != 4
-    return (what.fetch.cast or what.fetch.dtype).bytes != what.commit.dtype.bytes
+    return (what.fetch.cast or what.fetch.raw).bytes != what.commit.dtype.bytes
 
 
 def cost_of(

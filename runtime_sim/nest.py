@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend_rngd.isa.descriptors import FLIT_BYTES, Dtype, Fetch, Switch, SwitchKind
+from backend_rngd.isa.descriptors import FLIT_BYTES, Dtype, Fetch, Lookup, Switch, SwitchKind
 from runtime_sim.errors import SimulationError
 from runtime_sim.memory import RowMemory
-from runtime_sim.numeric import SCRATCH, STORAGE, widen, widened
+from runtime_sim.numeric import SCRATCH, STORAGE, lookup_table, widen, widened
 from runtime_sim.views import Loops, count, merged, nd, sizes_of, split, strides_of
 
 Lead = tuple[int, int, int]
@@ -117,8 +117,8 @@ def source_of(fetch: Fetch, switch: Switch | None, slices: int, dm: RowMemory) -
         raise illegal(f"fetch of {elements} elements does not divide into packets of {fetch.packet}")
     if fetch.packet * width % 8:
         raise illegal(f"fetch packet of {fetch.packet * width} bytes is not a multiple of 8")
-    if fetch.cast is not None and fetch.cast is not widened(fetch.dtype):
-        raise illegal(f"the fetch adapter does not cast {fetch.dtype.name} to {fetch.cast.name}")
+    if fetch.cast is not None and fetch.cast is not widened(fetch.raw):
+        raise illegal(f"the fetch adapter does not cast {fetch.raw.name} to {fetch.cast.name}")
     if slices > dm.rows or slices < 1:
         raise illegal(f"{slices} slices on a unit of {dm.rows}")
     dtype = fetch.cast or fetch.dtype
@@ -130,10 +130,30 @@ def source_of(fetch: Fetch, switch: Switch | None, slices: int, dm: RowMemory) -
             raise illegal(f"second tensor has {len(strides)} strides for {len(fetch.loops)} loops")
         tensors.append((base, tuple(zip(sizes_of(fetch.loops), strides, strict=True))))
     pitch = dm.pitch
+    if fetch.lookup is not None:
+        return _looked_up(fetch, fetch.lookup, switch, slices, dm, packets)
     if switch is None:
         nests = tuple(Nest(dm.bytes, fetch.dtype, b, (slices, 1, 1), (pitch, 0, 0), merged(lp)) for b, lp in tensors)
         return Source(nests, (slices, 1, 1), fetch.packet, packets, dtype, fetch.cast)
     return _switched(fetch, switch, slices, dm, tensors, packets, dtype)
+
+
+def _looked_up(fetch: Fetch, lookup: Lookup, switch: Switch | None, slices: int, dm: RowMemory, packets: int) -> Source:
+    """Keys replaced by the table's results, in a scratch array."""
+    if switch is not None or fetch.second is not None or fetch.dtype is not Dtype.I8:
+        raise illegal("a table lookup of a switched, interleaved or wide stream", "look up 1 B keys of one tensor")
+    keys = Nest(dm.bytes, fetch.dtype, fetch.base, (slices, 1, 1), (dm.pitch, 0, 0), merged(fetch.loops))
+    view, table = keys.view().view(np.uint8), lookup_table(lookup)
+    scratch = np.zeros((*view.shape, lookup.results), table.dtype)
+
+    def fill() -> None:
+        np.take(table, view, axis=0, out=scratch, mode="clip")
+
+    a, b, c = scratch.strides[:3]
+    loops = ((keys.elements * lookup.results, lookup.dtype.bytes),)
+    nest = Nest(scratch.reshape(-1), lookup.dtype, 0, (slices, 1, 1), (a, b, c), loops)
+    packet = fetch.packet * lookup.results
+    return Source((nest,), (slices, 1, 1), packet, packets, fetch.cast or lookup.dtype, fetch.cast, fill)
 
 
 def _switched(

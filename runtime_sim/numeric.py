@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend_rngd.isa.descriptors import Dtype
+from backend_rngd.isa.descriptors import Dtype, Lookup
 from runtime_sim.errors import SimulationError
 
 Array = NDArray[Any]
@@ -77,6 +77,17 @@ def _f8_table(dtype: Dtype) -> Array:
     else:
         value[exponent == 31] = np.where(mantissa[exponent == 31] == 0, np.inf, np.nan)
     return (sign * value).astype(np.float32)
+
+
+@cache
+def lookup_table(lookup: Lookup) -> Array:
+    """Results [256, results] of every key, as stored: 4-bit numbers are exact in f8e4m3."""
+    keys = np.arange(256)
+    nibbles = np.stack([keys & 15, keys >> 4], axis=1)
+    if lookup is Lookup.I4_F8E4M3:
+        return _to_e4m3((nibbles - 8).astype(np.float32))
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[nibbles & 7]
+    return _to_e4m3(np.where(nibbles & 8, -values, values))
 
 
 def widen(source: Array, dtype: Dtype, out: Array) -> None:

@@ -194,8 +194,8 @@ class LoadTrfPlan(StaticPlan):
     def __init__(self, op: LoadTrf, unit: Unit) -> None:
         super().__init__()
         rows = slice(0, op.slices)
-        if op.fetch.cast is not None or op.fetch.second is not None:
-            raise illegal("TRF load with a cast or a second tensor")
+        if op.fetch.cast is not None or op.fetch.second is not None or op.fetch.lookup is not None:
+            raise illegal("TRF load with a cast, a table or a second tensor")
         if op.lanes not in (1, 2, 4, 8):
             raise illegal(f"TRF load of {op.lanes} lanes")
         if op.fetch.packet * op.fetch.dtype.bytes % 32:
@@ -251,8 +251,8 @@ class LoadVrfPlan(StaticPlan):
         rows = slice(0, op.slices)
         _fetch_reads(self, op.fetch, unit.dm, rows)
         source = source_of(op.fetch, None, op.slices, unit.dm)
-        if source.pair:
-            raise illegal("VRF load of two interleaved tensors")
+        if source.pair or op.fetch.lookup is not None:
+            raise illegal("VRF load of two interleaved tensors or through a table")
         self.nest, self.cast = source.nests[0], source.cast
         storage = STORAGE[source.dtype]
         nbytes = self.nest.elements * source.dtype.bytes

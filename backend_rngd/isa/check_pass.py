@@ -77,8 +77,10 @@ def check_fetch(report: Report, fetch: Fetch, slices: int, context: Context | No
         low, high = extent(base, loops, width, column)
         if low < 0 or high > machine.dm_slice_bytes:
             report.add("bounds", f"fetch reads DM bytes [{low}, {high})")
-    if fetch.cast is not None and WIDENED.get(fetch.dtype) != fetch.cast:
-        report.add("fetch-cast", f"cast of {fetch.dtype.name} to {fetch.cast.name}")
+    if fetch.cast is not None and WIDENED.get(fetch.raw) != fetch.cast:
+        report.add("fetch-cast", f"cast of {fetch.raw.name} to {fetch.cast.name}")
+    if fetch.lookup is not None and (context == Context.SUB or fetch.dtype != Dtype.I8 or fetch.second is not None):
+        report.add("lookup", f"{fetch.lookup.name} of {fetch.dtype.name} keys, sub context or two tensors")
     elements = math.prod(n for n, _ in fetch.loops)
     if fetch.packet < 1 or elements % fetch.packet or fetch.packet * width % machine.packet_multiple_bytes:
         report.add("packet", f"packets of {fetch.packet} x {width} B out of {elements} elements")
@@ -120,15 +122,16 @@ def _check_switch(report: Report, switch: Switch, shape: Shape, slices: int) -> 
 
 def _check_contract(report: Report, contract: Contract, shape: Shape, fetch: Fetch) -> bool:
     machine = report.machine
-    if fetch.cast is not None or fetch.second is not None or fetch.dtype not in MULTIPLIED:
-        report.add("contract-stream", f"contraction of a {(fetch.cast or fetch.dtype).name} stream")
+    if fetch.cast is not None or fetch.second is not None or fetch.raw not in MULTIPLIED:
+        report.add("contract-stream", f"contraction of a {(fetch.cast or fetch.raw).name} stream")
         return False
     ok = True
     if contract.lanes not in (1, 2, 4, 8):
         report.add("lanes", f"{contract.lanes} lanes")
         ok = False
-    if contract.pack not in (1, 2) or fetch.packet * fetch.dtype.bytes != contract.pack * FLIT_BYTES:
-        report.add("pack", f"{contract.pack} flits a packet, fetch packets of {fetch.packet * fetch.dtype.bytes} B")
+    packet_bytes = fetch.packet * fetch.results * fetch.raw.bytes
+    if contract.pack not in (1, 2) or packet_bytes != contract.pack * FLIT_BYTES:
+        report.add("pack", f"{contract.pack} flits a packet, fetch packets of {packet_bytes} B")
         return False
     loops = contract.loops
     if len(loops) > machine.max_loops:
@@ -374,7 +377,9 @@ def check_exec(report: Report, desc: Exec, context: Context | None, absolute: bo
         if not _check_contract(report, desc.contract, shape, desc.fetch):
             return
         shape = contracted(shape, desc.contract)
-    if desc.switch is None and desc.contract is None and shape.flits_per_packet > 1:
+    # The smallest packet of keys, 8 B, is already more than a flit of 32-bit results.
+    smallest = desc.fetch.lookup is not None and desc.fetch.packet == report.machine.packet_multiple_bytes
+    if desc.switch is None and desc.contract is None and shape.flits_per_packet > 1 and not smallest:
         report.add("flit-packet", f"packets of {shape.packet} x {shape.dtype.bytes} B")
     final = _check_vector(report, desc, shape) if desc.vector or desc.stash_input else shape
     if final is not None:

@@ -35,6 +35,8 @@ def check_load_trf(report: Report, desc: LoadTrf, context: Context | None) -> No
     fetch = desc.fetch
     width = fetch.dtype.bytes
     elements = math.prod(n for n, _ in fetch.loops)
+    if fetch.lookup is not None:
+        report.add("lookup", "a TRF load through a table")
     plain = fetch.cast is None and fetch.second is None and fetch.dtype in MULTIPLIED
     if not plain or fetch.packet * width != FLIT_BYTES:
         report.add("trf-load", f"packets of {fetch.packet * width} B of {fetch.dtype.name}, cast or second tensor")
@@ -59,6 +61,8 @@ def check_load_vrf(report: Report, desc: LoadVrf, context: Context | None, absol
     if not check_fetch(report, desc.fetch, desc.slices, context):
         return
     fetch = desc.fetch
+    if fetch.lookup is not None:
+        report.add("lookup", "a VRF load through a table")
     width = (fetch.cast or fetch.dtype).bytes
     if width != 4 or fetch.second is not None:
         report.add("vrf-load", f"elements of {width} B, or a second tensor")

@@ -91,6 +91,27 @@ class After:
     enter: bool = True
 
 
+class Lookup(IntEnum):
+    """Contents of the fetch adapter's table (hardware.md 2.5), staged before the program starts.
+
+    A key of 1 B holds two 4-bit numbers, the first in the low bits; the paired table of 256 entries gives both as
+    f8e4m3, exactly. I4: integers from -8 to 7, 8 added to each. F4E2M1: floats (sign, 2 bits exponent, 1 bit mantissa).
+    """
+
+    I4_F8E4M3 = 1
+    F4E2M1_F8E4M3 = 2
+
+    @property
+    def results(self) -> int:
+        """Elements that a key becomes."""
+        return 2
+
+    @property
+    def dtype(self) -> Dtype:
+        """Type of the results."""
+        return Dtype.F8E4M3
+
+
 @dataclass(frozen=True)
 class Fetch:
     """Fetch engine and adapter: read elements of a DM tensor in loop order, cut into packets (one packet a time step).
@@ -100,6 +121,7 @@ class Fetch:
     cast: BF16 -> F32, F8 -> F32, I8/I16 -> I32 (fetch adapter), or None.
     second: base and strides of a second tensor with the same sizes, interleaved packet by packet as the innermost time
     digit (pair mode of the vector engine); None otherwise.
+    lookup: elements are keys of a table; what it gives is cast. dtype is I8 (keys of 1 B), packets count keys.
     """
 
     base: int
@@ -108,6 +130,17 @@ class Fetch:
     packet: int
     cast: Dtype | None = None
     second: tuple[int, tuple[int, ...]] | None = None
+    lookup: Lookup | None = None
+
+    @property
+    def raw(self) -> Dtype:
+        """Element type of the stream before a cast."""
+        return self.dtype if self.lookup is None else self.lookup.dtype
+
+    @property
+    def results(self) -> int:
+        """Stream elements that an element of memory becomes."""
+        return 1 if self.lookup is None else self.lookup.results
 
 
 class SwitchKind(IntEnum):

@@ -238,7 +238,7 @@ def footprint(desc: Descriptor, launch: Launch = NO_LAUNCH) -> tuple[Access, ...
     if isinstance(desc, Exec):
         out = fetch_accesses(desc.fetch)
         if desc.contract is not None:
-            out.append(contract_access(desc.contract, desc.fetch.dtype))
+            out.append(contract_access(desc.contract, desc.fetch.raw))
         for op in desc.vector:
             if op.operand.source == Source.VRF:
                 dtype = Dtype.I32 if op.alu in INTEGER_ALUS else Dtype.F32 if op.alu in FLOAT_ALUS else None

@@ -25,6 +25,7 @@ RULES: dict[str, str] = {
     "packet": "a fetch packet is a multiple of 8 B and divides the elements (B:fetch-engine)",
     "flit-packet": "with no switch or contraction a packet is at most a flit; of VRF loads the widest (canonical)",
     "fetch-cast": "the adapter widens bf16 and f8 to f32, i8 and i16 to i32 (B:fetch-adapter)",
+    "lookup": "the main context looks up 1 B keys of one tensor; results do not go to TRF or VRF (B:fetch-adapter, KK)",
     "sub-access": "the sub context fetches in accesses of exactly 8 B (B:fetch-engine)",
     "second": "an interleaved tensor has a stride for every loop (B:fetch-engine)",
     # Switch

@@ -62,7 +62,7 @@ def fetched(fetch: Fetch) -> Shape:
     elements = math.prod(n for n, _ in fetch.loops)
     pair = fetch.second is not None
     packets = elements // fetch.packet if fetch.packet > 0 else 0
-    return Shape(packets * (2 if pair else 1), fetch.packet, fetch.cast or fetch.dtype, pair)
+    return Shape(packets * (2 if pair else 1), fetch.packet * fetch.results, fetch.cast or fetch.raw, pair)
 
 
 def switched(shape: Shape, switch: Switch | None) -> Shape:
@@ -153,7 +153,7 @@ def access_bytes(fetch: Fetch, limit: int) -> int:
     """Bytes of one access: gcd(contiguous run, packet) among powers of two up to `limit` whose result after the cast
     fits one flit (hardware.md 2.3, 2.5)."""
     width = fetch.dtype.bytes
-    widening = max(1, fetch.cast.bytes // width) if fetch.cast is not None else 1
+    widening = max(1, (fetch.cast or fetch.raw).bytes * fetch.results // width)
     size = math.gcd(contiguous_run(fetch), fetch.packet * width)
     size &= -size
     return max(1, min(size, limit, FLIT_BYTES // widening))

@@ -23,8 +23,8 @@ from backend_rngd.isa.text import KINDS
 
 Tables = dict[str, np.ndarray]
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 2 added notify and wait
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)  # 2 added notify and wait, 3 fetch.lookup
 _KIND_LIST = tuple(KINDS.values())
 
 
@@ -189,9 +189,8 @@ class _Reader:
             table = self.tables.get(kind.__name__)
             if table is None:
                 self.parts[kind] = []
-            elif table.dtype != _dtype(kind):
-                raise TableError(f"table {kind.__name__} has other columns than this version expects")
             else:
+                table = _current(kind, table)
                 readers: list[Callable[[Any], Any]] = []
                 for _, inner, optional in _columns(kind):
                     readers.append(self._reader(inner, optional))
@@ -236,6 +235,22 @@ class _Reader:
             return lambda offset, count: tuple(tuple(r) for r in wide[offset : offset + count])
         flat = self.pools.get(1, [])
         return lambda offset, count: tuple(r[0] for r in flat[offset : offset + count])
+
+
+def _current(kind: type[Any], table: np.ndarray) -> np.ndarray:
+    """A table with the columns of this version: fields that an older one did not have are absent from all rows."""
+    wanted = _dtype(kind)
+    if table.dtype == wanted:
+        return table
+    have = table.dtype.names or ()
+    missing = [name for name in wanted.names or () if name not in have]
+    absent = {f.name for f in dataclasses.fields(kind) if f.default is None}
+    if not set(have) <= set(wanted.names or ()) or not set(missing) <= absent:
+        raise TableError(f"table {kind.__name__} has other columns than this version expects")
+    out = np.full(len(table), -1, wanted)
+    for name in have:
+        out[name] = table[name]
+    return out
 
 
 def decode(tables: Tables) -> Stream:

@@ -13,6 +13,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
+from backend_rngd.lowering.packed import Packed
 from backend_rngd.lowering.scales import TO_FLOAT, Scales
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 from ir import expr as ex
@@ -28,12 +29,14 @@ def k_multiple(k: int, width: int = 2) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight in HBM: `rows` x `k` (padded) elements that the engine multiplies."""
+    """A weight in HBM: `rows` x `k` (padded) elements that the engine multiplies. `packed`: it is stored in 4 bits, and
+    a tile becomes such elements in DM."""
 
     buffer: SSAValue
     rows: int
     k: int
     dtype: Dtype = Dtype.BF16
+    packed: Packed | None = None
 
     @property
     def pitch(self) -> int:

@@ -21,6 +21,7 @@ from backend_rngd.isa.descriptors import (
     Index,
     LoadTrf,
     LoadVrf,
+    Lookup,
     Memset,
     Space,
     Switch,
@@ -172,12 +173,13 @@ class Emitter:
         packet: int,
         cast: Dtype | None = None,
         second: tuple[int, Sequence[int]] | None = None,
+        lookup: Lookup | None = None,
     ) -> Fetch:
         """Fetch with canonical loops; `second` gives base and one stride per loop."""
         entries = list(loops)
         if second is None:
-            merged = canonical(entries)
-            return Fetch(base, tuple((n, s) for n, s in merged) or ((1, dtype.bytes),), dtype, packet, cast)
+            merged = tuple((n, s) for n, s in canonical(entries)) or ((1, dtype.bytes),)
+            return Fetch(base, merged, dtype, packet, cast, None, lookup)
         merged = canonical([(n, s, t) for (n, s), t in zip(entries, second[1], strict=True)])
         return Fetch(
             base, tuple((n, s) for n, s, _ in merged), dtype, packet, cast, (second[0], tuple(t for _, _, t in merged))

@@ -19,11 +19,12 @@ from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.contract import ContractLowering
 from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
-from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.exchange import dense
+from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.group import Group, check_axis
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache
 from backend_rngd.lowering.move import load_constant, load_rows, move_rows
+from backend_rngd.lowering.packed import bind_packed, packed_weight
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.scales import Scales, scales_of, scaling
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up, split_tokens
@@ -289,6 +290,13 @@ class FunctionLowering:
         """The program output that a value is, seen through views, if it is nothing else."""
         return self.outputs.get(_returned_view(value)) if len(list(value.uses)) == 1 else None
 
+    def op_tc_dequantize(self, op: tc.DequantizeOp) -> None:
+        """A weight that contractions expand, see `packed.py`."""
+        words, scale = self.env[op.packed], self.env[op.scale]
+        assert isinstance(words, Weight) and isinstance(scale, Weight)
+        n, k = shape_of(op.result)
+        self.env[op.result] = packed_weight(words, scale, (n, k))
+
     def _contract(
         self,
         op: tc.ContractOp,
@@ -325,8 +333,12 @@ class FunctionLowering:
         }
         multiple = k_multiple(product(sizes[a] for a in k_axes), x.dtype.bytes)
         rows, columns = ([sides[1].index(a) for a in axes] for axes in (n_axes, k_axes))
-        buffer, n, k = right.matrix(rows, columns, (N_MULTIPLE, multiple))
-        matrix = Matrix(buffer, round_up(n, N_MULTIPLE), round_up(k, multiple), right.dtype)
+        if right.packed is not None and (rows, columns) == ([0], [1]):
+            packed = bind_packed(right)
+            matrix = Matrix(packed.keys, round_up(right.shape[0], N_MULTIPLE), packed.k, right.dtype, packed)
+        else:
+            buffer, n, k = right.matrix(rows, columns, (N_MULTIPLE, multiple))
+            matrix = Matrix(buffer, round_up(n, N_MULTIPLE), round_up(k, multiple), right.dtype)
         x = self._contiguous(x, [sides[0].index(a) for a in k_axes], matrix.k)
         by_axis = {a: d for a, d in zip(sides[0], x.dims, strict=True)}
         dims = [

@@ -29,6 +29,7 @@ from backend_rngd.isa.descriptors import (
 )
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
+from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
 from backend_rngd.machine import Machine
@@ -92,7 +93,8 @@ class TokensStream(ContractionMapping):
         assert rows is not None
         element = w.dtype.bytes
         packet = k_multiple(w.k, element)
-        chunks = split_k(w.k, TRF_K_BYTES // element, packet)
+        packed = w.packed
+        chunks = split_k(w.k, TRF_K_BYTES // element, packet if packed is None else packed.multiple(packet))
         widest = max(k for _, k in chunks)
         count = rows.physical
         limit = max(1, min(8, GROUP_BYTES // (count * CHANNELS * dtype.bytes)))
@@ -111,24 +113,40 @@ class TokensStream(ContractionMapping):
             for g, t in passes[first : first + batch]
         ]
         buffers = [em.alloc(CHANNELS * widest * element, "weights") for _ in range(2)]
+        stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
         row = _row_bytes(max(g.per_slice for g in groups) * dtype.bytes, em.machine.dm_banks * em.machine.dm_bank_bytes)
         finals = [em.alloc(count * row, "channels") for _ in range(min(2, len(groups)))]
         partial = CHANNELS * 4
         acc = [em.alloc(count * partial, "partial") for _ in range(batch)] if split else []
         part = em.alloc(count * partial, "partial") if split else None
         if any(g.slices < g.ring for g in groups):  # slices without channels take part with zero weights
-            for buffer in buffers:
+            for buffer in buffers if packed is None else ():
                 em.memset(buffer, 0, CHANNELS * widest * element)
-        self._load_weights(w, groups, jobs[0], chunks, buffers[0])
+            for place in stages:
+                assert packed is not None
+                clear(em, place, packed, CHANNELS, widest)
+
+        def fetch_weights(i: int) -> None:
+            if packed is None:
+                self._load_weights(w, groups, jobs[i], chunks, buffers[i % 2])
+                return
+            group, ring = groups[jobs[i][0]], groups[jobs[i][0]].ring
+            steps = [(em.slices // ring, 0, ring * DM_SLICE_STRIDE), (group.slices, group.per_slice, DM_SLICE_STRIDE)]
+            start = group.start + jobs[i][1] * CHANNELS
+            load(em, packed, stages[i % 2], start, [*steps, (CHANNELS, 1, 0)], *chunks[jobs[i][2]])
+
+        fetch_weights(0)
         tokens, loaded = x, (-1, -1)
         scales = ScaleOps(em, self.scales)
         for i, (g, t, c) in enumerate(jobs):
             if i + 1 < len(jobs):
-                self._load_weights(w, groups, jobs[i + 1], chunks, buffers[(i + 1) % 2])
+                fetch_weights(i + 1)
             (k0, k), last = chunks[c], c == len(chunks) - 1
             number = passes.index((g, t))
             if not resident and loaded != (number // batch, c):
                 tokens, loaded = self._tokens_chunk(x, k0, k), (number // batch, c)
+            if packed is not None:
+                expand(em, packed, stages[i % 2], CHANNELS, k0, k, buffers[i % 2], em.slices)
             run = k * element
             base = self._next_half(em.machine.trf_bytes_per_slice // 8, 2 * run)
             channels = em.fetch(0, [(8, run), (2, 8 * run), (k, element)], w.dtype, FLIT_BYTES // element)

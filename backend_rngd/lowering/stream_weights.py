@@ -25,6 +25,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
+from backend_rngd.lowering.packed import expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor
 
@@ -60,7 +61,8 @@ class WeightsStream(ContractionMapping):
         lane_bytes = em.machine.trf_bytes_per_slice // lanes
         element = w.dtype.bytes
         packet = k_multiple(w.k, element)
-        chunks = split_k(w.k, lane_bytes // element, packet)
+        packed = w.packed
+        chunks = split_k(w.k, lane_bytes // element, packet if packed is None else packed.multiple(packet))
         widest = max(k for _, k in chunks)
         most = TILE_BYTES // (widest * element)
         if self.scales.channels is not None:
@@ -69,6 +71,7 @@ class WeightsStream(ContractionMapping):
         largest = max(t.per_slice for t in tiles)
         scales = ScaleOps(em, self.scales)
         buffers = [em.alloc(largest * widest * element, "weights") for _ in range(min(2, len(tiles) * len(chunks)))]
+        stages = [] if packed is None else [staging(em, packed, largest, widest) for _ in buffers]
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
         parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if split else []
@@ -78,13 +81,24 @@ class WeightsStream(ContractionMapping):
                 for buffer, width in ((finals[i], dtype.bytes), *((p[i], 4) for p in parts)):
                     em.memset(buffer, 0, t.per_slice * lanes * width)
         jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
-        self._load_weights(w, tiles[0], *chunks[0], buffers[0])
+
+        def fetch_tile(i: int) -> None:
+            c, t = jobs[i]
+            if packed is None:
+                self._load_weights(w, tiles[t], *chunks[c], buffers[i % 2])
+                return
+            tile = tiles[t]
+            steps = [(tile.slices, tile.per_slice, DM_SLICE_STRIDE), (tile.per_slice, 1, 0)]
+            load(em, packed, stages[i % 2], tile.start, steps, *chunks[c])
+
+        fetch_tile(0)
         base = 0
         for i, (c, t) in enumerate(jobs):
             if i + 1 < len(jobs):
-                nc, nt = jobs[i + 1]
-                self._load_weights(w, tiles[nt], *chunks[nc], buffers[(i + 1) % 2])
+                fetch_tile(i + 1)
             k0, k = chunks[c]
+            if packed is not None:
+                expand(em, packed, stages[i % 2], tiles[t].per_slice, k0, k, buffers[i % 2], tiles[t].slices)
             if t == 0:
                 base = self._next_half(lane_bytes, k * element)
                 self._tokens_to_trf(x, k0, k, lanes, base)

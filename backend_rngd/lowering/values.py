@@ -42,7 +42,8 @@ Bind = Callable[[Form], SSAValue]
 class Weight:
     """A parameter, or a view of one: `sizes` and element `strides` into the row-major parameter of `shape`.
 
-    bind(form) gives its HBM buffer laid out as the form says. literal: the values of a constant.
+    bind(form) gives its HBM buffer laid out as the form says. literal: the values of a constant. packed: words of 4-bit
+    numbers and their scales; such a weight [n, k] has no buffer of its own (`packed.py`).
     """
 
     shape: tuple[int, ...]
@@ -51,6 +52,7 @@ class Weight:
     literal: np.ndarray[Any, Any] | None = None
     sizes: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
+    packed: tuple[Weight, Weight] | None = None
 
     @staticmethod
     def of(shape: tuple[int, ...], dtype: Dtype, bind: Bind, literal: np.ndarray[Any, Any] | None = None) -> Weight:

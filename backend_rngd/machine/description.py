@@ -81,6 +81,8 @@ class Machine(BaseModel):
     fetch_sub_bytes: int
     commit_sub_bytes: int
     packet_multiple_bytes: int
+    lookup_keys_per_cycle: float
+    lookup_load_cycles: int
     max_loops: int
     max_loop_size: int
     max_stride_bits: int

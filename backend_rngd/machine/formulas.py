@@ -68,6 +68,7 @@ __all__ = [
     "lane_folder_flits",
     "load_trf_cycles",
     "load_vrf_cycles",
+    "lookup_cycles",
     "mac_utilisation",
     "macs",
     "memset_cycles",
@@ -166,14 +167,20 @@ def fetch_time(fetch: Fetch, context: Context, machine: Machine) -> float:
     """Cycles of a fetch: its access size follows from the layout (hardware.md 2.3)."""
     limit = machine.fetch_sub_bytes if context == Context.SUB else machine.fetch_main_bytes
     shape = fetched(fetch)
-    return fetch_cycles(shape.packets, fetch.packet * fetch.dtype.bytes, access_bytes(fetch, limit))
+    read = fetch_cycles(shape.packets, fetch.packet * fetch.dtype.bytes, access_bytes(fetch, limit))
+    return read if fetch.lookup is None else max(read, lookup_cycles(shape.packets * fetch.packet, machine))
+
+
+def lookup_cycles(keys: int, machine: Machine) -> float:
+    """Keys of a slice through the table of the fetch adapter."""
+    return keys / machine.lookup_keys_per_cycle
 
 
 def exec_cycles(desc: Exec, context: Context, machine: Machine) -> PassTime:
     """Time of a Tensor Unit pass that has its engines for itself."""
     sub = context == Context.SUB
     stages: dict[str, float] = {"fetch": fetch_time(desc.fetch, context, machine)}
-    fill = 0.0
+    fill = 0.0 if desc.fetch.lookup is None else float(machine.lookup_load_cycles)
     shape = fetched(desc.fetch)
     if desc.switch is not None:
         ring = desc.switch.slice1 * desc.switch.slice0

@@ -16,6 +16,7 @@ from backend_rngd.isa.descriptors import (
     Fetch,
     LaneMode,
     LoadTrf,
+    Lookup,
     Space,
     Switch,
     SwitchKind,
@@ -76,6 +77,20 @@ def test_sub_context_reads_8_bytes_a_cycle() -> None:
 def test_widening_limits_the_access_to_one_flit_of_results() -> None:
     fetch = Fetch(0, ((64, 2),), Dtype.BF16, 16, Dtype.F32)
     assert f.fetch_time(fetch, Context.MAIN, BOOK) == 8  # 16 B of bf16 are 32 B of f32
+
+
+def test_a_table_limits_the_fetch() -> None:
+    """4 keys an access give 8 f32; the table takes 6.25 keys a cycle, and silicon loads it for every pass (KK)."""
+    wide = Fetch(0, ((512, 1),), Dtype.I8, 8, Dtype.F32, None, Lookup.I4_F8E4M3)
+    assert f.fetch_time(wide, Context.MAIN, BOOK) == 512 / 4
+    narrow = Fetch(0, ((512, 1),), Dtype.I8, 16, None, None, Lookup.I4_F8E4M3)
+    assert f.fetch_time(narrow, Context.MAIN, BOOK) == 512 / 6.25
+    passes = [
+        Exec(64, fetch, Commit(4096, ((1024, 4),), Dtype.F32, 8))
+        for fetch in (wide, Fetch(0, ((1024, 1),), Dtype.I8, 8, Dtype.I32))
+    ]
+    silicon = [f.exec_cycles(p, Context.MAIN, SILICON).fill for p in passes]
+    assert silicon[0] - silicon[1] == 838
 
 
 @pytest.mark.parametrize(

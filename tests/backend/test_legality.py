@@ -47,6 +47,7 @@ from backend_rngd.isa.descriptors import (
     Fetch,
     Index,
     LaneMode,
+    Lookup,
     Memset,
     Mode,
     Notify,
@@ -107,7 +108,17 @@ ZIP = VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01)
 INTEGER = Exec(SLICES, Fetch(0, ((64, 4),), Dtype.I32, 8), Commit(8192, ((64, 4),), Dtype.I32, 8))
 STASHING = VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, STASH)
 
+KEYS = put(
+    commit_of(copy_pass(), dtype=Dtype.BF16, loops=((128, 2),)),
+    fetch=Fetch(0, ((64, 1),), Dtype.I8, 8, Dtype.F32, None, Lookup.I4_F8E4M3),
+)
+
 LEGAL: dict[str, Descriptor] = {
+    "table": KEYS,
+    "table without a cast": put(
+        commit_of(copy_pass(), dtype=Dtype.F8E4M3, loops=((128, 1),), valid=32),
+        fetch=put(KEYS.fetch, packet=16, cast=None),
+    ),
     "copy": copy_pass(),
     "in place": copy_pass(0, 0),
     "matmul": matmul(),
@@ -219,6 +230,10 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("flit-packet", None, put(vrf(), fetch=put(vrf().fetch, packet=16))),
     ("flit-packet", None, put(vrf(), fetch=put(vrf().fetch, packet=4))),
     ("fetch-cast", None, fetch_of(copy_pass(), cast=Dtype.F32)),
+    ("lookup", "sub", LEGAL["table without a cast"]),
+    ("lookup", None, put(KEYS, fetch=put(KEYS.fetch, dtype=Dtype.F8E5M2))),
+    ("lookup", None, put(trf(), fetch=put(trf().fetch, dtype=Dtype.I8, packet=32, lookup=Lookup.I4_F8E4M3))),
+    ("fetch-cast", None, commit_of(fetch_of(KEYS, cast=Dtype.I32), dtype=Dtype.I32, loops=((128, 4),))),
     ("sub-access", "sub", fetch_of(copy_pass(), loops=((32, 4), (2, 0)))),
     ("sub-access", "sub", put(vrf(), fetch=put(vrf().fetch, loops=((32, 4), (2, 0))))),
     ("second", None, fetch_of(chain(ZIP, second=True), second=(0, (4, 4)))),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from isa_builders import chain, constant, descriptors, instruction, load, matmul, stream, streams
+from isa_builders import chain, constant, copy_pass, descriptors, instruction, load, matmul, stream, streams
 
 from backend_rngd.isa.descriptors import After, Alu, Call, Descriptor, Exec, Op, Stream
 from backend_rngd.isa.tables import TableError, decode, encode, load_npz, save_npz
@@ -116,7 +116,7 @@ def test_comments_and_blank_lines_are_skipped() -> None:
 
 def test_other_versions_are_refused() -> None:
     tables = encode(stream([instruction(load())]))
-    header = bytes(tables["header"]).replace(b'"format": 2', b'"format": 9')
+    header = bytes(tables["header"]).replace(b'"format": 3', b'"format": 9')
     with pytest.raises(TableError, match="stream format 9"):
         decode(tables | {"header": np.frombuffer(header, np.uint8)})
     with pytest.raises(TableError, match="not a stream"):
@@ -125,3 +125,15 @@ def test_other_versions_are_refused() -> None:
         decode({k: v for k, v in tables.items() if k != "Dma"})
     with pytest.raises(TableError, match="other columns"):
         decode(tables | {"Dma": np.zeros(1, [("a", "<i8")])})
+
+
+def test_tables_of_the_version_before_are_read() -> None:
+    """Format 2 had no lookup; a stream without one means the same."""
+    written = stream([instruction(load()), instruction(copy_pass())])
+    tables = encode(written)
+    header = bytes(tables["header"]).replace(b'"format": 3', b'"format": 2')
+    names = [n for n in tables["Fetch"].dtype.names or () if n != "lookup"]
+    older = tables | {"header": np.frombuffer(header, np.uint8), "Fetch": tables["Fetch"][names].copy()}
+    assert decode(older) == written
+    with pytest.raises(TableError, match="other columns"):
+        decode(tables | {"Fetch": tables["Fetch"][[n for n in names if n != "packet"]].copy()})

@@ -22,6 +22,7 @@ from backend_rngd.isa.descriptors import (
     LaneMode,
     LoadTrf,
     LoadVrf,
+    Lookup,
     Memset,
     Mode,
     Op,
@@ -61,6 +62,13 @@ def decode_f8(byte: int, dtype: Dtype) -> float:
     if exponent == 0:
         return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
     return sign * (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
+
+
+def decode_f4(nibble: int) -> float:
+    """f4e2m1: bias 1, subnormals, no infinities."""
+    sign = -1.0 if nibble & 8 else 1.0
+    exponent, mantissa = nibble >> 1 & 3, nibble & 1
+    return sign * (mantissa * 0.5 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
 
 
 def all_f8(dtype: Dtype) -> list[tuple[float, int]]:
@@ -148,10 +156,16 @@ class LiteralUnit:
             for index in steps(fetch.loops):
                 at = base + sum(i * stride for i, stride in zip(index, strides, strict=True))
                 raw = bytes(self.dm[s][at : at + fetch.dtype.bytes])
+                found = [raw]
+                if fetch.lookup is not None:  # two 4-bit numbers a key, the first in the low bits
+                    nibbles = [raw[0] >> shift & 15 for shift in (0, 4)]
+                    numbers = [float(n - 8) if fetch.lookup is Lookup.I4_F8E4M3 else decode_f4(n) for n in nibbles]
+                    found = [encode(x, Dtype.F8E4M3) for x in numbers]
                 if fetch.cast is not None:
-                    raw = encode(decode(raw, fetch.dtype), fetch.cast)
-                elements.append(raw)
-            streams.append([elements[i : i + fetch.packet] for i in range(0, len(elements), fetch.packet)])
+                    found = [encode(decode(x, fetch.raw), fetch.cast) for x in found]
+                elements += found
+            packet = fetch.packet * fetch.results
+            streams.append([elements[i : i + packet] for i in range(0, len(elements), packet)])
         if len(streams) == 1:
             return streams[0]
         return [packet for both in zip(*streams, strict=True) for packet in both]
@@ -371,7 +385,7 @@ class LiteralUnit:
             streams = self.switch(op.switch, streams)
         writes = []
         for s, packets in enumerate(streams):
-            dtype = op.fetch.cast or op.fetch.dtype
+            dtype = op.fetch.cast or op.fetch.raw
             pair = op.fetch.second is not None
             if op.contract is not None:
                 packets, dtype = self.contract(op.contract, packets, dtype, s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import drawing as draw_
@@ -22,6 +23,7 @@ from backend_rngd.isa.descriptors import (
     Exec,
     Fetch,
     Instruction,
+    Lookup,
     Memset,
     Op,
     Routine,
@@ -56,6 +58,17 @@ def test_copies_and_casts(data, seed):
     casts = {Dtype.F32: [None, Dtype.BF16, Dtype.F8E4M3, Dtype.F8E5M2], Dtype.I32: [None, Dtype.I16, Dtype.I8]}
     commit = data.draw(draw_.commits(dtype, fetch.packet, after, data.draw(st.sampled_from(casts.get(dtype, [None])))))
     run_both(Exec(slices, fetch, commit, switch), slices, seed, fetch.dtype, small=False)
+
+
+@EXAMPLES
+@given(st.data(), SEED, st.booleans())
+def test_table_lookups(data, seed, widen):
+    keys = data.draw(draw_.fetches((Dtype.I8,), casts=False, packet_bytes=(8, 16)))
+    fetch = replace(keys, cast=Dtype.F32 if widen else None, lookup=data.draw(st.sampled_from(list(Lookup))))
+    dtype, packets = fetch.cast or fetch.raw, int(np.prod([n for n, _ in fetch.loops])) // fetch.packet
+    cast = data.draw(st.sampled_from([None, Dtype.BF16])) if widen else None
+    commit = data.draw(draw_.commits(dtype, fetch.packet * 2, packets, cast))
+    run_both(Exec(2, fetch, commit), 2, seed, Dtype.I8, small=False)
 
 
 @EXAMPLES
