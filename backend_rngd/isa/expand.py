@@ -17,6 +17,7 @@ from backend_rngd.isa.descriptors import (
     Call,
     Context,
     Dma,
+    Endpoint,
     Exec,
     LoadTrf,
     LoadVrf,
@@ -31,6 +32,7 @@ from backend_rngd.isa.footprint import Access
 from backend_rngd.isa.hazards import CONTEXTS, Hazards
 from backend_rngd.isa.peers import notified
 
+INDEX_BYTES = 4
 Registers = Mapping[int, tuple[int, ...]]
 
 
@@ -87,13 +89,19 @@ class _Stretch:
 
 
 def synchronises(stream: Stream) -> bool:
-    """Whether a stream has anything to do with other units."""
-    return any(
-        isinstance(i.what, (Notify, Wait))
-        or (isinstance(i.what, Dma) and (i.what.source.space.is_peer or i.what.destination.space.is_peer))
-        for r in stream.routines
-        for i in r.instructions
-    )
+    """Whether a stream has anything to do with other units, in what its entry reaches (routines that hand activations
+    to another pipeline stage are there in every stream)."""
+    reached = [0]
+    for number in reached:
+        for i in stream.routines[number].instructions:
+            what = i.what
+            if isinstance(what, (Notify, Wait)):
+                return True
+            if isinstance(what, Dma) and (what.source.space.is_peer or what.destination.space.is_peer):
+                return True
+            if isinstance(what, Call) and what.routine not in reached:
+                reached.append(what.routine)
+    return False
 
 
 class Expansion:
@@ -238,7 +246,8 @@ class Expansion:
         if isinstance(what, Notify):
             used = (registers[what.register],)
         elif isinstance(what, Dma):
-            used = (registers[what.source.register], registers[what.destination.register])
+            index = what.index.register if what.index is not None else 0
+            used = (registers[what.source.register], registers[what.destination.register], registers[index])
         key = (number, step.index, step.low, step.high, used)
         if key not in self._items:
             self._items[key] = self._new_item(number, step, used)
@@ -251,7 +260,8 @@ class Expansion:
         if isinstance(what, Notify):
             targets = tuple(self._targets(number, step.index, what, used[0][rank], rank) for rank in self._ranks)
         elif isinstance(what, Dma):
-            visits = tuple(self._transfer(what, used[0][rank], used[1][rank], rank) for rank in self._ranks)
+            values = zip(*used, strict=True)
+            visits = tuple(self._transfer(what, found, rank) for rank, found in enumerate(values))
         elif not isinstance(what, Wait):
             found = self._own_cells(number, step.index)
             first = self.stage * self.units
@@ -272,10 +282,15 @@ class Expansion:
                 out.append(found)
         return tuple(out)
 
-    def _transfer(self, desc: Dma, source: int, destination: int, rank: int) -> tuple[Visit, ...]:
-        """Cells touched by a transfer of a unit; source, destination: values of the registers of its sides."""
+    def _transfer(self, desc: Dma, registers: tuple[int, ...], rank: int) -> tuple[Visit, ...]:
+        """Cells touched by a transfer of a unit; registers: values for source, destination and index."""
         out: list[Visit] = []
-        for (endpoint, loops, write), value in zip(sides(desc), (source, destination), strict=True):
+        if desc.index is not None:
+            steps = [(n, step) for (n, _, _), step in zip(desc.loops, desc.index.strides, strict=True)]
+            place = Endpoint(Space.HBM, desc.index.base)
+            if cells := self.grid.own_cells(place, steps, INDEX_BYTES, registers[2]):
+                out.append(Visit((self.stage * self.units + rank,), cells, False))
+        for (endpoint, loops, write), value in zip(sides(desc), registers, strict=False):
             if not endpoint.space.is_peer:
                 if cells := self.grid.own_cells(endpoint, loops, desc.packet, value):
                     out.append(Visit((self.stage * self.units + rank,), cells, write))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mutants import leaves, replaced
-from spmd import MACHINE, OWN, PIECE, UNIT_RULES, Spmd, changed, layers, rules
+from spmd import MACHINE, OWN, PART, PIECE, UNIT_RULES, Spmd, changed, layers, rules
 from xdsl.dialects.builtin import ModuleOp
 
 from backend_rngd.dialect import (
@@ -32,6 +32,7 @@ from backend_rngd.isa.descriptors import (
     Context,
     Dma,
     Endpoint,
+    Index,
     Instruction,
     Notify,
     Space,
@@ -515,6 +516,30 @@ def test_other_stages_are_left_to_the_simulator() -> None:
 
     assert stage(2).check(MACHINE) == []
     assert found_in(stage(6)) == {"peer"}
+
+
+def test_indices_that_others_write_are_seen() -> None:
+    """A gather reads its byte offsets from HBM, into which another unit may write."""
+
+    def program(waits: bool) -> Emitted:
+        b = Spmd(2)
+        b.shared("offsets", "hbm", nbytes=512)
+        b.shared("table", "hbm", kind="weight")
+        x, rows = b.local(), b.local()
+        b.load("x", x)
+        write = Dma(Endpoint(Space.DM, 0), Endpoint(Space.PEER_HBM, 0, PART), ((2, 0, UNIT_STRIDE),), PIECE)
+        b.current.block.add_op(DmaOp(write, x, b.get("offsets"), location="push"))
+        if waits:
+            b.notify(0)
+            b.wait(0)
+        loops = ((64, 0, DM_SLICE_STRIDE),)
+        gather = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.DM, 0), loops, PIECE, Index(0, 0, (8,), False))
+        b.current.block.add_op(DmaOp(gather, b.get("table"), rows, index=b.get("offsets"), location="gather"))
+        b.store(rows, "y")
+        return b.emit()
+
+    assert program(waits=True).check(MACHINE) == []
+    assert found_in(program(waits=False)) == {"unit-race"}
 
 
 def test_check_units_reports_by_routine_and_index() -> None:
