@@ -33,10 +33,11 @@ from ir.dialects import tc
 from ir.interpreter import find_function, names_of
 from ir.placement import Shard
 from ir.spmd import argument_shards
-from ir.types import labelled_dims, shape_of, tensor_type
+from ir.types import labelled_dims, shape_of, tensor, tensor_type
 from passes.provenance import PATH, inherit
 from passes.reshard import Reshard, local_type, name_of
-from passes.sharding import Sharding, static_values
+from passes.sharding import Sharding
+from passes.static_values import static_values
 
 SEQUENCE = "tc.sequence"
 """Module attribute with the number of tokens that sequence parallelism cuts."""
@@ -173,7 +174,9 @@ class _Function:
                 new.properties["size"] = IntegerAttr(shape_of(kind)[axis], i64)
             self._take_over(op, new, [step.result])
         final = self.sharding.retired(op, step)
-        if step.partial:
+        if isinstance(op, tc.ReduceOp):
+            self._combine(op, step.partial, final)
+        elif step.partial:
             value = self.env[op.results[0]][0]
             weight = next((name_of(o, op) for o in op.operands if o in self.static), "an operand")
             why = f"{self._where(op)}: sum over an axis along which {weight} is cut"
@@ -183,6 +186,20 @@ class _Function:
             value = self.env[op.results[0]][0]
             why = f"{self._where(op)}: the rows of this unit (sequence parallelism)"
             self.env[op.results[0]] = (self.reshard.move(value, step.result, final, why), final)
+
+    def _combine(self, op: tc.ReduceOp, axes: Sequence[str], shard: Shard) -> None:
+        """Reduce the results of all units: they are gathered as a further dimension, which is small."""
+        value = self.env[op.result][0]
+        names = tc.own_axes(len(shape_of(value)) + 1)
+        rule = f"{' '.join(names)} -> {' '.join(names[:-1])}"
+        for axis in axes:
+            kind, shape = tensor(value).element_type, labelled_dims(value)
+            why = f"{self._where(op)}: {op.kind.data} over an axis that is cut on {axis}"
+            one = self._insert(tc.ReshapeOp(value, tensor_type(kind, [*shape, 1])))
+            full = tensor_type(kind, [*shape, self.sharding.mesh[axis]])
+            every = self._insert(tc.AllGatherOp(one, len(shape), axis, why, full))
+            value = self._insert(tc.ReduceOp([every], op.kind.data, "a", rule, tensor(value)))
+        self.env[op.result] = (value, shard)
 
     def _lookup(self, op: tc.GatherOp, table_shard: Shard, axis: str) -> None:
         """Rows of a table that is cut along the indexed axis: own rows, and zero for those of other units."""

@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from xdsl.dialects import func
-from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Operation, SSAValue
 
 from ir.axes import Rule
 from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.placement import Factor, Factors, Mesh, Shard
+from ir.quantization import PER_WORD
 from ir.types import axis_names, shape_of
 
 Placed = Shard | None
@@ -78,13 +77,16 @@ class Sharding:
         everything = self.mesh.parts("tp")
         return ("tp",) if parts == set(everything) else tuple(a for a in everything if a in parts)
 
-    def cut(self, size: int) -> Factors:
-        """A dimension cut over all units; local sizes are multiples of 8 where that costs at most 1/16 of padding."""
+    def cut(self, size: int, block: int = 1) -> Factors:
+        """A dimension cut over all units, in blocks if it consists of such.
+
+        Local sizes are multiples of 8 where that costs at most 1/16 of padding.
+        """
         units = self.mesh.size
         eights = -(-size // (8 * units)) * 8 * units
-        if size % 8 == 0 and size % (8 * units) and size >= eights * 15 / 16:
-            return (Factor(size // 8, "tp"), Factor(8))
-        return (Factor(size, "tp"),)
+        if block == 1 and size % 8 == 0 and size % (8 * units) and size >= eights * 15 / 16:
+            block = 8
+        return (Factor(size // block, "tp"), Factor(block)) if size % block == 0 else (Factor(size, "tp"),)
 
     def step(self, op: Operation, have: Sequence[Placed], static: Sequence[bool]) -> Step:
         """What an operation asks for. `static` tells the operands that are made of weights only."""
@@ -101,7 +103,13 @@ class Sharding:
                 fixed = frozenset[str]() if static[0] else frozenset({op.indexed_axis()})
                 return replace(self._by_rule(op, have, static, fixed), begins=static[0])
             case tc.ReduceOp():
-                return self._by_rule(op, have, static, frozenset(op.rule().reduced))
+                # Every unit reduces its own elements, unless some of them are padding.
+                shards = [h or self.whole(o) for h, o in zip(have, op.operands, strict=True)]
+                sides = zip(op.rule().inputs, shards, strict=True)
+                fixed = {n for side, s in sides for n, d in zip(side, s.dims, strict=True) if self.padded(d)}
+                return self._by_rule(op, have, static, frozenset(op.rule().reduced) & fixed)
+            case tc.DequantizeOp():
+                return self._dequantize(op, have)
             case tc.ContractOp():
                 # Contractions see all tokens, so that one exchange serves all that read the same value.
                 tokens = [(side, self.token_dim(o)) for side, o in zip(op.rule().inputs, op.operands, strict=True)]
@@ -203,6 +211,30 @@ class Sharding:
         inner = [f for f in self.normal(source.dims[axis])[1:]]
         return start // math.prod(f.size for f in inner) * math.prod(f.local(self.mesh) for f in inner)
 
+    def _dequantize(self, op: tc.DequantizeOp, have: Sequence[Placed]) -> Step:
+        packed = have[0] or self.whole(op.packed)
+        result = self.shard([packed.dims[0], (*packed.dims[1], Factor(PER_WORD))])
+        parts = self.quantized(op, result)
+        if parts is None:
+            result = self.whole(op.result)
+            parts = [self.whole(op.packed), self.whole(op.scale)]
+        return Step(parts, result)
+
+    def quantized(self, op: tc.DequantizeOp, result: Shard) -> list[Shard] | None:
+        """The placements of packed numbers and scales for that of the weight; None if a cut divides a group."""
+        rows, columns = result.dims
+        groups = shape_of(op.scale)[1]
+        words = self.reshaped(Shard((columns,)), [shape_of(op.packed)[1], PER_WORD])
+        scales = self.reshaped(Shard((columns,)), [groups, op.group]) if groups > 1 else None
+        if words is None or self.parts(words.dims[1]):
+            return None
+        if groups == 1:
+            # A packed zero stands for -8 scales: only a scale of zero makes it one.
+            return None if self.padded(columns) else [self.shard([rows, words.dims[0]]), self.shard([rows, ()])]
+        if scales is None or self.parts(scales.dims[1]):
+            return None
+        return [self.shard([rows, words.dims[0]]), self.shard([rows, scales.dims[0]])]
+
     def _attention(self, op: tc.AttentionOp, have: Sequence[Placed]) -> Step:
         """Heads lie as (key-value heads, group); keys and values as the first of the two."""
         values: list[SSAValue] = list(op.operands)
@@ -221,6 +253,8 @@ class Sharding:
 
     def retired(self, op: Operation, step: Step) -> Shard:
         """The placement of a result behind its partial sums: cut along S under sequence parallelism."""
+        if isinstance(op, tc.ReduceOp):
+            return step.result
         rows = self.token_dim(op.results[0]) if step.partial == ("tp",) or step.begins else None
         if rows is None or step.result.axes:
             return step.result
@@ -236,30 +270,3 @@ class Sharding:
             return None
         dims = [i for i, n in enumerate(axis_names(value)) if n.split("*")[-1] == "S"]
         return dims[0] if len(dims) == 1 and shape_of(value)[dims[0]] % self.sequence == 0 else None
-
-
-def static_values(module: ModuleOp) -> set[SSAValue]:
-    """The values that are made of weights and constants only; arguments if they are in every call."""
-    found: set[SSAValue] = set()
-    functions = {f.sym_name.data: f for f in module.ops if isinstance(f, func.FuncOp)}
-    calls = [op for op in module.walk() if isinstance(op, func.CallOp)]
-    main = [f for f in functions.values() if not any(c.callee.string_value() == f.sym_name.data for c in calls)]
-    for function in main:
-        _static(function, found)
-    varying = {
-        functions[c.callee.string_value()].body.block.args[i]
-        for c in calls
-        for i, o in enumerate(c.operands)
-        if o not in found
-    }
-    for name in {c.callee.string_value() for c in calls}:
-        function = functions[name]
-        found |= set(function.body.block.args) - varying
-        _static(function, found)
-    return found
-
-
-def _static(function: func.FuncOp, found: set[SSAValue]) -> None:
-    for op in function.body.block.ops:
-        if isinstance(op, tc.TcOp) and all(o in found for o in op.operands):
-            found |= set(op.results)

@@ -31,9 +31,9 @@ from ir.dialects import tc
 from ir.errors import Problem, UserError
 from ir.interpreter import find_function
 from ir.types import ELEMENT_BYTES, elem_of, shape_of
+from passes.arguments import argument_name
 from passes.notes import add_notes
 from passes.provenance import PATH
-from passes.tp_planner import argument_name
 
 STAGE = "stage"
 """Attribute of a call: the number of its stage."""

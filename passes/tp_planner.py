@@ -6,6 +6,7 @@ and hands the cut back to the weights. Caches lie as the keys and values that ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,35 +16,24 @@ from xdsl.ir import Operation, SSAValue
 from xdsl.utils.exceptions import PassFailedException
 
 from ir.dialects import tc
-from ir.interpreter import find_function, names_of
+from ir.errors import UnsupportedError
+from ir.interpreter import find_function
 from ir.placement import Factor, Factors, Shard
+from ir.quantization import PER_WORD
 from ir.types import shape_of
-from passes.sharding import Placed, Sharding, static_values
+from passes.arguments import is_cache, is_vocabulary
+from passes.sharding import Placed, Sharding
+from passes.static_values import static_values
 from passes.tp_roles import LOGITS, End, Follower
 from passes.tp_styles import COLUMN, EMBEDDING, REPLICATE, ROW, Styles
 
-INPUT_IDS = "input_ids"
-"""The argument of @main with token numbers."""
 
-
-def argument_name(value: SSAValue) -> str:
-    """The name of a function's argument in `arg_names`; empty for other values."""
-    block = value.owner
-    if isinstance(block, Operation):
-        return ""
-    function = block.parent_op()
-    if not isinstance(function, FuncOp):
-        return ""
-    return names_of(function, "arg_names", len(block.args))[next(i for i, a in enumerate(block.args) if a is value)]
-
-
-def _is_cache(value: SSAValue) -> bool:
-    return argument_name(value).startswith("cache.")
-
-
-def is_vocabulary(op: tc.GatherOp) -> bool:
-    """Whether a gather looks up tokens: its indices are the input ids. Position tables stay whole."""
-    return argument_name(op.indices) == INPUT_IDS
+def _block(weight: SSAValue) -> int:
+    """Neighbouring inputs of a weight that must stay together: those of a scale, and of a word, of 4-bit numbers."""
+    if not isinstance(weight.owner, tc.DequantizeOp):
+        return 1
+    group = weight.owner.group
+    return PER_WORD if group == shape_of(weight)[1] else math.lcm(PER_WORD, group)
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class Planner:
         have: list[Placed] = [self.placed.get(o) for o in op.operands]
         if op.operands and all(o in self.static for o in op.operands):
             # Made of weights only: it lies as its first user needs it, and so do the weights.
-            if len(op.operands) == 1 and op.operands[0] in self.names:
+            if isinstance(op, tc.DequantizeOp) or (len(op.operands) == 1 and op.operands[0] in self.names):
                 self.names[op.results[0]] = self.names[op.operands[0]]
             if all(h is None for h in have):
                 return
@@ -123,7 +113,7 @@ class Planner:
                         self._decide(operand, shard)
                         have[index] = self.placed.get(operand)
         have = [
-            h if h is not None or o in self.static or _is_cache(o) else self.sharding.whole(o)
+            h if h is not None or o in self.static or is_cache(o) else self.sharding.whole(o)
             for h, o in zip(have, op.operands, strict=True)
         ]
         step = self.sharding.step(op, have, [o in self.static for o in op.operands])
@@ -142,12 +132,28 @@ class Planner:
             source = self.sharding.reshaped(shard, shape_of(owner.x))
             if source is not None and self.placed.get(owner.x) is None:
                 self._decide(owner.x, source)
+        elif isinstance(owner, tc.DequantizeOp):
+            self._decide_packed(owner, shard)
         elif isinstance(owner, (tc.MapOp, tc.TransposeOp)):
             rule = owner.rule()
             axes = dict(zip(rule.output, shard.dims, strict=True))
             for operand, side in zip(owner.operands, rule.inputs, strict=True):
                 if self.placed.get(operand) is None:
                     self._decide(operand, self.sharding.shard([axes[a] for a in side]))
+
+    def _decide_packed(self, op: tc.DequantizeOp, shard: Shard) -> None:
+        """Place packed numbers and their scales. Raises UnsupportedError if units would share a group."""
+        parts = self.sharding.quantized(op, shard)
+        if parts is None:
+            name = self.names.get(op.packed, "a 4-bit weight")
+            raise UnsupportedError(
+                f"{name} on {self.sharding.mesh.size} units",
+                f"its inputs are cut as [{shard}], and a scale belongs to {op.group} neighbours",
+                "use fewer units (-tp), or name it `replicate` in a plan (--tensor-parallel-plan)",
+            )
+        for operand, part in zip(op.operands, parts, strict=True):
+            if self.placed.get(operand) is None:
+                self._decide(operand, part)
 
     def _weight(
         self, op: tc.ContractOp | tc.GatherOp, index: int, have: Sequence[Placed], follower: Follower
@@ -171,7 +177,9 @@ class Planner:
             if style != COLUMN and any(self.sharding.parts(dims[a]) for a in summed):
                 return None
         if style == ROW:
-            return self._cut(side, sizes, summed[0], self.sharding.cut(sizes[summed[0]])) if summed else None
+            if not summed:
+                return None
+            return self._cut(side, sizes, summed[0], self.sharding.cut(sizes[summed[0]], _block(operand)))
         if len(outputs) != 1:
             return None
         (axis,) = outputs
@@ -200,7 +208,8 @@ class Planner:
     def _part(self, ends: Sequence[End], size: int) -> Factors | None:
         kinds = {e.kind for e in ends}
         if kinds == {"contract"} or kinds == {LOGITS}:
-            return self.sharding.cut(size)
+            blocks = [_block(o) for e in ends if isinstance(e.op, tc.ContractOp) for o in e.op.operands]
+            return self.sharding.cut(size, math.lcm(*blocks) if blocks else 1)
         attentions = [e.op for e in ends if isinstance(e.op, tc.AttentionOp)]
         if kinds not in ({"heads"}, {"kv"}):
             return None
@@ -215,7 +224,7 @@ class Planner:
         """Place a block's arguments at its first call; calls that lie differently get a copy of the block."""
         callee = op.callee.string_value()
         have = [
-            self.placed.get(o) or (None if o in self.static or _is_cache(o) else self.sharding.whole(o))
+            self.placed.get(o) or (None if o in self.static or is_cache(o) else self.sharding.whole(o))
             for o in op.operands
         ]
         weights = [self.names.get(o) for o in op.operands]

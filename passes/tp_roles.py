@@ -83,7 +83,7 @@ class Follower:
                     yield from self._follow(op.results[0], rule.output.index(name), part)
                 elif isinstance(op, tc.ContractOp):
                     yield End("contract", op, part)
-                else:
+                elif not isinstance(op, tc.ReduceOp):  # units combine what they reduce
                     yield End("other", op, part, f"{op.name} needs all of it")
             case CallOp():
                 yield End("other", op, part, f"it is passed to @{op.callee.string_value()}")

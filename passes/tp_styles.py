@@ -96,7 +96,7 @@ def _placement_problems(where: str, shard: Shard, mesh: Mesh, weights: Mapping[s
 @cache
 def _regex(pattern: str) -> re.Pattern[str]:
     body = re.escape(pattern).replace(r"\*", r"[^.]+")
-    return re.compile(rf"(?:^|\.){body}(?:\.weight|\.bias)?$")
+    return re.compile(rf"(?:^|\.){body}(?:\.weight(?:_scale|_packed)?|\.bias)?$")
 
 
 def read_styles(module: ModuleOp, path: str | None) -> Styles:

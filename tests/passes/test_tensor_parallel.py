@@ -19,6 +19,7 @@ from ir.dialects import tc
 from ir.errors import UserError
 from ir.interpreter import find_function, names_of, run
 from ir.placement import Mesh
+from ir.quantization import Scheme, note_schemes
 from ir.spmd import argument_shards, join_results, run_spmd
 from ir.text import parse_module, print_module
 from ir.types import shape_of
@@ -365,3 +366,61 @@ def test_provenance_survives() -> None:
     for before, after in ((model, part),):
         paths = {op.attributes["path"] for op in before.walk() if "path" in op.attributes}
         assert paths == {op.attributes["path"] for op in after.walk() if "path" in op.attributes}
+
+
+def quantized(shape: Shape, scheme: str) -> ModuleOp:
+    """A model whose projections are quantized."""
+    model = module(shape)
+    names = [
+        op.fqn.data
+        for op in model.walk()
+        if isinstance(op, tc.WeightOp)
+        and len(shape_of(op.result)) == 2
+        and (".attn." in op.fqn.data or ".mlp." in op.fqn.data)
+    ]
+    note_schemes(model, {n: Scheme.parse(scheme) for n in names})
+    run_pipeline(model, "bind-quantized,simplify")
+    return model
+
+
+@pytest.mark.parametrize("units", [2, 4, 8])
+@pytest.mark.parametrize("scheme", ["int8 channel dynamic", "fp8 tensor static", "int4 group 8", "int4 group 0"])
+def test_quantized_models(scheme: str, units: int) -> None:
+    shape = Shape(kv=2, group=4, head=8, hidden=16, inner=64)
+    model = quantized(shape, scheme)
+    args, weights = inputs_of(model, shape), weights_of(model)
+    want = run(model, args, weights.__getitem__)
+    part = model.clone()
+    run_pipeline(part, shard_stage(units))
+    results = run_spmd(part, args, weights.__getitem__)
+    # Numbers of 8 bits may round to a neighbour where sums are added in another order.
+    same(want, join_results(part, results), 1e-4 if "int4" in scheme else 3e-2)
+    sums = Counter(c.kind for c in collectives_report(part) if c.function == "block_0")
+    # A dynamic scale needs the largest number of a whole token: two small exchanges a layer.
+    assert sums == ({"all_reduce": 2, "all_gather": 2} if "dynamic" in scheme else {"all_reduce": 2})
+    assert all(c.nbytes < 2048 for c in collectives_report(part) if c.function == "block_0" and c.kind == "all_gather")
+
+
+def test_quantized_models_with_padded_heads() -> None:
+    """Padding must not enter the largest number of a token, nor be what a packed zero stands for."""
+    shape = Shape(kv=3, group=1, head=8, hidden=16, inner=24, gated=False)
+    model = quantized(shape, "int8 channel dynamic")
+    args, weights = inputs_of(model, shape), weights_of(model)
+    part = model.clone()
+    run_pipeline(part, shard_stage(2))
+    got = join_results(part, run_spmd(part, args, weights.__getitem__))
+    same(run(model, args, weights.__getitem__), got, 3e-2)
+    with pytest.raises(UserError, match=r"attn.o.weight_packed on 2 units: .* a scale belongs to 24"):
+        run_pipeline(quantized(shape, "int4 group 0"), shard_stage(2))
+
+
+def test_groups_of_4_bit_weights_stay_together() -> None:
+    shape = Shape(kv=2, group=2, head=8, hidden=16, inner=48)
+    part = quantized(shape, "int4 group 16")
+    run_pipeline(part, shard_stage(2))
+    shards = {op.fqn.data: op.shard.data for op in part.walk() if isinstance(op, tc.WeightOp) and op.shard}
+    assert shards["layers.0.mlp.up.weight_packed"] == "3@tp 16, 2"
+    assert shards["layers.0.mlp.down.weight_packed"] == "16, 3@tp 2"
+    assert shards["layers.0.mlp.down.weight_scale"] == "16, 3@tp"
+    with pytest.raises(UserError, match=r"attn.o.weight_packed on 4 units: its inputs are cut as .* belongs to 16"):
+        run_pipeline(quantized(shape, "int4 group 16"), shard_stage(4))

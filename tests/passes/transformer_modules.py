@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import ModuleOp
 from ir.dialects import tc
 from ir.interpreter import find_function, names_of
 from ir.text import parse_module
-from ir.types import elem_of, shape_of
+from ir.types import NUMPY_DTYPES, elem_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,16 @@ def weights_of(model: ModuleOp) -> dict[str, np.ndarray]:
     for op in model.walk():
         if isinstance(op, tc.WeightOp):
             rng = np.random.default_rng(len(found))
-            found[op.fqn.data] = rng.standard_normal(shape_of(op.result)).astype(np.float32) * np.float32(0.4)
+            sizes, elem = shape_of(op.result), elem_of(op.result)
+            if elem == "i32":
+                numbers = rng.integers(-(2**31), 2**31, sizes)
+            elif elem == "i8":
+                numbers = rng.integers(-127, 128, sizes)
+            elif op.fqn.data.endswith("_scale"):
+                numbers = rng.uniform(0.5, 1.5, sizes) * 0.02
+            else:
+                numbers = rng.standard_normal(sizes) * 0.4
+            found[op.fqn.data] = np.asarray(numbers).astype(NUMPY_DTYPES[elem])
     return found
 
 
