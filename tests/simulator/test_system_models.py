@@ -23,6 +23,7 @@ from tests.simulator.streams import positions, without
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9], [10, 11], [12]]
 LAYERS = 3
+SLOW = pytest.param(16, 2, marks=pytest.mark.slow)  # four cards
 Builder = Callable[[int], Artifact]
 
 
@@ -128,7 +129,7 @@ def must_fail(made: Device, bucket: Bucket, change: Change, only: int | None, wh
     assert caught.value.kind in (SimulationError.DEADLOCK, SimulationError.UNIT_RACE), (what, str(caught.value))
 
 
-@pytest.mark.parametrize(("units", "stages"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("units", "stages"), [(2, 1), (4, 1), (1, 2), (2, 2), SLOW])
 def test_removing_any_notify_or_wait_is_caught(built, units, stages):
     artifact = built(units)
     bucket = artifact.bucket("decode_b1_kv32")
