@@ -59,7 +59,7 @@ def outline(module: ModuleOp) -> None:
     loose = [op for op in main.body.block.ops if not isinstance(op, (CallOp, tc.WeightOp, tc.ConstantOp, ReturnOp))]
     returned = main.body.block.last_op
     assert isinstance(returned, ReturnOp)
-    results = {v for call in calls for v in call.results}
+    results: set[SSAValue] = {v for call in calls for v in call.results}
     if not calls or any(OUTLINED in f.attributes for f in module.ops):
         return
     behind = _behind(loose, results)
