@@ -11,6 +11,7 @@ from xdsl.passes import ModulePass
 
 from passes.bind_quantized import BindQuantized
 from passes.cast_bf16 import CastBf16
+from passes.drop_logits import DropLogits
 from passes.fuse_elementwise import FuseElementwise
 from passes.last_token import LastToken
 from passes.partition import Partition
@@ -39,10 +40,14 @@ def simplify_stage(auto_bfloat16_cast: bool = False) -> list[ModulePass]:
     ]
 
 
-def specialise_stage(batch: int, seq: int, kv: int | None) -> list[ModulePass]:
-    """Once per bucket: `batch` sequences of `seq` new tokens, and `kv` cache slots (None for an encoder)."""
+def specialise_stage(batch: int, seq: int, kv: int | None, logits: bool = True) -> list[ModulePass]:
+    """Once per bucket: `batch` sequences of `seq` new tokens, and `kv` cache slots (None for an encoder).
+
+    Without `logits` the program only fills the caches.
+    """
     return [
         Specialise(batch=batch, seq=seq, kv=kv),
+        *([] if logits else [DropLogits()]),
         # Sizes that became 1 make reshapes and contractions trivial.
         Simplify(),
     ]

@@ -45,6 +45,12 @@ def _specialise() -> type[ModulePass]:
     return Specialise
 
 
+def _drop_logits() -> type[ModulePass]:
+    from passes.drop_logits import DropLogits
+
+    return DropLogits
+
+
 def _wide_logits() -> type[ModulePass]:
     from passes.wide_logits import WideLogits
 
@@ -76,6 +82,7 @@ def get_passes() -> dict[str, PassFactory]:
         "fuse-elementwise": _fuse_elementwise,
         "last-token": _last_token,
         "wide-logits": _wide_logits,
+        "drop-logits": _drop_logits,
         "bind-quantized": _bind_quantized,
         "cast-bf16": _cast_bf16,
         "specialise": _specialise,

@@ -85,8 +85,8 @@ def check(
     for bucket in buckets:
         module = parse_module(artifact.text(bucket.ir), bucket.ir)
         inputs = sample_inputs(artifact, bucket, module, seed)
-        if bucket.phase == "decode" and source is not None:
-            progress(f"{bucket.name}: caches for decoding")
+        if bucket.phase in ("decode", "chunk") and source is not None:
+            progress(f"{bucket.name}: caches")
             _fill_caches(artifact, source, inputs, weights, seed)
         passes = None
         if source is not None:
@@ -113,6 +113,8 @@ def sample_inputs(artifact: Artifact, bucket: Bucket, module: ModuleOp, seed: in
     if bucket.phase == "decode":
         lengths = np.ones(bucket.batch, np.int32)
         starts = np.array([max(0, keys - 2 - 7 * i) for i in range(bucket.batch)], np.int32)
+    elif bucket.phase == "chunk":
+        starts = np.full(bucket.batch, keys - length, np.int32)
     names = names_of(function, "arg_names", len(function.body.block.args))
     for name, value, shard in zip(names, function.body.block.args, argument_shards(function), strict=True):
         shape, dtype = shard.shape if shard is not None else shape_of(value), numpy_dtype(value)
@@ -151,7 +153,7 @@ def _fill_caches(artifact: Artifact, source: ModuleOp, inputs: Inputs, weights: 
     for name, value in results.items():
         if name.startswith("cache."):
             inputs[name] = np.array(value)
-    inputs["position_ids"] = np.minimum(inputs["position_ids"], length)
+    inputs["position_ids"] -= np.maximum(starts - length, 0)[:, None]
 
 
 def check_lines(report: CheckReport) -> list[str]:

@@ -85,13 +85,25 @@ def _shares(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class _Read:
+    """A program that reads a part of the prompts of `count` rows from `first` on: the tokens from `start` on, as many
+    as it takes. `final`: the prompts end there."""
+
+    first: int
+    count: int
+    bucket: Bucket
+    start: int = 0
+    final: bool = True
+
+
+@dataclass(frozen=True)
 class _Plan:
-    """What a replica does: its rows, their number in the whole, which prefill program reads which of them (first row,
-    count, bucket), and the decode programs by size with the rows of each micro-batch."""
+    """What a replica does: its rows, their number in the whole, which programs read their prompts, and the decode
+    programs by size with the rows of each micro-batch."""
 
     rows: list[Generation]
     offset: int
-    groups: list[tuple[int, int, Bucket]]
+    reads: list[_Read]
     decoders: list[Bucket]
 
 
@@ -120,25 +132,29 @@ class _Replica:
         return row.finish != "eos" and len(row.token_ids) < self.max_tokens
 
     def _prefill(self) -> None:
-        rows, groups = self.plan.rows, self.plan.groups
+        rows, reads = self.plan.rows, self.plan.reads
         runs: list[Invocation] = []
-        for first, count, bucket in groups:
+        for read in reads:
+            bucket = read.bucket
             ids = np.zeros((bucket.batch, bucket.input_length), np.int32)
             last = np.zeros(bucket.batch, np.int32)
-            for i, row in enumerate(rows[first : first + count]):
-                ids[i, : len(row.prompt_ids)] = row.prompt_ids
-                last[i] = len(row.prompt_ids) - 1
+            for i, row in enumerate(rows[read.first : read.first + read.count]):
+                tokens = row.prompt_ids[read.start : read.start + bucket.input_length]
+                ids[i, : len(tokens)] = tokens
+                last[i] = len(tokens) - 1
             # Padding stands behind the prompt and takes the positions that follow: no row sees it, decoding
             # overwrites it.
-            positions = np.tile(np.arange(bucket.input_length, dtype=np.int32), (bucket.batch, 1))
-            runs.append(Invocation(bucket, {"input_ids": ids, "position_ids": positions, "last": last}, first))
+            positions = np.tile(np.arange(bucket.input_length, dtype=np.int32) + read.start, (bucket.batch, 1))
+            runs.append(Invocation(bucket, {"input_ids": ids, "position_ids": positions, "last": last}, read.first))
         outputs = self.device.run_all(runs, self.replica)
-        finished = self._finish_times([bucket for _, _, bucket in groups])
-        for (first, count, _), found, when in zip(groups, outputs, finished, strict=True):
+        finished = self._finish_times([read.bucket for read in reads])
+        for read, found, when in zip(reads, outputs, finished, strict=True):
+            if not read.final:
+                continue
             logits = _logits(found)
-            for i in range(count):
-                rows[first + i].first = when
-                self._take(first + i, logits[i])
+            for i in range(read.count):
+                rows[read.first + i].first = when
+                self._take(read.first + i, logits[i])
 
     def _finish_times(self, buckets: Sequence[Bucket]) -> list[float]:
         """When each of several programs in a row has ended. Equal ones overlap in the stages, others do not."""
@@ -210,7 +226,9 @@ def _plan(device: Device, everyone: Sequence[Generation], offset: int, end: int,
     rows = list(everyone[offset:end])
     buckets, problems = device.artifact.buckets, list[ArtifactProblem]()
     capacity = min((c.batch for c in device.artifact.manifest.caches), default=len(rows))
-    prefill = sorted((b for b in buckets if b.phase == "prefill"), key=lambda b: (b.batch, b.input_length))
+    prefill = sorted(
+        (b for b in buckets if b.phase == "prefill" and b.outputs), key=lambda b: (b.batch, b.input_length)
+    )
     decode = _decoders([b for b in buckets if b.phase == "decode"], len(rows), device.stages)
     if max_tokens < 1:
         problems.append(ArtifactProblem(f"{max_tokens} tokens", "there is nothing to generate", "ask for 1 or more"))
@@ -229,7 +247,8 @@ def _plan(device: Device, everyone: Sequence[Generation], offset: int, end: int,
         name = f"prompt {offset + i + 1}" if len(everyone) > 1 else "the prompt"
         if not n:
             problems.append(ArtifactProblem(f"{name} is empty", "there is no token to start from", "write something"))
-        if prefill and n > longest:
+        if prefill and n > longest and _chunks(buckets, i, n) is None:
+            longest = max([longest, *(b.attention_size for b in buckets if b.phase == "chunk" and b.outputs)])
             why = f"the largest prefill bucket holds {longest}"
             problems.append(ArtifactProblem(f"{name} has {n} tokens", why, f"shorten it, or build with -pb 1,{n}"))
         if decode and n + max_tokens - 1 > reach:
@@ -244,21 +263,45 @@ def _plan(device: Device, everyone: Sequence[Generation], offset: int, end: int,
             )
     if problems:
         raise ArtifactError(problems)
-    groups: list[tuple[int, int, Bucket]] = []
+    reads: list[_Read] = []
     at = 0
     while at < len(rows):
-        bucket = next(b for b in prefill if b.input_length >= len(rows[at].prompt_ids))
+        n = len(rows[at].prompt_ids)
+        bucket = next((b for b in prefill if b.input_length >= n), None)
+        if bucket is None:
+            reads += _chunks(buckets, at, n) or []
+            at += 1
+            continue
         count = 1
         while count < bucket.batch and at + count < len(rows):
             if len(rows[at + count].prompt_ids) > bucket.input_length:
                 break
             count += 1
-        groups.append((at, count, bucket))
+        reads.append(_Read(at, count, bucket))
         at += count
-    if any(first + bucket.batch > capacity for first, _, bucket in groups):
+    if any(read.first + read.bucket.batch > capacity for read in reads):
         why = f"prefill buckets of several rows would write behind the {capacity} rows of the cache"
         raise ArtifactError([ArtifactProblem(f"{len(rows)} prompts", why, "build a prefill bucket with batch 1")])
-    return _Plan(rows, offset, groups, decode)
+    return _Plan(rows, offset, reads, decode)
+
+
+def _chunks(buckets: Sequence[Bucket], row: int, n: int) -> list[_Read] | None:
+    """Programs that read a prompt of `n` tokens part by part; None if there are none that do."""
+    usable = [b for b in buckets if b.phase in ("prefill", "chunk") and b.batch == 1]
+    reads: list[_Read] = []
+    start = 0
+    while True:
+        # A program finds the tokens before its own in the caches, as far as its attention reaches.
+        room = [b for b in usable if start + b.input_length <= b.attention_size]
+        last = [b for b in room if b.outputs and start + b.input_length >= n]
+        if last:
+            bucket = min(last, key=lambda b: (b.input_length, b.attention_size))
+            return [*reads, _Read(row, 1, bucket, start)]
+        if not room:
+            return None
+        bucket = min(room, key=lambda b: (-b.input_length, b.attention_size, len(b.outputs)))
+        reads.append(_Read(row, 1, bucket, start, False))
+        start += bucket.input_length
 
 
 def _decoders(buckets: Sequence[Bucket], rows: int, stages: int) -> list[Bucket]:

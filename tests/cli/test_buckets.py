@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from backend_rngd.artifact import open_artifact
 from ir.errors import Problem
 from rngdc.buckets import BucketRequest, BucketSpec, choose, chunks
 from tests.cli.conftest import Command
@@ -122,3 +125,25 @@ def test_the_command_builds_the_sizes_that_were_asked_for(
         "chunk_b1_s8_kv40", "decode_b2_kv40",
     ]  # fmt: skip
     refused(rngdc("build", model, "--max-seq-len-to-capture", "65", *arguments), "--max-seq-len-to-capture 65")
+
+
+def test_prompts_are_read_in_chunks(rngdc: Command, model: Path, tmp_path: Path) -> None:
+    """The tokens are those of a build that reads prompts at once; every level of every program agrees."""
+    chunked, whole = tmp_path / "chunked", tmp_path / "whole"
+    assert rngdc("build", model, chunked, "--prefill-chunk-size", "16", "-db", "1,46").status == 0
+    assert rngdc("build", model, whole, "-pb", "1,46", "-db", "1,46").status == 0
+    assert [b.name for b in open_artifact(chunked).buckets if not b.outputs] == [
+        "prefill_b1_s16_kv16_nologits", "chunk_b1_s16_kv32_nologits",
+    ]  # fmt: skip
+    times: list[float] = []
+    for length in (5, 16, 17, 32, 33, 40, 43):
+        ids = ",".join(str(3 + 7 * i % 120) for i in range(length))
+        arguments = ("--prompt-ids", ids, "--max-tokens", "4", "--ignore-eos", "--json", "-")
+        ours, theirs = rngdc("run", chunked, *arguments), rngdc("run", whole, *arguments)
+        assert ours.status == 0, ours.err
+        assert ours.json["token_ids"] == theirs.json["token_ids"]
+        times.append(ours.json["ttft_us"])
+    assert times[0] == times[1] < min(times[2:4]) <= max(times[2:4]) < times[4]  # one chunk, two, three
+    refused(rngdc("run", chunked, "--prompt-ids", ",".join(["5"] * 47)), "has 47 tokens", "holds 46")
+    ran = rngdc("check", chunked)
+    assert ran.status == 0, ran.out
