@@ -34,7 +34,7 @@ class Gather(Exchange):
         features = [d for d in x.dims if d.kind == "feature"]
         held = self.image(x)
         self.exchange_with_all(held.buffer)
-        outermost = x.dims[dim].stride == max(d.stride for d in features) and x.dims[dim].size > 1
+        outermost = bool(features) and x.dims[dim].stride == max(d.stride for d in features) and x.dims[dim].size > 1
         if outermost and x.pitch <= min(d.stride for d in features):  # channel-major: images lie one after the other
             nbytes = x.dims[dim].size * x.dims[dim].stride
             target = output(group.units * nbytes)

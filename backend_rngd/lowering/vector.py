@@ -387,12 +387,14 @@ class _Chunk:
         inner = sizes[-1]
         if self.pair:
             return sizes, 2
-        if inner % 4 and reduce:
+        if inner % 2 and reduce:
             raise UnsupportedError(
                 f"a reduction over {inner} elements",
-                "a fetch packet holds four elements and padding would be summed",
-                "use a size that is a multiple of 4",
+                "a fetch packet holds two elements and padding would be summed",
+                "use a size that is a multiple of 2",
             )
+        if inner % 4 and reduce:
+            return sizes, 2
         sizes[-1] = round_up(inner, 4)
         return sizes, 8 if sizes[-1] % 8 == 0 else 4
 
