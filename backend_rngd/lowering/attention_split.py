@@ -31,7 +31,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.attention_head import KEY_MULTIPLE, AttentionParams, Cache, HeadLowering, Rows
 from backend_rngd.lowering.attention_loops import pair_loops
 from backend_rngd.lowering.emitter import dm, operand_loops
-from backend_rngd.lowering.move import place_of, ring_broadcast
+from backend_rngd.lowering.move import place_of, ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 
 if TYPE_CHECKING:
@@ -214,25 +214,28 @@ class SplitKeys:
         tokens_used = batches * rows.length
         if tokens_used < rows.local:  # rows that no token uses take part in what follows
             em.memset(out, tokens_used * pitch, (rows.local - tokens_used) * pitch)
+        # Long packets keep consecutive writes on different banks, see `ring_packet`.
+        packet = ring_packet(share, 16)
+        blocks = share // packet
         em.execute(
-            em.fetch(0, [(rows.length * p.group * share, 2)], Dtype.BF16, min(share, 8)),
+            em.fetch(0, [(rows.length * p.group * share, 2)], Dtype.BF16, packet),
             values,
             Commit(
                 0,
                 (
                     (rows.length, pitch),
                     (p.group, v.width * 2),
-                    (max(1, share // 8), 16),
+                    (blocks, packet * 2),
                     (batches, rows.length * pitch),
                     (across, run),
                     (parts, share * 2),
-                    (min(share, 8), 2),
+                    (packet, 2),
                 ),
                 Dtype.BF16,
-                min(share, 8),
+                min(packet, 16),
             ),
             out,
-            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.length * p.group * max(1, share // 8)),
+            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.length * p.group * blocks),
         )
         dims = (
             q.dims[0],
