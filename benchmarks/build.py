@@ -4,17 +4,19 @@
 
     8b       Llama-3.1-8B, TP 8, the four buckets of the specification: at most 30 s and 1.5 GB; warm at most 5 s
     70b      Llama-3.1-70B, TP 8, PP 4, the same buckets: at most 1.3x of 8b
-    405b     Llama-3.1-405B, TP 8, PP 16, the same buckets: at most 1.3x of 8b
+    405b     Llama-3.1-405B, TP 8, PP 18 (bf16 weights do not fit 16 cards), the same buckets: at most 1.3x of 8b
     preset   Llama-3.1-8B, TP 8: 46 decode buckets, 8 prefill buckets, 74 chunks: at most 240 s
 
 Each build runs in a process of its own; the fastest of the cold runs counts, then one more with the cache of the last.
-Seconds are those of the whole command, imports included. Memory is that of the largest process.
+Seconds are those of the whole command, imports included; CPU seconds are of all its processes, and tell more on a machine
+that others use as well. Memory is that of the largest process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,7 @@ class Case:
 CASES = {
     "8b": Case("llama-3.1-8b", {}, ["-tp", "8", *FOUR]),
     "70b": Case("llama-3.1-70b", {}, ["-tp", "8", "-pp", "4", *FOUR]),
-    "405b": Case("llama-3.1-70b", SHAPES_405B, ["-tp", "8", "-pp", "16", *FOUR]),
+    "405b": Case("llama-3.1-70b", SHAPES_405B, ["-tp", "8", "-pp", "18", *FOUR]),
     "preset": Case("llama-3.1-8b", {}, ["-tp", "8", *preset()]),
 }
 
@@ -71,12 +73,14 @@ def build(case: Case, cache: Path, workers: int) -> dict[str, Any]:
         command = [sys.executable, "-c", "from rngdc.cli import main; main()", "build", str(base / "model")]
         command += [str(base / "out"), "--weights", "none", "--json", str(base / "report.json"), *case.options]
         command += ["--num-pipeline-builder-workers", str(workers), "--num-compile-workers", str(workers)]
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         ran = subprocess.run([*command, "--cache-dir", str(cache)], cwd=ROOT, capture_output=True, text=True)
         seconds = time.perf_counter() - begun
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if ran.returncode:
             raise RuntimeError(f"the build failed:\n{ran.stderr[-3000:]}")
-        return json.loads((base / "report.json").read_text("utf-8")) | {"command_seconds": seconds}
+        return json.loads((base / "report.json").read_text("utf-8")) | {"command_seconds": seconds, "cpu_seconds": cpu}
 
 
 def measure(case: Case, runs: int, workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -113,7 +117,10 @@ def main() -> None:
         runs = 1 if name == "preset" else arguments.runs
         cold, warm = found[name] = measure(CASES[name], runs, arguments.workers)
         stages = ", ".join(f"{k} {v:.2f}" for k, v in cold["seconds"].items())
-        print(f"{name}: {len(cold['buckets'])} buckets, {cold['num_layers']} layers; {stages}", flush=True)
+        print(
+            f"{name}: {len(cold['buckets'])} buckets, {cold['num_layers']} layers; {stages}; CPU {cold['cpu_seconds']:.2f}",
+            flush=True,
+        )
         seconds = cold["command_seconds"]
         limit(f"{name} cold seconds", seconds, PRESET_SECONDS if name == "preset" else COLD_SECONDS)
         limit(f"{name} warm seconds", warm["command_seconds"], WARM_SECONDS)

@@ -24,8 +24,9 @@ from rngdc.write import weight_sources, write_programs
 if TYPE_CHECKING:
     from xdsl.dialects.builtin import ModuleOp
 
-    from frontend.capture import Captured
     from frontend.resolve import ModelSource
+    from rngdc.cache import Cache
+    from rngdc.front import FrontModel
     from rngdc.program import Programs
 
 Progress = Callable[[str], None]
@@ -103,13 +104,14 @@ def build(
     clock, notes, machine = Clock(), list[str](), load_machine(options.machine)
     with clock.stage("resolve"):
         source, buckets, writer = check_all(options, machine, list(problems or []), notes, progress)
-    captured, captured_text = front(options, source, notes, clock, progress)
+    cache = options.work.open_cache()
+    captured = front(options, source, notes, clock, progress, cache)
     with clock.stage("backend"):
-        programs = make_programs(options, captured, buckets, machine, notes, watcher or TextWatcher(progress))
+        programs = make_programs(options, captured, buckets, machine, notes, watcher or TextWatcher(progress), cache)
     clock.steps.update(programs.seconds)
     with clock.stage("write"), writer:
         progress("writing the artifact")
-        (writer.directory / "ir" / "model.mlir").write_text(captured_text, "utf-8")
+        (writer.directory / "ir" / "model.mlir").write_text(captured.captured, "utf-8")
         has_tokenizer = bool(source.tokenizer_files)
         notes += copy_model_files(source.directory, writer.directory, has_tokenizer, options.trust_remote_code)
         weights, linked = weight_sources(captured.weights, options.weights, writer.directory, progress)
@@ -153,14 +155,27 @@ def check_all(
 
 
 def front(
-    options: BuildOptions, source: ModelSource, notes: list[str], clock: Clock, progress: Progress
-) -> tuple[Captured, str]:
-    """The captured model, simplified in place, and its text before that."""
-    progress(f"capturing {source.name}")
+    options: BuildOptions,
+    source: ModelSource,
+    notes: list[str],
+    clock: Clock,
+    progress: Progress,
+    cache: Cache | None = None,
+) -> FrontModel:
+    """The captured model, simplified; taken from the cache unless its IR is to be dumped."""
+    from rngdc import front as fronts
+
+    mode = "link" if options.weights == "copy" else options.weights
     with clock.stage("capture"):
+        name = None
+        if cache is not None and options.dump_ir is None:
+            name = fronts.key(source, options.num_hidden_layers, mode, options.auto_bfloat16_cast)
+        if cache is not None and name is not None and (known := fronts.load(cache, name)) is not None:
+            notes += known.info.notes
+            return known
+        progress(f"capturing {source.name}")
         from frontend.capture import capture
 
-        mode = "link" if options.weights == "copy" else options.weights
         captured = capture(source, num_hidden_layers=options.num_hidden_layers, weights=mode)
         notes += captured.info.notes
     with clock.stage("passes"):
@@ -173,11 +188,17 @@ def front(
         progress("simplifying")
         dumps = options.dump_ir / "model" if options.dump_ir else None
         run_pipeline(captured.module, simplify_stage(options.auto_bfloat16_cast), dumps)
-    return captured, text
+    info = fronts.ModelInfo(
+        captured.info.kind, captured.info.layers, captured.info.vocab_size, list(captured.info.notes)
+    )
+    model = fronts.FrontModel(text, print_module(captured.module), captured.weights, info, captured.module)
+    if cache is not None and name is not None:
+        fronts.store(cache, name, model, {"model": options.model})
+    return model
 
 
 def specialise_modules(
-    options: BuildOptions, captured: Captured, buckets: list[BucketSpec], progress: Progress
+    options: BuildOptions, captured: FrontModel, buckets: list[BucketSpec], progress: Progress
 ) -> dict[BucketSpec, ModuleOp]:
     """The module of every bucket, of static sizes."""
     from passes.opt import run_pipeline
@@ -224,21 +245,22 @@ def shard_modules(
 
 def make_programs(
     options: BuildOptions,
-    captured: Captured,
+    captured: FrontModel,
     buckets: list[BucketSpec],
     machine: Machine,
     notes: list[str],
     watcher: Watcher,
+    cache: Cache | None,
 ) -> Programs:
     """The programs of all buckets, by the workers and from the cache as the options say."""
     from rngdc.estimate import memory_problems
     from rngdc.program import Request, build_programs, lowering_options
 
     work, plan = options.work, options.parallel.plan
-    cache = work.open_cache()
     request = Request(
         passes={b: bucket_passes(options, captured.info.kind, b) for b in buckets},
-        model=captured.module,
+        text=captured.text,
+        model=captured.held,
         machine=machine,
         lowering=lowering_options(buckets, machine.slices_per_pe),
         digest=hashlib.sha256(plan.read_bytes()).hexdigest() if plan is not None else "",

@@ -19,7 +19,6 @@ from backend_rngd.emit import Emitted
 from backend_rngd.lowering import LoweringOptions
 from backend_rngd.machine import Machine
 from ir.errors import Problem, UserError
-from ir.text import print_module
 from rngdc.buckets import BucketSpec
 from rngdc.cache import Cache as ResultCache
 from rngdc.cache import key_of
@@ -70,16 +69,18 @@ class Programs:
 
 @dataclass
 class Request:
-    """What to build. `passes`: pipeline of every bucket, as text; `model`: the simplified module they start from.
+    """What to build. `passes`: pipeline of every bucket, as text; `text`: the simplified module they start from, and
+    `model` the same if it is at hand.
 
     `digest` stands for files that the passes read. `check`: what the memory of the programs must satisfy. `fast_fail`:
     begin nothing new after the first failure. `workers`: pipeline builders, compilers.
     """
 
     passes: Mapping[BucketSpec, str]
-    model: ModuleOp
+    text: str
     machine: Machine
     lowering: LoweringOptions
+    model: ModuleOp | None = None
     digest: str = ""
     check: Callable[[Memory], list[Problem]] = field(default=lambda _: [])
     dumps: Path | None = None
@@ -118,7 +119,7 @@ def compile_programs(
         b: BuildTask(b, "", "", machine.name, options, "", str(dumps / b.name) if dumps else None) for b in modules
     }
     with InlineExecutor() as executor:
-        request = Request(dict.fromkeys(modules, ""), ModuleOp([]), machine, options, dumps=dumps, fast_fail=False)
+        request = Request(dict.fromkeys(modules, ""), "", machine, options, dumps=dumps, fast_fail=False)
         work = _Build(request, executor, None, watch or Watcher())
         made.append(work.run({b: (builders[b], m) for b, m in modules.items()}))
     return made[0]
@@ -174,9 +175,8 @@ class _Build:
 
     def _builders(self) -> list[BuildTask]:
         r = self.request
-        text = print_module(r.model)
         return [
-            BuildTask(b, text, passes, r.machine.name, r.lowering, r.digest, self._dumps(b))
+            BuildTask(b, r.text, passes, r.machine.name, r.lowering, r.digest, self._dumps(b))
             for b, passes in r.passes.items()
         ]
 
