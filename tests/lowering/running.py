@@ -29,7 +29,13 @@ from runtime_sim.system import System
 
 Array = NDArray[Any]
 MACHINE = load_machine()
-NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
+NUMPY = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f32": np.dtype(np.float32),
+    "i32": np.dtype(np.int32),
+    "i8": np.dtype(np.int8),
+    "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 
 def bf16(values: Array) -> Array:
