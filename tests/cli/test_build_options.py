@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,19 @@ def test_refused_values_say_what_is_possible(
     refused(ran, *texts)
     assert problems(ran) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_defaults_of_the_specification(rngdc: Command) -> None:
+    plan = rngdc("build", CONFIGS / "llama-3.1-8b", *TIMING, "--json", "-").json
+    assert (plan["tensor_parallel_size"], plan["pipeline_parallel_size"]) == (4, 1)
+    assert [b["name"] for b in plan["buckets"]] == ["prefill_b1_s2048_kv2048", "decode_b1_kv2048"]
+    text = " ".join(rngdc("build", "--help").out.replace("│", " ").split())
+    for option, default in (
+        ("--tensor-parallel-size", "4"), ("--pipeline-parallel-size", "1"), ("--max-seq-len-to-capture", "2048"),
+        ("--num-pipeline-builder-workers", "1"), ("--num-compile-workers", "1"), ("--weights", "link"),
+    ):  # fmt: skip
+        described = text[text.index(option) :]
+        assert re.search(rf"\[default: [^\]]*\b{default}\b", described[: described.index("]") + 1]), option
 
 
 def test_a_model_that_fits_no_card(rngdc: Command) -> None:

@@ -74,7 +74,7 @@ def test_a_stop_token_ends_the_text(rngdc: Command, artifact: Path, tmp_path: Pa
     free = rngdc("run", artifact, "--prompt-ids", "5,17,40", "--max-tokens", "6", "--ignore-eos", "--json", "-").json
     stop = free["token_ids"][2]
     model = write_model(tmp_path / "m", eos_token_id=[99999, stop])
-    assert rngdc("build", model, tmp_path / "out", "-pb", "1,16", "-db", "2,32").status == 0
+    assert rngdc("build", model, tmp_path / "out", "-pb", "1,16", "-db", "2,32", "-tp", "1").status == 0
     report = rngdc("run", tmp_path / "out", "--prompt-ids", "5,17,40", "--max-tokens", "6", "--json", "-").json
     assert report["token_ids"] == free["token_ids"][: free["token_ids"].index(stop) + 1]
     assert report["finish"] == "eos"
@@ -96,7 +96,7 @@ def test_prompts_that_fit_no_bucket(rngdc: Command, artifact: Path) -> None:
 def test_copied_weights_need_no_other_file(rngdc: Command, model: Path, tmp_path: Path, artifact: Path) -> None:
     source = write_model(tmp_path / "m")
     out = tmp_path / "out"
-    assert rngdc("build", source, out, "-pb", "1,16", "-db", "2,32", "--weights", "copy").status == 0
+    assert rngdc("build", source, out, "-pb", "1,16", "-db", "2,32", "-tp", "1", "--weights", "copy").status == 0
     for path in sorted(source.rglob("*")):
         path.unlink()
     moved = tmp_path / "moved"
@@ -111,7 +111,7 @@ def test_random_weights_follow_the_seed(rngdc: Command, tmp_path: Path) -> None:
     found: list[list[int]] = []
     for i, mode in enumerate(("random:3", "random:3", "random:4")):
         out = tmp_path / f"out{i}"
-        assert rngdc("build", model, out, "-pb", "1,8", "-db", "1,16", "--weights", mode).status == 0
+        assert rngdc("build", model, out, "-pb", "1,8", "-db", "1,16", "-tp", "1", "--weights", mode).status == 0
         found.append(rngdc("run", out, *arguments).json["token_ids"])
     assert found[0] == found[1] == reference_tokens(tmp_path / "out0", [5, 17], 4)
     assert found[0] != found[2]

@@ -17,6 +17,7 @@ from frontend.architectures import SUPPORTED
 from rngdc.buckets import BucketRequest
 from rngdc.build import BuildOptions, build
 from rngdc.check import check
+from rngdc.options import ParallelOptions
 from runtime_sim.generate import embed, generate
 from runtime_sim.runtime import Device
 from tests.frontend.tiny import make_config, make_model, save_model
@@ -40,7 +41,7 @@ def build_case(case: str, directory: Path, **changes: Any) -> tuple[Device, Any]
     model = save_model(case, directory / "model", torch.bfloat16, **changes)
     encoder = case == "bert"
     request = BucketRequest([(1, 16)], [] if encoder else [(2, 32)])
-    build(BuildOptions(str(directory / "model"), directory / "out", request), lambda _: None)
+    build(BuildOptions(str(directory / "model"), directory / "out", request, ParallelOptions(1)), lambda _: None)
     device = Device(open_artifact(directory / "out"), checks=True)
     device.load()
     return device, model

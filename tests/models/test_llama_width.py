@@ -28,7 +28,7 @@ def test_two_layers_at_full_width(tmp_path: Path) -> None:
     # The whole vocabulary would only repeat one contraction eight times, with minutes of random numbers.
     config = json.loads(CONFIG.read_text("utf-8")) | {"num_hidden_layers": 2, "vocab_size": 16032}
     (model / "config.json").write_text(json.dumps(config), "utf-8")
-    arguments = ["--weights", "random:7", "-pb", "1,16", "-db", "1,32"]
+    arguments = ["-tp", "1", "--weights", "random:7", "-pb", "1,16", "-db", "1,32"]
     assert status("build", model, out, *arguments) == 0
     assert status("check", out, "--json", report) == 0
     assert all(b["streams"]["compared"] > 30 for b in json.loads(report.read_text("utf-8"))["buckets"])

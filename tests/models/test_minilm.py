@@ -30,7 +30,7 @@ TEXTS = [
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("minilm") / "artifact"
     try:
-        main(["build", str(minilm()), str(out), "-pb", "1,16", "-pb", "1,48", "--auto-bfloat16-cast"])
+        main(["build", str(minilm()), str(out), "-pb", "1,16", "-pb", "1,48", "-tp", "1", "--auto-bfloat16-cast"])
     except SystemExit as stop:
         assert not stop.code
     return out

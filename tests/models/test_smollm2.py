@@ -67,7 +67,7 @@ class Reference:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "artifact"
     try:
-        main(["build", str(smollm2()), str(out), "-pb", "1,128", "-db", "1,256"])
+        main(["build", str(smollm2()), str(out), "-tp", "1", "-pb", "1,128", "-db", "1,256"])
     except SystemExit as stop:
         assert not stop.code
     return out
