@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Compile Hugging Face models to RNGD instruction streams, and run them on simulated cards.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

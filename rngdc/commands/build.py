@@ -31,13 +31,12 @@ def _configure(ctx: typer.Context, value: Path | None) -> Path | None:
 
 @app.command(
     epilog="""\b
-[bold]Examples[/]
-
-rngdc build ./SmolLM2-135M-Instruct ./smollm2 -pb 1,128 -db 1,512\n
-rngdc build meta-llama/Llama-3.1-8B ./llama -tp 8 -pb 1,512 -db 4,2048 --weights none\n
-rngdc build ./all-MiniLM-L6-v2 ./minilm -pb 1,128 --auto-bfloat16-cast --weights copy\n
-rngdc build meta-llama/Llama-3.1-70B -tp 8 -pp 4 --dry-run\n
-rngdc build --config llama.yaml -tp 4"""
+Examples:
+  rngdc build ./SmolLM2-135M-Instruct ./smollm2 -pb 1,128 -db 1,512
+  rngdc build meta-llama/Llama-3.1-8B ./llama -tp 8 -pb 1,512 -db 4,2048 --weights none
+  rngdc build ./all-MiniLM-L6-v2 ./minilm -pb 1,128 --auto-bfloat16-cast --weights copy
+  rngdc build meta-llama/Llama-3.1-70B -tp 8 -pp 4 --dry-run
+  rngdc build --config llama.yaml -tp 4"""
 )
 def build(
     model: Annotated[
@@ -106,24 +105,30 @@ def build(
         typer.Option(metavar="FILE", help="YAML with placements of weights.", show_default="the model's own"),
     ] = None,
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="Norms and residuals on a part of the tokens each.")
+        bool,
+        typer.Option(
+            "--sequence-parallel", help="Norms and residuals on a part of the tokens each.", show_default="off"
+        ),
     ] = False,
     weights: Annotated[
         str,
         typer.Option(
             metavar="MODE",
             help="link: refer to the model's files with checksums. copy: make the artifact self-contained. "
-            "random\\[:SEED]: random numbers. none: for timing only; like random, needs just config.json.",
+            "random[:SEED]: random numbers. none: for timing only; like random, needs just config.json.",
         ),
     ] = "link",
     auto_bfloat16_cast: Annotated[
-        bool, typer.Option("--auto-bfloat16-cast", help="Compute an fp16 or fp32 checkpoint in bfloat16.")
+        bool,
+        typer.Option(
+            "--auto-bfloat16-cast", help="Compute an fp16 or fp32 checkpoint in bfloat16.", show_default="off"
+        ),
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", show_default="off")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default="main")
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub model.", show_default="main")
     ] = None,
     num_hidden_layers: Annotated[
         int | None,
@@ -131,8 +136,10 @@ def build(
             "--num-hidden-layers", "--num-layers", metavar="N", help="Only the first N layers.", show_default="all"
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="Name of the artifact.", show_default="the model's")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an artifact.")] = False,
+    name: Annotated[str, typer.Option(metavar="TEXT", help="Name of the artifact.", show_default="the model's")] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is an artifact.", show_default="off")
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -145,7 +152,11 @@ def build(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything, print buckets, memory and estimated times; write nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Check everything, print buckets, memory and estimated times; write nothing.",
+            show_default="off",
+        ),
     ] = False,
     build_report: Annotated[
         Path | None,
@@ -189,7 +200,7 @@ def build(
         ),
     ] = None,
     print_pipeline: Annotated[
-        bool, typer.Option("--print-pipeline", help="Print the passes that would run, and exit.")
+        bool, typer.Option("--print-pipeline", help="Print the passes that would run, and exit.", show_default="off")
     ] = False,
     json: Json = None,
 ) -> None:

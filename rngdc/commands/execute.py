@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog="""\b
-[bold]Examples[/]
-
-rngdc run ./smollm2 --chat --prompt "What is the capital of France?"\n
-rngdc run ./smollm2 --prompt-file story.txt --max-tokens 100 --json -\n
-rngdc run ./minilm --prompt "A man is eating food." --json -"""
+Examples:
+  rngdc run ./smollm2 --chat --prompt "What is the capital of France?"
+  rngdc run ./smollm2 --prompt-file story.txt --max-tokens 100 --json -
+  rngdc run ./minilm --prompt "A man is eating food." --json -"""
 )
 def run(
     artifact: ArtifactPath,
@@ -113,12 +112,11 @@ def run(
 
 @app.command(
     epilog="""\b
-[bold]Examples[/]
-
-rngdc simulate ./smollm2\n
-rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json\n
-rngdc simulate ./llama -pp 4 --micro-batches 8\n
-rngdc simulate matmul.mlir --json -"""
+Examples:
+  rngdc simulate ./smollm2
+  rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json
+  rngdc simulate ./llama -pp 4 --micro-batches 8
+  rngdc simulate matmul.mlir --json -"""
 )
 def simulate(
     target: Target,
@@ -131,14 +129,25 @@ def simulate(
     micro_batches: Annotated[
         int, typer.Option("--micro-batches", metavar="N", help="Runs of a program that follow each other.")
     ] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="What if this machine parameter were VALUE, or 2x. Repeatable."
+        ),
+    ] = None,
+    ideal: Annotated[
+        list[str] | None,
+        typer.Option("--ideal", metavar="PART", help="What if collectives, hbm or sync took no time. Repeatable."),
+    ] = None,
     mode: ModeOption = "documented",
     json: Json = None,
 ) -> None:
     """Tell how long each program takes and where the time goes. Needs no weights."""
     from rngdc.console import out as stdout
     from rngdc.console import write_json
-    from rngdc.report import simulate_report, simulate_tables
+    from rngdc.report import add_what_if, simulate_report, simulate_tables
     from runtime_sim.runtime import Device
+    from runtime_sim.what_if import WhatIfError, parse
 
     timing = timing_mode(mode)
     with open_target(target) as opened:
@@ -150,11 +159,23 @@ def simulate(
         if micro_batches < 1:
             refuse(f"--micro-batches {micro_batches}", "there is nothing to time", "use 1 or more")
         device = Device(opened, timing, False, pipeline_parallel_size, data_parallel_size)
+        try:
+            what_if = parse(settings or (), ideal or (), device.machine)
+        except WhatIfError as error:
+            refuse(error.what, error.why, error.fix)
+        before: dict[str, float] = {}
         with step_texts() as show:
+            if what_if.asked:
+                for b in buckets:
+                    show(f"timing {b.name} on the machine as described")
+                    before[b.name] = device.time(b, micro_batches).cycles
+                device.retime(what_if)
             for b in buckets:
                 show(f"timing {b.name}")
                 device.time(b, micro_batches)
         report = simulate_report(device, buckets, micro_batches)
+        if what_if.asked:
+            add_what_if(report, what_if, before)
         if trace is not None:
             from runtime_sim.trace import write_trace
 
@@ -170,11 +191,10 @@ def simulate(
 
 @app.command(
     epilog="""\b
-[bold]Examples[/]
-
-rngdc check ./smollm2\n
-rngdc check ./smollm2 --bucket prefill_b1_s128_kv128 --json -\n
-rngdc check attention.mlir"""
+Examples:
+  rngdc check ./smollm2
+  rngdc check ./smollm2 --bucket prefill_b1_s128_kv128 --json -
+  rngdc check attention.mlir"""
 )
 def check(
     target: Target,

@@ -12,11 +12,10 @@ from rngdc.commands.app import ArtifactPath, BucketNames, Json, app, named_bucke
 
 @app.command(
     epilog="""\b
-[bold]Examples[/]
-
-rngdc inspect ./smollm2\n
-rngdc inspect ./smollm2 --json -\n
-rngdc inspect ./llama --collectives --bucket decode_b1_kv1024"""
+Examples:
+  rngdc inspect ./smollm2
+  rngdc inspect ./smollm2 --json -
+  rngdc inspect ./llama --collectives --bucket decode_b1_kv1024"""
 )
 def inspect(
     artifact: ArtifactPath,
@@ -49,9 +48,8 @@ def inspect(
 
 @app.command(
     epilog="""\b
-[bold]Examples[/]
-
-rngdc disasm ./smollm2 --bucket decode_b1_kv512 --pe 0 | less"""
+Examples:
+  rngdc disasm ./smollm2 --bucket decode_b1_kv512 --pe 0 | less"""
 )
 def disasm(
     artifact: ArtifactPath,
@@ -79,10 +77,9 @@ def disasm(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     epilog="""\b
-[bold]Examples[/]
-
-rngdc opt -p simplify,fuse-elementwise block.mlir\n
-rngdc opt -p 'specialise{batch=1 seq=64 kv=64},rngd-lower' model.mlir --dump-ir passes/""",
+Examples:
+  rngdc opt -p simplify,fuse-elementwise block.mlir
+  rngdc opt -p 'specialise{batch=1 seq=64 kv=64},rngd-lower' model.mlir --dump-ir passes/""",
 )
 def opt(ctx: typer.Context) -> None:
     """Run any passes on an IR file (`rngdc opt --help` lists the options)."""
