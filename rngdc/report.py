@@ -8,7 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from backend_rngd.artifact import Bucket
+from runtime_sim.accounting import layer_path, operation_rows
 from runtime_sim.runtime import Device
+from runtime_sim.what_if import WhatIf
 
 PER_UNIT = (
     "unit", "card", "pe", "replica", "stage", "rank", "alike", "main", "sub", "dma", "vector", "collective_cycles",
@@ -33,6 +35,30 @@ def simulate_report(device: Device, buckets: list[Bucket], repeats: int = 1) -> 
     }
 
 
+def add_what_if(report: dict[str, Any], what_if: WhatIf, before: dict[str, float]) -> None:
+    """Say which parameters were changed, and add to every bucket its cycles on the machine as described."""
+    report["what_if"] = what_if.to_json()
+    for b in report["buckets"]:
+        b["unchanged_cycles"] = before[b["name"]]
+
+
+def _what_if_tables(report: dict[str, Any]) -> list[RenderableType]:
+    changed = report.get("what_if")
+    if changed is None:
+        return []
+    table = Table(title="what if: " + "; ".join(
+        [*(f"ideal {name}" for name in changed["ideal"])]
+        + [f"{c['name']} {c['before']:g} -> {c['after']:g} {c['unit']}" for c in changed["changes"]]
+    ))  # fmt: skip
+    table.add_column("bucket")
+    for name in ("cycles as described", "cycles changed", "times faster"):
+        table.add_column(name, justify="right")
+    for b in report["buckets"]:
+        ratio = b["unchanged_cycles"] / b["cycles"] if b["cycles"] else 1.0
+        table.add_row(b["name"], f"{b['unchanged_cycles']:,.0f}", f"{b['cycles']:,.0f}", f"{ratio:.3f}")
+    return [table]
+
+
 def _bucket(device: Device, bucket: Bucket, repeats: int) -> dict[str, Any]:
     result = device.time(bucket, repeats)
     slowest = result.slowest
@@ -53,6 +79,8 @@ def _bucket(device: Device, bucket: Bucket, repeats: int) -> dict[str, Any]:
         "engines": result.engines(),
         "stalls": result.stalls[slowest],
         "layers": [{"name": layer.name.split("|")[0], "cycles": layer.advance} for layer in result.layers_of()],
+        "layer_path_cycles": layer_path(result),
+        "operations": operation_rows(result),
         "units": [{key: row[key] for key in PER_UNIT if key in row} for row in result.per_unit],
         "energy_joules": result.energy_joules(),
     }
@@ -80,4 +108,4 @@ def simulate_tables(report: dict[str, Any]) -> list[RenderableType]:
             f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB",
             *shares, *([f"{b['collective_share']:.1%}"] if several else []),
         )  # fmt: skip
-    return [table]
+    return [table, *_what_if_tables(report)]

@@ -24,6 +24,7 @@ from runtime_sim.ports import Array, join_cache, read_cache, read_port, split_ca
 from runtime_sim.residence import Residence
 from runtime_sim.system import System
 from runtime_sim.timing import TimingResult, simulate
+from runtime_sim.what_if import WhatIf
 
 PAGE = 4096
 
@@ -77,6 +78,7 @@ class Device:
         problems = self.residence.problems(self.system.topology, self.machine)
         if problems:
             raise ArtifactError(problems)
+        self.free_collectives = False
         self._times: dict[tuple[str, int], TimingResult] = {}
 
     @property
@@ -223,6 +225,11 @@ class Device:
         return rows | {register: values[unit.place.rank] for register, values in bucket.launch.items()}
 
     # Time ------------------------------------------------------------------------------------------------------------
+    def retime(self, what_if: WhatIf) -> None:
+        """Let `time` speak of another machine from now on; what programs compute stays as it is."""
+        self.machine, self.free_collectives = what_if.machine, what_if.free_collectives
+        self._times.clear()
+
     def time(self, bucket: Bucket, repeats: int = 1) -> TimingResult:
         """When a program's instructions run; simulated once, for it does not depend on values.
 
@@ -235,8 +242,9 @@ class Device:
                 self._times[key] = simulate(streams[0], self.machine)
             else:
                 self._times[key] = simulate(
-                    streams, self.machine, topology=self.system.topology, launch=bucket.launch, repeats=repeats
-                )
+                    streams, self.machine, topology=self.system.topology, launch=bucket.launch, repeats=repeats,
+                    free_collectives=self.free_collectives,
+                )  # fmt: skip
         return self._times[key]
 
 

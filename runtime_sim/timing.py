@@ -12,6 +12,7 @@ values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ def simulate(
     launch: Launch | None = None,
     repeats: int = 1,
     fold: bool | None = None,
+    free_collectives: bool = False,
 ) -> TimingResult:
     """Time the streams of all units, all starting at cycle 0.
 
@@ -48,6 +50,7 @@ def simulate(
     compiled event loop (by size if None). contention: whether units share memories and links; without it the result is
     a lower bound. launch: values of launch registers, one for each rank of a group. repeats: how often every unit runs
     its stream (micro-batches). fold: simulate equal units once, exactly; by default where a topology is given.
+    free_collectives: what if transfers between units, notifies and waits took no time (units still wait for others).
 
     Raises SimulationError (deadlock) naming the first instruction that can never start and whom it waits for.
     """
@@ -63,6 +66,8 @@ def simulate(
         of_unit = tuple(given[p.stage] for p in topology.places) if by_stage else given
         fold = True if fold is None else fold
     program = Program(machine, topology, of_unit, launch or {}, routine, repeats, bool(fold))
+    if free_collectives:
+        program.costs[:] = [replace(c, fixed=0.0, work=0.0, overhead=0.0) if c.collective else c for c in program.costs]
     flat, costs, number = program.flat, program.costs, program.number
     queue_start, queue = _queues(flat, len(flat.streams))
     rates = Rates(

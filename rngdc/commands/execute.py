@@ -116,6 +116,7 @@ Examples:
   rngdc simulate ./smollm2
   rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json
   rngdc simulate ./llama -pp 4 --micro-batches 8
+  rngdc simulate ./llama --set hbm.bandwidth=2x --ideal collectives
   rngdc simulate matmul.mlir --json -"""
 )
 def simulate(

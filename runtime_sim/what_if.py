@@ -1,0 +1,150 @@
+"""What another machine would bring: changed parameters and ideal parts, for streams that stay as they are.
+
+    what_if = parse(["hbm_channel_bytes_per_cycle=2x"], ["collectives"], load_machine())
+    simulate(stream, what_if.machine, free_collectives=what_if.free_collectives)
+
+Only numbers that cost time may change. Sizes and limits (memories, lanes, loops) are built into the streams: for those
+a model has to be built again for another machine description.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from backend_rngd.machine import Machine
+
+# What the closed forms and the event loop read and a stream does not depend on.
+CHANGEABLE = frozenset(
+    {
+        "cluster_sync_cycles", "commit_sub_bytes", "contraction_fill_cycles", "dm_cross_cluster_bytes_per_cycle",
+        "dma_descriptor_cycles", "dma_engine_bytes_per_cycle", "dma_startup_cycles", "dma_unaligned_piece_factor",
+        "dmn_bytes_per_cycle", "hbm_channel_bytes_per_cycle", "hbm_efficiency", "hbm_unaligned_write_factor",
+        "lookup_keys_per_cycle", "lookup_load_cycles", "notify_cluster_cycles", "notify_issue_cycles",
+        "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle", "power_idle_watts", "power_pe_watts",
+        "switch_fill_cycles_per_hop", "vector_alu_cycles",
+    }
+)  # fmt: skip
+ALIASES = {
+    "hbm.bandwidth": "hbm_channel_bytes_per_cycle",
+    "dma.bandwidth": "dma_engine_bytes_per_cycle",
+    "dm.bandwidth": "dmn_bytes_per_cycle",
+    "card.bandwidth": "pcie_peer_bytes_per_cycle",
+    "card.latency": "pcie_latency_cycles",
+    "cluster.bandwidth": "dm_cross_cluster_bytes_per_cycle",
+}
+ENOUGH = 1e6  # times a bandwidth: what it limits then takes no time worth naming
+_SYNC = ("notify_issue_cycles", "notify_cluster_cycles", "cluster_sync_cycles", "pcie_latency_cycles")
+IDEALS: dict[str, dict[str, float]] = {  # factors by parameter
+    "collectives": dict.fromkeys(_SYNC, 0.0),  # and `free_collectives`
+    "hbm": {"hbm_channel_bytes_per_cycle": ENOUGH},
+    "sync": dict.fromkeys(_SYNC, 0.0),
+}
+
+
+class WhatIfError(ValueError):
+    """A change that cannot be made: what, why, fix."""
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(f"{what}: {why}; {fix}")
+        self.what, self.why, self.fix = what, why, fix
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed parameter."""
+
+    name: str
+    unit: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """A changed machine. free_collectives: transfers between units, notifies and waits take no time themselves."""
+
+    machine: Machine
+    changes: tuple[Change, ...] = ()
+    ideal: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is different."""
+        return bool(self.changes or self.ideal)
+
+    @property
+    def free_collectives(self) -> bool:
+        """Whether exchanges between units are free."""
+        return "collectives" in self.ideal
+
+    def to_json(self) -> dict[str, Any]:
+        """`changes` with name, unit, before and after, and the names of the ideal parts."""
+        return {"changes": [asdict(c) for c in self.changes], "ideal": list(self.ideal)}
+
+
+def parse(settings: Sequence[str], ideals: Sequence[str], machine: Machine) -> WhatIf:
+    """Apply `NAME=NUMBER` and `NAME=FACTORx` settings and ideal parts to a machine; factors are of its own mode.
+
+    Names are parameters of the machine description (`.` and `-` count as `_`) or ALIASES. Raises WhatIfError.
+    """
+    values: dict[str, float] = {}
+    for ideal in dict.fromkeys(ideals):
+        if ideal not in IDEALS:
+            raise WhatIfError(f"--ideal {ideal}", "there is no such part", f"use {', '.join(IDEALS)}")
+        for name, factor in IDEALS[ideal].items():
+            values[name] = float(getattr(machine, name)) * factor
+    named: set[str] = set()
+    for text in settings:
+        given, equals, number = text.partition("=")
+        name = _name(given.strip(), machine)
+        if not equals:
+            raise WhatIfError(f"--set {text}", "a change has a value", f"write {given}=2x or {given}=NUMBER")
+        if name in named or name in values:
+            raise WhatIfError(f"--set {text}", f"{name} is changed already", "give every parameter one value")
+        named.add(name)
+        values[name] = _value(text, number.strip(), float(getattr(machine, name)), name)
+    changes = tuple(
+        Change(name, machine.parameters[name].unit, float(getattr(machine, name)), value)
+        for name, value in values.items()
+        if name in named or value != getattr(machine, name)
+    )
+    parameters = dict(machine.parameters)
+    for c in changes:  # the digest must tell the machines apart
+        parameters[c.name] = parameters[c.name].model_copy(update={"value": c.after, "silicon": None})
+    # Without validation: a fraction of an integer (1.5x) is a number as good as any for a rate or a delay.
+    changed = machine.model_copy(update={**values, "parameters": parameters}) if changes else machine
+    return WhatIf(changed, changes, tuple(dict.fromkeys(ideals)))
+
+
+def _name(given: str, machine: Machine) -> str:
+    name = ALIASES.get(given, given.replace(".", "_").replace("-", "_"))
+    if name in CHANGEABLE:
+        return name
+    if name in machine.parameters:
+        raise WhatIfError(
+            f"--set {given}",
+            "timing does not depend on it, or the streams were made for its value",
+            f"change one of {', '.join(sorted(CHANGEABLE))}",
+        )
+    near = difflib.get_close_matches(name, sorted(CHANGEABLE), 3, 0.5)
+    aliases = difflib.get_close_matches(given, sorted(ALIASES), 2, 0.5)
+    fix = f"did you mean {', '.join([*aliases, *near])}?" if near or aliases else f"use {', '.join(sorted(CHANGEABLE))}"
+    raise WhatIfError(f"--set {given}", f"machine {machine.name} has no such parameter", fix)
+
+
+def _value(text: str, number: str, before: float, name: str) -> float:
+    factor = number.endswith(("x", "X"))
+    try:
+        value = float(number[:-1] if factor else number)
+    except ValueError:
+        fix = f"write {name}=2x or {name}={before:g}"
+        raise WhatIfError(f"--set {text}", f"{number!r} is no number", fix) from None
+    value = value * before if factor else value
+    delay = name.endswith(("_cycles", "_cycles_per_hop", "_watts"))
+    if not math.isfinite(value) or value < 0 or (value == 0 and not delay):
+        raise WhatIfError(f"--set {text}", f"{value:g} is impossible", "use a positive number")
+    return value
