@@ -1,0 +1,184 @@
+"""Contractions of a `tc` function: operands as matrices, epilogues, where the result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import Dtype, Space
+from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
+from backend_rngd.lowering.expression import ChainOp
+from backend_rngd.lowering.function_base import FunctionBase
+from backend_rngd.lowering.packed import bind_packed, packed_weight
+from backend_rngd.lowering.scales import Scales, scales_of, scaling
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
+from backend_rngd.lowering.values import Weight, dtype_of, product
+from backend_rngd.lowering.vector import output_tensor
+from ir import expr as ex
+from ir.dialects import tc
+from ir.errors import UnsupportedError
+from ir.types import shape_of
+
+MULTIPLIED = (Dtype.BF16, Dtype.I8, Dtype.F8E4M3)  # each with its own kind (hardware.md 2.8)
+
+
+class Contractions(FunctionBase):
+    """Lowers contractions with weights."""
+
+    def op_tc_contract(self, op: tc.ContractOp) -> None:
+        """Contraction engine, see `contract.py`. A result that the program returns goes straight to its output."""
+        final = op.results[0]
+        if self._epilogue(op)[1] is not None or self._scales(op) is not None:
+            final = next(iter(final.uses)).operation.results[0]
+        name = self.output_name(final)
+        if name is not None:
+            self._contract(op, lambda nbytes: self.em.global_buffer(name, "hbm", nbytes, "output"))
+            return
+        uses = list(final.uses)
+        user = uses[0].operation if len(uses) == 1 else None
+        if isinstance(user, tc.AllGatherOp) and self.output_name(user.result) is not None:
+            self._contract(op, lambda nbytes: self.collectives.reserve(Space.HBM, nbytes, False))
+        elif isinstance(user, tc.AllReduceOp) and user is op.next_op:
+            # Nothing lies between the contraction and its all-reduce, so that the buffer is the next phase's.
+            self._contract(op, None, lambda space, nbytes: self._reserve(op, space, nbytes))
+        else:
+            self._contract(op, None)
+
+    def _reserve(self, op: tc.ContractOp, space: Space, nbytes: int) -> SSAValue:
+        """The buffer of a contraction whose result the next operation adds over all units."""
+        rows = self._rows_of(op)
+        features = product(shape_of(op.result)) // (rows.batch * rows.length)
+        pitch = nbytes // (rows.physical if space == Space.HBM else rows.local) // dtype_of(op.result).bytes
+        padded = self.collectives.needs_padding(features, pitch, rows.replicated)
+        return self.collectives.reserve(space, nbytes, not rows.replicated, padded)
+
+    def _rows_of(self, op: tc.ContractOp) -> RowSpace:
+        rows = [v.rows for o in op.operands if isinstance(v := self.env[o], Tensor) and v.rows is not None]
+        return rows[0]
+
+    def op_tc_dequantize(self, op: tc.DequantizeOp) -> None:
+        """A weight that contractions expand, see `packed.py`."""
+        words, scale = self.env[op.packed], self.env[op.scale]
+        assert isinstance(words, Weight) and isinstance(scale, Weight)
+        n, k = shape_of(op.result)
+        self.env[op.result] = packed_weight(words, scale, (n, k))
+
+    def _contract(
+        self,
+        op: tc.ContractOp,
+        output: Callable[[int], SSAValue] | None,
+        target: Callable[[Space, int], SSAValue] | None = None,
+    ) -> Tensor:
+        rule = op.rule()
+        left, right = (self.env[o] for o in op.operands)
+        sides = list(rule.inputs)
+        operands = list(op.operands)
+        if isinstance(left, Weight) and not isinstance(right, Weight):
+            left, right, sides, operands = right, left, sides[::-1], operands[::-1]
+        if not isinstance(right, Weight) or isinstance(left, Weight):
+            raise UnsupportedError(
+                f"contraction `{rule}` of two activations",
+                "only weights can be laid out for the contraction engine",
+                "use attention",
+            )
+        x = self.tensor(operands[0])
+        if x.rows is None or x.dtype != right.dtype or x.dtype not in MULTIPLIED:
+            raise UnsupportedError(
+                f"contraction `{rule}` of {x.dtype.name} and {right.dtype.name}",
+                "the contraction engine multiplies two operands of bf16, i8 or f8e4m3",
+                "cast the model to bf16",
+            )
+        k_axes = [a for a in sides[0] if a in sides[1] and a not in rule.output]
+        n_axes = [a for a in rule.output if a in sides[1]]
+        if any(a in sides[0] for a in n_axes):
+            raise UnsupportedError(f"batched contraction `{rule}` with a weight", "no mapping is written", "split it")
+        sizes = {
+            a: n
+            for side, shape in ((sides[0], x.shape), (sides[1], right.sizes))
+            for a, n in zip(side, shape, strict=True)
+        }
+        multiple = k_multiple(product(sizes[a] for a in k_axes), x.dtype.bytes)
+        rows, columns = ([sides[1].index(a) for a in axes] for axes in (n_axes, k_axes))
+        if right.packed is not None and (rows, columns) == ([0], [1]):
+            packed = bind_packed(right)
+            matrix = Matrix(packed.keys, round_up(right.shape[0], N_MULTIPLE), packed.k, right.dtype, packed)
+        else:
+            buffer, n, k = right.matrix(rows, columns, (N_MULTIPLE, multiple))
+            matrix = Matrix(buffer, round_up(n, N_MULTIPLE), round_up(k, multiple), right.dtype)
+        x = self._contiguous(x, [sides[0].index(a) for a in k_axes], matrix.k)
+        by_axis = {a: d for a, d in zip(sides[0], x.dims, strict=True)}
+        dims = [
+            Dim("feature", sizes[a]) if a in n_axes and sizes[a] > 1 else by_axis.get(a, Dim("one", 1))
+            for a in rule.output
+        ]
+        dtype = dtype_of(op.results[0])
+        ops, final = self._epilogue(op)
+        sums, scales = 0, None
+        if (scaled := self._scales(op)) is not None:
+            final, sums, scales = scaled
+        if final is not None:
+            dtype = dtype_of(final.results[0])
+        produced = (final or op).results[0]
+        sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
+        where = target if self.parent.units > 1 else None
+        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales)
+        if final is not None:
+            final_rule = final.rule()
+            result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])
+            self.fused.add(final)
+        self.env[produced] = result
+        if produced is not op.results[0]:
+            self.env.pop(op.results[0], None)
+        return result
+
+    def _output_bytes(self, x: Tensor, w: Matrix, dtype: Dtype) -> int:
+        assert x.rows is not None
+        return w.rows * max(4, x.rows.physical) * dtype.bytes
+
+    def _epilogue(self, op: tc.ContractOp) -> tuple[list[ChainOp], tc.MapOp | None]:
+        """A single map of the result and numbers rides in the contraction's own pass."""
+        uses = list(op.results[0].uses)
+        if len(uses) != 1 or not isinstance(uses[0].operation, tc.MapOp) or len(uses[0].operation.operands) != 1:
+            return [], None
+        user = uses[0].operation
+        ops = epilogue_ops(user.expression())
+        return (ops, user) if ops is not None else ([], None)
+
+    def _scales(self, op: tc.ContractOp) -> tuple[tc.MapOp, int, Scales] | None:
+        """The map of a quantized contraction's scales if it rides behind it, and which of its operands the sums are."""
+        scaled = scaling(op)
+        if scaled is None:
+            return None
+        weight = next((i for i, o in enumerate(op.operands) if isinstance(self.env[o], Weight)), None)
+        channels = op.rule().inputs[weight] if weight is not None else ()
+        channel = next((i for i, a in enumerate(op.rule().output) if a in channels), 0)
+        scales = scales_of(*scaled, channel, self._rows_of(op), self.em.slices, self.env, self.tensor)
+        return None if scales is None else (*scaled, scales)
+
+    def _contiguous(self, x: Tensor, axes: Sequence[int], padded: int) -> Tensor:
+        """x with the K axes contiguous in the given order, zero-padded to `padded` elements."""
+        k = product(x.dims[a].size for a in axes)
+        stride = x.dtype.bytes
+        good = padded == k and x.base % 8 == 0
+        for a in reversed(axes):
+            d = x.dims[a]
+            if d.size > 1:
+                good = good and d.stride == stride
+                stride *= d.size
+        if good:
+            return x
+        assert x.rows is not None
+        names = [f"d{i}" for i in range(len(x.dims))]
+        order = [a for a in axes if x.dims[a].kind == "feature"]
+        target = output_tensor(self.em, x.dims, x.dtype, x.rows, order, self.spill)
+        if padded != k:
+            if target.space == Space.HBM:
+                raise UnsupportedError(
+                    f"a contraction over {k} elements", "padding of spilled values is not built", "use a multiple of 16"
+                )
+            pitch = padded * x.dtype.bytes
+            buffer = self.em.alloc(x.rows.local * pitch)
+            self.em.memset(buffer, 0, x.rows.local * pitch)
+            target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, pitch)
+        return self.vector.map(ex.Input(0), [x], [names], names, x.dtype, target=target)
