@@ -80,8 +80,8 @@ GROUP, W, A = ("config_groups", "group_0"), "weights", "input_activations"
     ],
 )
 def test_what_is_not_computed_is_refused(scheme: str, path: tuple[str, ...], value: Any, message: str) -> None:
-    config = json.loads(json.dumps(config_of(scheme)))
-    at = config
+    config: dict[str, Any] = json.loads(json.dumps(config_of(scheme)))
+    at: Any = config
     for key in path[:-1]:
         at = at[key]
     at[path[-1]] = value
@@ -92,7 +92,7 @@ def test_what_is_not_computed_is_refused(scheme: str, path: tuple[str, ...], val
 
 
 def test_all_problems_at_once() -> None:
-    config = config_of("int8") | {"kv_cache_scheme": {"num_bits": 8}}
+    config: dict[str, Any] = config_of("int8") | {"kv_cache_scheme": {"num_bits": 8}}
     config["config_groups"]["group_1"] = {"weights": {"num_bits": 3, "type": "int"}, "targets": ["lm_head"]}
     problems: list[Problem] = []
     read_quantization(config, problems)

@@ -65,7 +65,7 @@ def numbers(kind: str, shape: tuple[int, int, int, int], weights: str) -> tuple[
     b, s, n, k = shape
     rng = np.random.default_rng(n + k)
     x = rng.standard_normal((b, s, k)).astype(BF16)
-    x[:, -1] *= np.asarray(30, BF16)  # tokens of different magnitude
+    x[:, -1] = (x[:, -1].astype(np.float32) * 30).astype(BF16)  # tokens of different magnitude
     values = rng.standard_normal((n, k)) * LARGEST[kind] / 5
     c = np.asarray(rng.uniform(0.5, 1.5, (n,) if weights == "channel" else ()) / LARGEST[kind], np.float32)
     held = {"w": round_to(values.astype(np.float32), NUMBER[kind]), "c": c}
