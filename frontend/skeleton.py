@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -61,7 +62,7 @@ def build_skeleton(source: ModelSource, num_hidden_layers: int | None = None) ->
         config = AutoConfig.from_pretrained(
             source.directory, trust_remote_code=source.remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
         problem = Problem(f"config.json of {source.name} is not valid", _first_line(error), "correct the config")
         raise UserError([problem]) from error
     config = copy.deepcopy(config)
@@ -130,5 +131,7 @@ def truncate_config(config: Any, keep: list[int]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # "Validation error for field 'x':" and then what is wrong
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

@@ -47,6 +47,8 @@ def test_everything_wrong_is_reported_at_once(rngdc: Command, tmp_path: Path) ->
         ({"model_type": "nonesuch"}, ["unknown architecture", "nonesuch", "llama"]),
         ({"model_type": "gptj"}, ["gptj is not supported", "AttentionInterface"]),
         ({"architectures": ["A", "B"]}, ["more than one architecture"]),
+        ({"num_attention_heads": 3}, ["config.json", "is not valid", "multiple of the number of attention heads"]),
+        ({"rms_norm_eps": "small"}, ["config.json", "is not valid", "rms_norm_eps"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised (gptq)"]),
     ],
 )
