@@ -126,7 +126,7 @@ def per_unit(result: TimingResult) -> list[dict[str, Any]]:
                 "instructions": int(mine.sum()),
                 **result.engines(first),
                 "wait_sync_cycles": {name: result.stalls[first][name]["wait_sync"] for name in CONTEXTS},
-                "collective_cycles": _covered(
+                "collective_cycles": covered(
                     result.start[mine & result.collective], result.finish[mine & result.collective]
                 ),
                 "hbm_read_bytes": int(result.column("read_bytes")[mine].sum()),
@@ -209,7 +209,7 @@ def to_json(result: TimingResult, instructions: bool = False) -> dict[str, Any]:
     return out
 
 
-def _covered(start: NDArray[np.float64], finish: NDArray[np.float64]) -> float:
+def covered(start: NDArray[np.float64], finish: NDArray[np.float64]) -> float:
     """Length of the union of intervals."""
     if not len(start):
         return 0.0

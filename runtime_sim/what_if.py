@@ -85,6 +85,11 @@ class WhatIf:
         """`changes` with name, unit, before and after, and the names of the ideal parts."""
         return {"changes": [asdict(c) for c in self.changes], "ideal": list(self.ideal)}
 
+    def describe(self) -> str:
+        """One line for people; empty if nothing is different."""
+        parts = [f"{c.name} {c.before:g} -> {c.after:g} {c.unit}" for c in self.changes]
+        return "; ".join([*(f"ideal {name}" for name in self.ideal), *parts])
+
 
 def parse(settings: Sequence[str], ideals: Sequence[str], machine: Machine) -> WhatIf:
     """Apply `NAME=NUMBER` and `NAME=FACTORx` settings and ideal parts to a machine; factors are of its own mode.

@@ -130,6 +130,10 @@ def simulate(
     micro_batches: Annotated[
         int, typer.Option("--micro-batches", metavar="N", help="Runs of a program that follow each other.")
     ] = 1,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE.html", help="Write a page with drawings (needs one bucket)."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -157,6 +161,10 @@ def simulate(
             refuse(
                 f"--trace with {len(buckets)} buckets", "a trace shows one program", f"add --bucket {buckets[0].name}"
             )
+        if report_file is not None and len(buckets) != 1:
+            refuse(
+                f"--report with {len(buckets)} buckets", "a page shows one program", f"add --bucket {buckets[0].name}"
+            )
         if micro_batches < 1:
             refuse(f"--micro-batches {micro_batches}", "there is nothing to time", "use 1 or more")
         device = Device(opened, timing, False, pipeline_parallel_size, data_parallel_size)
@@ -181,6 +189,11 @@ def simulate(
             from runtime_sim.trace import write_trace
 
             write_trace(device.time(buckets[0], micro_batches), trace)
+        if report_file is not None:
+            from runtime_sim.report_page import write_report
+
+            title = f"{target.name} {buckets[0].name}"
+            write_report(device.time(buckets[0], micro_batches), report_file, title, what_if.describe())
         if target.suffix == ".mlir":
             report["artifact"] = str(target)
     if json is not None:

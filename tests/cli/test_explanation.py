@@ -84,3 +84,13 @@ def test_compare_refuses(rngdc: Command, artifact: Path, tmp_path: Path) -> None
     refused(rngdc("compare", a, tmp_path / "nowhere"), "no such directory")
     refused(rngdc("compare", a, artifact, "--bucket", "prefill_b1_s16_kv16"), "not in both", "decode_b2_kv32")
     refused(rngdc("compare", a, artifact, "--bucket", "nope"), "not in both")
+
+
+def test_report_of_a_program(rngdc: Command, artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    ran = rngdc("simulate", artifact, *DECODE, "--report", path, "--set", "dma_startup_cycles=0", "--json", "-")
+    text = path.read_text("utf-8")
+    assert f"{ran.json['buckets'][0]['cycles']:,.0f} cycles" in text
+    assert "dma_startup_cycles 500 -&gt; 0 cycles" in text
+    assert text.count("<circle") >= 8  # the matrix products of the model
+    refused(rngdc("simulate", artifact, "--report", path), "--report with 2 buckets", "--bucket")
