@@ -77,7 +77,7 @@ def main() -> None:
         print(f"pieces off a line, {name}: {data / free:.2f} times as long as on a line by that law")
     runs, _, _, measured = HALF_LINE
     engine = runs * 64 * 256 / ENGINE
-    print(f"runs of 128 B: dma_unaligned_piece_factor {(measured - STARTUP) / engine:.2f} (one row; rngd.toml has 2.0)")
+    print(f"runs of 128 B: dma_unaligned_piece_factor {(measured - STARTUP) / engine:.2f} (one row)")
 
 
 if __name__ == "__main__":
