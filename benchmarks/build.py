@@ -8,8 +8,8 @@
     preset   Llama-3.1-8B, TP 8: 46 decode buckets, 8 prefill buckets, 74 chunks: at most 240 s
 
 Each build runs in a process of its own; the fastest of the cold runs counts, then one more with the cache of the last.
-Seconds are those of the whole command, imports included; CPU seconds are of all its processes, and tell more on a machine
-that others use as well. Memory is that of the largest process.
+Seconds are those of the whole command, imports included. CPU seconds are of all its processes; they tell more on a
+machine that others use as well. Memory is that of the largest process.
 """
 
 from __future__ import annotations
@@ -117,10 +117,8 @@ def main() -> None:
         runs = 1 if name == "preset" else arguments.runs
         cold, warm = found[name] = measure(CASES[name], runs, arguments.workers)
         stages = ", ".join(f"{k} {v:.2f}" for k, v in cold["seconds"].items())
-        print(
-            f"{name}: {len(cold['buckets'])} buckets, {cold['num_layers']} layers; {stages}; CPU {cold['cpu_seconds']:.2f}",
-            flush=True,
-        )
+        print(f"{name}: {len(cold['buckets'])} buckets, {cold['num_layers']} layers; {stages}", flush=True)
+        print(f"  CPU seconds: cold {cold['cpu_seconds']:.2f}, warm {warm['cpu_seconds']:.2f}", flush=True)
         seconds = cold["command_seconds"]
         limit(f"{name} cold seconds", seconds, PRESET_SECONDS if name == "preset" else COLD_SECONDS)
         limit(f"{name} warm seconds", warm["command_seconds"], WARM_SECONDS)

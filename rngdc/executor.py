@@ -178,6 +178,7 @@ class ProcessExecutor:
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
         self._stopped = False
+        self._did: dict[str, _Worker] = {}  # by the name of the last task
 
     def __enter__(self) -> ProcessExecutor:
         return self
@@ -224,8 +225,10 @@ class ProcessExecutor:
     def _begin(
         self, worker: _Worker, waiting: list[int], tasks: Sequence[Task], listeners: Listeners
     ) -> Iterator[Finished]:
-        index = waiting.pop()
-        worker.task = index
+        # A worker may have kept what it needs for the next task of the same name.
+        own = next((i for i in reversed(waiting) if self._did.get(tasks[i].name) is worker), waiting[-1])
+        waiting.remove(own)
+        index = worker.task = own
         listeners.start(tasks[index])
         try:
             worker.connection.send(tasks[index])
@@ -244,6 +247,7 @@ class ProcessExecutor:
             listeners.step(tasks[index], value)
             return
         worker.task = None
+        self._did[tasks[index].name] = worker
         yield Finished(index, value, memory)
 
     def _lost(self, worker: _Worker) -> Finished:

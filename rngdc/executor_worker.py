@@ -10,6 +10,10 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
+KEPT = 4
+"""Buckets whose modules a pipeline builder keeps, in case it gets to compile them as well."""
+_kept: dict[str, Any] = {}
+
 
 def main() -> None:
     """Arguments: the connection's file descriptor, and one that reports the end of the parent."""
@@ -28,14 +32,23 @@ def _end_with_parent(alive: int) -> None:
 
 def _do(task: Any, connection: Connection) -> None:
     from rngdc.executor import failure_of
-    from rngdc.tasks import without_collections
+    from rngdc.tasks import BuildTask, Built, CompileTask, without_collections
 
     def listen(step: str) -> None:
         connection.send(("step", step, 0))
 
     try:
         with without_collections():
-            outcome: Any = task.run(listen).plain()
+            kept = _kept.pop(task.name, None)
+            if isinstance(task, CompileTask) and kept is not None and kept.text == task.text:
+                outcome: Any = task.run(listen, kept.lowered, kept.module).plain()
+            else:
+                outcome = task.run(listen)
+                if isinstance(task, BuildTask) and isinstance(outcome, Built) and not outcome.refused:
+                    _kept[task.name] = outcome
+                    while len(_kept) > KEPT:
+                        del _kept[next(iter(_kept))]
+                outcome = outcome.plain()
     except Exception as error:
         outcome = failure_of(error)
     connection.send(("done", outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

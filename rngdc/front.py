@@ -73,7 +73,7 @@ def key(source: ModelSource, layers: int | None, mode: str, cast: bool) -> str |
     files = [(str(p.absolute()), s.st_size, s.st_mtime_ns) for p in source.weight_files if (s := p.stat())]
     inputs = {
         "stage": KIND, "config": source.config, "class": source.architecture_class, "type": source.model_type,
-        "declared": source.declared_dtype, "computed": source.compute_dtype, "name": source.name,
+        "declared": source.declared_dtype, "computed": source.compute_dtype,
         "tensors": {name: repr(place) for name, place in source.tensors.items()}, "files": files,
         "quantization": repr(source.quantization), "layers": layers, "weights": mode, "cast": cast,
         "directory": str(source.directory.absolute()) if files else "", "frontend": _frontend_digest(),

@@ -189,8 +189,8 @@ MAIN = "import broken, rngdc.executor as e; e.WORKER = e.WORKER.replace('from rn
     ("how", "flags", "failed"),
     [
         ("raise", (), 1),
-        ("raise", ("--no-fast-fail",), 2),
-        ("raise", (*TWO, "--no-fast-fail"), 2),
+        pytest.param("raise", ("--no-fast-fail",), 2, marks=pytest.mark.slow),
+        pytest.param("raise", (*TWO, "--no-fast-fail"), 2, marks=pytest.mark.slow),
         ("kill", (*TWO, "--no-fast-fail"), 2),
     ],
 )
