@@ -1,8 +1,12 @@
 """4-bit weights: bytes of two numbers and scales a group in HBM, elements of bf16 in DM before the engine reads them.
 
 The multipliers take no bf16 with 4-bit numbers (hardware.md 2.8: widths do not mix), so a pass expands each tile where
-it lies: the fetch adapter's paired table gives f8 (exact for 4-bit numbers), its cast f32, the vector engine multiplies
-with the scales from VRF, the cast engine rounds once to bf16 (hardware.md 2.5, 2.9, 2.10). HBM carries 4 bits a weight.
+it lies: the fetch adapter's paired table gives f8 (exact for 4-bit numbers), its cast f32, the cast engine bf16
+(hardware.md 2.5, 2.10). HBM carries 4 bits a weight.
+
+Where weights stream, the contraction keeps groups apart and the vector engine behind it applies the scales to the sums
+and adds them: nothing is rounded. Where tokens stream, 16 channels of a slice are more than the reducer's 8 slots
+(hardware.md 2.9), so the scales are multiplied in while expanding, rounded once to bf16 as the library does.
 """
 
 from __future__ import annotations
@@ -75,6 +79,31 @@ def bind_packed(weight: Weight) -> Packed:
     return Packed(keys, scale.bind(Form((0, 1), (n, groups), (N_MULTIPLE, 2))), k, k // groups)
 
 
+def scaled_rows(packed: Packed, k: int) -> int:
+    """Rows of `k` columns whose scales fit VRF."""
+    return VRF_BYTES // (round_up(packed.part(0, k)[1], 2) * 4)
+
+
+def expand_numbers(em: Emitter, place: Staging, rows: int, k: int, target: SSAValue, slices: int) -> None:
+    """The numbers -8 to 7 of a tile as bf16 [rows][k], without their scales: exact, and the vector engine is free."""
+    keys = em.fetch(0, [(rows * k // 2, 1)], Dtype.I8, PACKET, Dtype.F32, lookup=Lookup.I4_F8E4M3)
+    em.execute(keys, place.keys, Commit(0, ((rows * k, 2),), Dtype.BF16, 8), target, slices=slices)
+
+
+def group_sums(
+    em: Emitter, packed: Packed, place: Staging, rows: int, k0: int, k: int, lanes: int, slices: int
+) -> tuple[VectorOp, ...]:
+    """Behind a contraction that keeps groups apart, [row][group][lane]: times the scale of each, summed over groups."""
+    _, count = packed.part(k0, k)
+    pitch = round_up(count, 2) * 4
+    base = em.vrf_space(round_up(rows * pitch, 32))
+    packet = 8 if rows * pitch % 32 == 0 else 4 if rows * pitch % 16 == 0 else 2
+    em.load_vrf(em.fetch(0, [(rows * pitch // 4, 4)], Dtype.F32, packet), place.scales, base, slices)
+    loops = operand_loops([(rows, pitch), (count, 4), (lanes, 0)])
+    scale = VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=loops))
+    return (scale, VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=count, inner=lanes)) if count > 1 else (scale,)
+
+
 @dataclass(frozen=True)
 class Staging:
     """DM of a tile's keys and scales."""
@@ -116,7 +145,7 @@ def load(
 def expand(
     em: Emitter, packed: Packed, place: Staging, rows: int, k0: int, k: int, target: SSAValue, slices: int
 ) -> None:
-    """The rows of a tile as bf16 [rows][k]."""
+    """The rows of a tile as bf16 [rows][k], scaled and rounded."""
     _, count = packed.part(k0, k)
     pitch = round_up(count, 2) * 4
     most = max(1, VRF_BYTES // pitch)

@@ -25,7 +25,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
-from backend_rngd.lowering.packed import expand, load, staging
+from backend_rngd.lowering.packed import expand_numbers, group_sums, load, scaled_rows, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor
 
@@ -67,14 +67,18 @@ class WeightsStream(ContractionMapping):
         most = TILE_BYTES // (widest * element)
         if self.scales.channels is not None:
             most = min(most, SCALED_CHANNELS)
+        if packed is not None:
+            most = min(most, scaled_rows(packed, widest))
         tiles = column_tiles(w.rows, max(4, most // 4 * 4), em.slices)
         largest = max(t.per_slice for t in tiles)
         scales = ScaleOps(em, self.scales)
         buffers = [em.alloc(largest * widest * element, "weights") for _ in range(min(2, len(tiles) * len(chunks)))]
         stages = [] if packed is None else [staging(em, packed, largest, widest) for _ in buffers]
         split = len(chunks) > 1
-        own_epilogue = split and needs_own_pass(vector)
-        parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if split else []
+        # Nothing of the float stages is left behind the sum over groups.
+        apart = split or (packed is not None and bool(vector))
+        own_epilogue = apart and (needs_own_pass(vector) or not split)
+        parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if apart else []
         finals = [em.alloc(t.per_slice * lanes * dtype.bytes, "channels") for t in tiles]
         for i, t in enumerate(tiles):
             if t.slices < em.slices:  # the ring and the sums read every slice, also those without channels
@@ -97,8 +101,12 @@ class WeightsStream(ContractionMapping):
             if i + 1 < len(jobs):
                 fetch_tile(i + 1)
             k0, k = chunks[c]
+            before, groups = w.raised, 1
             if packed is not None:
-                expand(em, packed, stages[i % 2], tiles[t].per_slice, k0, k, buffers[i % 2], tiles[t].slices)
+                rows, slices = tiles[t].per_slice, tiles[t].slices
+                expand_numbers(em, stages[i % 2], rows, k, buffers[i % 2], slices)
+                before = group_sums(em, packed, stages[i % 2], rows, k0, k, lanes, slices)
+                groups = packed.part(k0, k)[1]
             if t == 0:
                 base = self._next_half(lane_bytes, k * element)
                 self._tokens_to_trf(x, k0, k, lanes, base)
@@ -108,7 +116,7 @@ class WeightsStream(ContractionMapping):
                 scales.load_channels(tile.start, tile.per_slice, tile.slices, em.slices)
                 # The sums over chunks run in every slice, a pass over weights only where there are channels.
                 after = (*scales.few(tile.per_slice, lanes, em.slices if split else tile.slices), *vector)
-            where = finals[t] if not split else parts[0 if c == 0 else 1][t]
+            where = finals[t] if not apart else parts[0 if c == 0 else 1][t]
             self._weights_pass(
                 buffers[i % 2],
                 tile,
@@ -117,9 +125,10 @@ class WeightsStream(ContractionMapping):
                 lanes,
                 base,
                 where,
-                dtype if not split else Dtype.F32,
-                (*w.raised, *(after if not split else ())),
+                dtype if not apart else Dtype.F32,
+                (*before, *(after if not apart else ())),
                 w.dtype,
+                groups,
             )
             count = tile.per_slice * lanes
             if split and c > 0:
@@ -179,8 +188,10 @@ class WeightsStream(ContractionMapping):
         dtype: Dtype,
         vector: Sequence[VectorOp],
         multiplied: Dtype,
+        groups: int,
     ) -> None:
-        width = multiplied.bytes
+        """Channels of a tile times tokens; `groups`: parts of K whose sums are kept apart for `vector`."""
+        width, part = multiplied.bytes, k // groups
         self.em.execute(
             self.em.fetch(0, [(tile.per_slice, k * width), (k, width)], multiplied, packet),
             weights,
@@ -191,7 +202,7 @@ class WeightsStream(ContractionMapping):
                 lanes,
                 packet * width // FLIT_BYTES,
                 base,
-                ((tile.per_slice, 0, 0), (k // packet, packet * width, REDUCE)),
+                ((tile.per_slice, 0, 0), (groups, part * width, 0), (part // packet, packet * width, REDUCE)),
                 packet,
                 packet.bit_length() - 1,
                 LaneMode.INTERLEAVED,

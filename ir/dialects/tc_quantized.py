@@ -20,7 +20,7 @@ from ir.types import elem_of, is_float, shape_of
 
 @irdl_op_definition
 class DequantizeOp(TcOp):
-    """4-bit weights as numbers: w[n, k] = (nibble(packed[n], k) - 8) * scale[n, k // group], rounded once.
+    """4-bit weights as numbers: w[n, k] = (nibble(packed[n], k) - 8) * scale[n, k // group], rounded at most once.
 
     A word of 32 bits holds 8 neighbours along k, the first in the lowest bits. The backend expands one tile at a time,
     as the engine reads it; nothing else may read the result than the weight side of contractions.
