@@ -1,6 +1,7 @@
 """bind-quantized: contractions with quantized weights become products of stored numbers, with scales behind.
 
-Before (attribute of the module: tc.quantized = {"up.weight" = "int8 channel dynamic"}):
+Before:
+    module attribute tc.quantized = {"up.weight" = "int8 channel dynamic"}
     %w = tc.weight "up.weight" : tensor<96x64xbf16>
     %y = tc.contract "b s i, o i -> b s o" (%x, %w) : tensor<?x?x96xbf16, #tc.axes<"B,S,_">>
 After:
