@@ -89,6 +89,8 @@ class Emitter:
     location: str = ""
     probes: bool = True
     _globals: dict[str, SSAValue] = field(default_factory=dict[str, SSAValue])
+    _declared: dict[str, GlobalOp] = field(default_factory=dict[str, GlobalOp])
+    _seen: Operation | None = None
     _vrf_next: int = 0
     _trf: SSAValue | None = None
     _vrf: SSAValue | None = None
@@ -107,10 +109,8 @@ class Emitter:
     def global_buffer(self, name: str, space: str, nbytes: int, kind: str, row_bytes: int = 0) -> SSAValue:
         """A buffer that lives as long as the program; the same name gives the same buffer."""
         if name not in self._globals:
-            known = {op.sym_name.data: op for op in self.module.body.block.ops if isinstance(op, GlobalOp)}
-            if name in known:
-                declared = known[name]
-            else:
+            declared = self._declaration(name)
+            if declared is None:
                 declared = GlobalOp(name, space, nbytes, kind, row_bytes)
                 first = self.module.body.block.first_op
                 if first is None:
@@ -125,6 +125,16 @@ class Emitter:
                 self.block.insert_op_before(get, first_op)
             self._globals[name] = get.results[0]
         return self._globals[name]
+
+    def _declaration(self, name: str) -> GlobalOp | None:
+        """The global of the module. New ones stand first, so only those before the first of the last time are new."""
+        first = op = self.module.body.block.first_op
+        while op is not None and op is not self._seen:
+            if isinstance(op, GlobalOp):
+                self._declared[op.sym_name.data] = op
+            op = op.next_op
+        self._seen = first
+        return self._declared.get(name)
 
     def known_globals(self) -> dict[str, SSAValue]:
         """Globals this routine has asked for."""
