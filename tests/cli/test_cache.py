@@ -251,7 +251,8 @@ def test_ls_and_prune(rngdc: Command, model: Path, tmp_path: Path) -> None:
     # The least recently used go first, and a hit is a use.
     paths = entries(cache)
     for age, path in enumerate(paths):
-        os.utime(path, (time.time() - 100 * (age + 1),) * 2)
+        used = time.time() - 100 * (age + 1)
+        os.utime(path, (used, used))
     assert Cache(cache).get(paths[-1].parts[-3], paths[-1].stem) is not None
     rngdc("cache", "prune", "--cache-dir", cache, "--max-size", str(paths[-1].stat().st_size))
     assert entries(cache) == [paths[-1]]
