@@ -257,11 +257,13 @@ def make_programs(
     from rngdc.program import Request, build_programs, lowering_options
 
     work, plan = options.work, options.parallel.plan
+    # Stages share the one map out when the artifact is loaded; `memory_problems` judges each of them.
+    roomy = machine.model_copy(update={"hbm_usable_bytes": machine.hbm_usable_bytes * options.parallel.pipeline})
     request = Request(
         passes={b: bucket_passes(options, captured.info.kind, b) for b in buckets},
         text=captured.text,
         model=captured.held,
-        machine=machine,
+        machine=roomy,
         lowering=lowering_options(buckets, machine.slices_per_pe),
         digest=hashlib.sha256(plan.read_bytes()).hexdigest() if plan is not None else "",
         check=lambda memory: memory_problems(memory, options.parallel, machine),

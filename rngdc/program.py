@@ -115,9 +115,7 @@ def compile_programs(
     """Streams of modules that went through the passes, made in this process. Raises as `build_programs` does."""
     made: list[Programs] = []
     options = lowering_options(list(modules), machine.slices_per_pe)
-    builders = {
-        b: BuildTask(b, "", "", machine.name, options, "", str(dumps / b.name) if dumps else None) for b in modules
-    }
+    builders = {b: BuildTask(b, "", "", machine, options, "", str(dumps / b.name) if dumps else None) for b in modules}
     with InlineExecutor() as executor:
         request = Request(dict.fromkeys(modules, ""), "", machine, options, dumps=dumps, fast_fail=False)
         work = _Build(request, executor, None, watch or Watcher())
@@ -176,7 +174,7 @@ class _Build:
     def _builders(self) -> list[BuildTask]:
         r = self.request
         return [
-            BuildTask(b, r.text, passes, r.machine.name, r.lowering, r.digest, self._dumps(b))
+            BuildTask(b, r.text, passes, r.machine, r.lowering, r.digest, self._dumps(b))
             for b, passes in r.passes.items()
         ]
 
@@ -184,7 +182,7 @@ class _Build:
         r = self.request
         addresses = {image.key: shared.address[image.key] for image in built.images}
         # The map may hold a form or a literal that only another bucket has asked for so far.
-        return CompileTask(bucket, built.text, r.machine.name, r.lowering, addresses, base, self._dumps(bucket))
+        return CompileTask(bucket, built.text, r.machine, r.lowering, addresses, base, self._dumps(bucket))
 
     def _dumps(self, bucket: BucketSpec) -> str | None:
         return str(self.request.dumps / bucket.name) if self.request.dumps is not None else None

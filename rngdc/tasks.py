@@ -26,7 +26,7 @@ from backend_rngd.dialect import GlobalOp
 from backend_rngd.emit import Emitted, emit
 from backend_rngd.hoist import hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
-from backend_rngd.machine import Machine, load_machine
+from backend_rngd.machine import Machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from ir.errors import UserError
@@ -53,7 +53,7 @@ class BuildTask:
     bucket: BucketSpec
     text: str
     passes: str
-    machine: str
+    machine: Machine
     lowering: LoweringOptions
     digest: str = ""
     dumps: str | None = None
@@ -74,13 +74,13 @@ class BuildTask:
         """Everything that the result depends on, as JSON."""
         return {
             "stage": self.stage, "bucket": asdict(self.bucket), "text": _sha256(self.text), "passes": self.passes,
-            "machine": load_machine(self.machine).digest(), "lowering": asdict(self.lowering), "digest": self.digest,
+            "machine": _sha256(self.machine.model_dump_json()), "lowering": asdict(self.lowering), "digest": self.digest,
         }  # fmt: skip
 
     def reproducer(self) -> tuple[str, str]:
         """(module text, passes) that do the same with `rngdc opt`."""
         low = self.lowering
-        last = f"rngd-lower{{machine={self.machine} capacity={low.cache_capacity} batch={low.cache_batch}}}"
+        last = f"rngd-lower{{machine={self.machine.name} capacity={low.cache_capacity} batch={low.cache_batch}}}"
         return self.text, ",".join(filter(None, [self.passes, "outline", last]))
 
     def run(self, listen: Listener, module: ModuleOp | None = None) -> Built:
@@ -97,7 +97,7 @@ class CompileTask:
 
     bucket: BucketSpec
     text: str
-    machine: str
+    machine: Machine
     lowering: LoweringOptions
     addresses: Mapping[str, int]
     hbm_base: int
@@ -119,15 +119,15 @@ class CompileTask:
         """Everything that the result depends on, as JSON."""
         return {
             "stage": self.stage, "bucket": asdict(self.bucket), "text": _sha256(self.text),
-            "machine": load_machine(self.machine).digest(), "lowering": asdict(self.lowering),
+            "machine": _sha256(self.machine.model_dump_json()), "lowering": asdict(self.lowering),
             "addresses": dict(self.addresses), "hbm_base": self.hbm_base,
         }  # fmt: skip
 
     def reproducer(self) -> tuple[str, str]:
         """(module text, passes) that do the same with `rngdc opt`."""
         low = self.lowering
-        first = f"rngd-lower{{machine={self.machine} capacity={low.cache_capacity} batch={low.cache_batch}}}"
-        return self.text, f"{first},rngd-place{{machine={self.machine}}},rngd-schedule"
+        first = f"rngd-lower{{machine={self.machine.name} capacity={low.cache_capacity} batch={low.cache_batch}}}"
+        return self.text, f"{first},rngd-place{{machine={self.machine.name}}},rngd-schedule"
 
     def run(self, listen: Listener, lowered: Lowered | None = None, module: ModuleOp | None = None) -> Compiled:
         """Do it; `lowered` and `module` are what the pipeline builder has made, if it ran in this process."""
@@ -289,7 +289,7 @@ def _build(task: BuildTask, listen: Listener, model: ModuleOp | None) -> Built:
     outline(module)
     out.memory, out.notes = memory_of([module]), notes(module)
     steps("lower")
-    machine = load_machine(task.machine)
+    machine = task.machine
     try:
         lowered = lower(module, machine, task.lowering)
     except UserError as error:
@@ -342,7 +342,7 @@ def _padded(values: Any, nbytes: int) -> bytes:
 # Compile -------------------------------------------------------------------------------------------------------------
 def _compile(task: CompileTask, listen: Listener, lowered: Lowered | None, module: ModuleOp | None) -> Compiled:
     steps = _Steps(listen)
-    machine = load_machine(task.machine)
+    machine = task.machine
     out = Compiled(seconds=steps.seconds)
     if lowered is None:
         steps("lower")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from backend_rngd.lowering import LoweringOptions
+from backend_rngd.machine import load_machine
 from rngdc import front
 from rngdc.buckets import BucketSpec
 from rngdc.cache import Cache, compiler_digest, default_directory, key_of
@@ -186,13 +187,15 @@ def test_a_cache_that_cannot_be_written(rngdc: Command, model: Path, tmp_path: P
     assert "--cache-dir" in ran.err
 
 
-TASK = BuildTask(BucketSpec("decode", 1, 1, 8), "text", "simplify", "rngd", LoweringOptions())
-COMPILE = CompileTask(TASK.bucket, "text", "rngd", LoweringOptions(), {"w": 0}, 64)
+RNGD = load_machine("rngd")
+TASK = BuildTask(BucketSpec("decode", 1, 1, 8), "text", "simplify", RNGD, LoweringOptions())
+COMPILE = CompileTask(TASK.bucket, "text", RNGD, LoweringOptions(), {"w": 0}, 64)
 
 
 def test_everything_that_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [
         TASK, replace(TASK, text="other"), replace(TASK, passes="x"), replace(TASK, digest="plan"),
+        replace(TASK, machine=RNGD.model_copy(update={"hbm_usable_bytes": 1})),
         replace(TASK, bucket=BucketSpec("decode", 2, 1, 8)), replace(TASK, lowering=LoweringOptions(32)),
         COMPILE, replace(COMPILE, text="other"), replace(COMPILE, addresses={"w": 64}), replace(COMPILE, hbm_base=128),
         replace(COMPILE, lowering=LoweringOptions(spill_bytes=1)),
