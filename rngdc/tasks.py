@@ -74,7 +74,8 @@ class BuildTask:
         """Everything that the result depends on, as JSON."""
         return {
             "stage": self.stage, "bucket": asdict(self.bucket), "text": _sha256(self.text), "passes": self.passes,
-            "machine": _sha256(self.machine.model_dump_json()), "lowering": asdict(self.lowering), "digest": self.digest,
+            "digest": self.digest,
+            "machine": _sha256(self.machine.model_dump_json()), "lowering": asdict(self.lowering),
         }  # fmt: skip
 
     def reproducer(self) -> tuple[str, str]:
