@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -313,12 +313,16 @@ def _suggest(path: Path, json: str | None) -> None:
 
 
 def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions) -> str:
-    from passes.pipeline import simplify_stage, spec, specialise_stage
+    from passes.pipeline import shard_stage, simplify_stage, spec, specialise_stage
 
-    lines: list[Any] = [
+    plan = str(parallel.plan) if parallel.plan is not None else None
+    shard = spec(shard_stage(parallel.tensor, parallel.sequence, plan))
+    lines = [
         "capture      frontend.capture",
         f"simplify     {spec(simplify_stage(auto_bfloat16_cast))}",
         f"specialise   {spec(specialise_stage(1, 512, 512))}  (for each bucket)",
+        *([f"shard        {shard}"] if shard else []),
+        "outline      outline",
         "map          rngd-lower",
         "place        rngd-hoist,rngd-place",
         "schedule     rngd-schedule",

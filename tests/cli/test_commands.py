@@ -245,6 +245,9 @@ def test_print_pipeline(rngdc: Command, model: Path, tmp_path: Path) -> None:
     assert ran.status == 0
     assert "fuse-elementwise" in ran.out
     assert "rngd-schedule" in ran.out
+    assert "plan-tp{size=4" in ran.out
+    assert "partition" in ran.out
+    assert "plan-tp" not in rngdc("build", "--print-pipeline", "-tp", "1").out
     assert not (tmp_path / "out").exists()
 
 
