@@ -1,6 +1,6 @@
 """partition: carry out a plan. Types become those of one unit's part, and collectives appear where values must meet.
 
-Before (after plan-tp{size=2}):
+Before:
     %w = tc.weight "up_proj.weight" shard "80@tp, 48" : tensor<80x48xbf16>
     %v = tc.weight "down_proj.weight" shard "48, 80@tp" : tensor<48x80xbf16>
     %h = tc.contract "b s i, o i -> b s o" (%x, %w) : tensor<1x16x80xbf16, #tc.axes<"B,S,_">>
