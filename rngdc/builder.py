@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ir.errors import Problem
+from rngdc import defaults
 from rngdc.buckets import BucketRequest
-from rngdc.options import DEFAULT_PIPELINE_PARALLEL, DEFAULT_TENSOR_PARALLEL, BuildOptions, ParallelOptions
+from rngdc.options import BuildOptions, ParallelOptions
 from rngdc.work import WorkOptions
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class ArtifactBuilder:
         model_id_or_path: PathLike,
         name: str = "",
         *,
-        tensor_parallel_size: int = DEFAULT_TENSOR_PARALLEL,
-        pipeline_parallel_size: int = DEFAULT_PIPELINE_PARALLEL,
+        tensor_parallel_size: int = defaults.TENSOR_PARALLEL,
+        pipeline_parallel_size: int = defaults.PIPELINE_PARALLEL,
         prefill_buckets: Sequence[Pair] | None = None,
         decode_buckets: Sequence[Pair] | None = None,
         max_seq_len_to_capture: int | None = None,

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from backend_rngd.machine import Machine
 from ir.errors import Problem
+from rngdc import defaults
 from rngdc.buckets import BucketRequest
 from rngdc.work import WorkOptions, check_work
 
-DEFAULT_TENSOR_PARALLEL = 4
-DEFAULT_PIPELINE_PARALLEL = 1
 MAX_CARDS_OF_A_LAYER = 4
 """Cards that one layer may be spread over: tensor parallelism over PCIe gains nothing beyond."""
 WEIGHT_MODES = r"link|copy|none|random(:\d+)?"
@@ -27,8 +26,8 @@ class ParallelOptions:
     `sequence`: norms and residuals work on a part of the tokens each.
     """
 
-    tensor: int = DEFAULT_TENSOR_PARALLEL
-    pipeline: int = DEFAULT_PIPELINE_PARALLEL
+    tensor: int = defaults.TENSOR_PARALLEL
+    pipeline: int = defaults.PIPELINE_PARALLEL
     plan: Path | None = None
     sequence: bool = False
 

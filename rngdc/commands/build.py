@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rngdc import defaults
 from rngdc.commands.app import Json, app, refuse, step_texts
-from rngdc.options import DEFAULT_PIPELINE_PARALLEL, DEFAULT_TENSOR_PARALLEL, BuildOptions, ParallelOptions
-from rngdc.work import WorkOptions
 
 if TYPE_CHECKING:
     from ir.errors import Problem
     from rngdc.build import BuildReport
+    from rngdc.options import BuildOptions, ParallelOptions
 
 _NOT_SETTINGS = {"config", "json", "help"}
 
@@ -90,7 +90,7 @@ def build(
             metavar="N",
             help="Processing elements of a layer: 1, 2, 4, 8 on a card; 16, 32 over cards.",
         ),
-    ] = DEFAULT_TENSOR_PARALLEL,
+    ] = defaults.TENSOR_PARALLEL,
     pipeline_parallel_size: Annotated[
         int,
         typer.Option(
@@ -99,7 +99,7 @@ def build(
             metavar="N",
             help="Stages that the layers are divided into. A preference: loading may choose another.",
         ),
-    ] = DEFAULT_PIPELINE_PARALLEL,
+    ] = defaults.PIPELINE_PARALLEL,
     tensor_parallel_plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="YAML with placements of weights.", show_default="the model's own"),
@@ -211,6 +211,8 @@ def build(
     from ir.errors import UserError
     from rngdc.buckets import BucketRequest, parse_pairs
     from rngdc.console import out as stdout
+    from rngdc.options import BuildOptions, ParallelOptions
+    from rngdc.work import WorkOptions
 
     problems: list[Problem] = []
     request = BucketRequest(
