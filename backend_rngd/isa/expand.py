@@ -260,8 +260,13 @@ class Expansion:
         if isinstance(what, Notify):
             targets = tuple(self._targets(number, step.index, what, used[0][rank], rank) for rank in self._ranks)
         elif isinstance(what, Dma):
-            values = zip(*used, strict=True)
-            visits = tuple(self._transfer(what, found, rank) for rank, found in enumerate(values))
+            idle: set[tuple[int, ...]] = set()  # registers with which it touches nothing that counts, on any unit
+            every: list[tuple[Visit, ...]] = []
+            for rank, found in enumerate(zip(*used, strict=True)):
+                every.append(() if found in idle else self._transfer(what, found, rank))
+                if not every[-1]:
+                    idle.add(found)
+            visits = tuple(every)
         elif not isinstance(what, Wait):
             found = self._own_cells(number, step.index)
             first = self.stage * self.units

@@ -142,14 +142,8 @@ class Emitter:
 
     def declared_bytes(self, name: str) -> int:
         """Size of a global of the module, 0 if there is none of that name."""
-        return next(
-            (
-                op.buffer_type.nbytes.data
-                for op in self.module.body.block.ops
-                if isinstance(op, GlobalOp) and op.sym_name.data == name
-            ),
-            0,
-        )
+        declared = self._declaration(name)
+        return declared.buffer_type.nbytes.data if declared is not None else 0
 
     @property
     def trf(self) -> SSAValue:
