@@ -16,7 +16,8 @@ from tests.cli.conftest import Command
 
 # Stops in the middle of writing, when everything but the manifest is there.
 STOPPING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 from pathlib import Path
 import backend_rngd.artifact.store as store
 def wait(path):

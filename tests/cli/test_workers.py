@@ -133,7 +133,8 @@ def alive(pid: int) -> bool:
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 from rngdc.executor import Listeners, ProcessExecutor
 from tests.cli.test_workers import Sum
 with ProcessExecutor() as executor:
