@@ -170,6 +170,6 @@ class BuildFailedError(Exception):
             ]
         if self.skipped > 0:
             out.append(
-                f"{self.skipped} task(s) were not begun; --no-fast-fail tries all, finished ones are in the cache"
+                f"  {self.skipped} task(s) were not begun; --no-fast-fail tries all, finished ones are in the cache"
             )
         return out
