@@ -82,7 +82,7 @@ class SplitKeys:
         if len(pairs) == 1:  # every slice holds what it needs
             work = Rows(tokens, q.buffer, q.base, q.pitch, q_head, limit.buffer, limit.base, limit.pitch)
         else:
-            mine, lim = em.alloc(count * head * 2, "queries"), em.alloc(tokens * 8, "limits")
+            mine = em.alloc(count * head * 2, "queries")
             em.dma(
                 place_of(q),
                 dm(mine),
@@ -97,6 +97,7 @@ class SplitKeys:
             if rows.batch == 1:
                 lim, lim_base, lim_pitch = limit.buffer, limit.base, limit.pitch
             else:
+                lim = em.alloc(tokens * 8, "limits")
                 where = [*((n, b * tokens * limit.pitch, s * step) for n, b, _, s in loops), copies]
                 em.dma(dm(limit.buffer, limit.base), dm(lim), [*where, (tokens, limit.pitch, 8)], 8)
                 lim_base, lim_pitch = 0, 8

@@ -84,27 +84,14 @@ class AllReduce(Exchange):
         if min(times, key=lambda name: times[name]) == "one_shot":
             assert one_shot is not None
             size, parts = one_shot, features // one_shot
-            slots = em.alloc(group.local * count * size * width, "copies")
-            loops = [
-                (parts, DM_SLICE_STRIDE + size * width, DM_SLICE_STRIDE),
-                (group.local, UNIT_STRIDE, count * size * width),
-                (count, held.pitch, size * width),
-            ]
-            em.dma(peer(held.buffer, held.space, held.base, scope.register), dm(slots), loops, size * width)
+            slots = self._pull_pieces(held, scope.register, parts, size)
             total = self._spread_buffer(count * size * width, parts)
             self.add(slots, group.local, count * size, x.dtype, total, parts)
             return self._to_all_slices(x, total, count, size)
         assert two_phase is not None
         size = two_phase
         parts = features // (size * group.local)
-        slots = em.alloc(group.local * count * size * width, "copies")
-        loops = [
-            (parts, DM_SLICE_STRIDE + size * width, DM_SLICE_STRIDE),
-            (group.local, UNIT_STRIDE, count * size * width),
-            (count, held.pitch, size * width),
-        ]
-        own = group.register(on_card=parts * size * width, card=1)
-        em.dma(peer(held.buffer, held.space, held.base, own), dm(slots), loops, size * width)
+        slots = self._pull_pieces(held, group.register(on_card=parts * size * width, card=1), parts, size)
         nbytes = count * size * width
         mine = self._between_cards(slots, count * size, x.dtype, parts, False)
         group.exchange(scope, mine)
@@ -112,6 +99,21 @@ class AllReduce(Exchange):
         loops = [(group.local, UNIT_STRIDE, parts * DM_SLICE_STRIDE), (parts, DM_SLICE_STRIDE, DM_SLICE_STRIDE)]
         em.dma(peer(mine, Space.DM, 0, scope.register), dm(total), loops, nbytes)
         return self._to_all_slices(x, total, count, size)
+
+    def _pull_pieces(self, held: Tensor, register: int, parts: int, size: int) -> SSAValue:
+        """`[unit][row][size]`: slice s of `parts` slices reads piece s of the features, from where `register` says, of
+        all units of the card."""
+        em, local, rows = self.em, self.group.local, held.rows
+        assert rows is not None
+        count, piece = rows.local, size * held.dtype.bytes
+        slots = em.alloc(local * count * piece, "copies")
+        loops = [
+            (parts, DM_SLICE_STRIDE + piece, DM_SLICE_STRIDE),
+            (local, UNIT_STRIDE, count * piece),
+            (count, held.pitch, piece),
+        ]
+        em.dma(peer(held.buffer, held.space, held.base, register), dm(slots), loops, piece)
+        return slots
 
     def _times(self, nbytes: int, one_shot: bool, two_phase: bool) -> dict[str, float]:
         """Cycles of the algorithms that are possible."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from xdsl.dialects import func
-from xdsl.dialects.builtin import ModuleOp, StringAttr
+from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import CallOp, LaunchOp, RoutineOp
@@ -19,10 +19,10 @@ from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form
 from backend_rngd.lowering.vector import VectorLowering
 from backend_rngd.machine import Machine
+from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.placement import Mesh
-
-MESH = "tc.mesh"
+from passes.outline import PREPARE
 
 
 class Program:
@@ -34,8 +34,7 @@ class Program:
         self.options = options
         self.out = Lowered(ModuleOp([]))
         self.functions = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, func.FuncOp)}
-        mesh = module.attributes.get(MESH)
-        self.mesh = Mesh.parse(mesh.data) if isinstance(mesh, StringAttr) else Mesh(())
+        self.mesh = tc.mesh_of(module) or Mesh(())
         self.units = self.mesh.size
         self._semaphores = 0
         self._offsets: set[str] = set()
@@ -60,11 +59,11 @@ class Program:
         entry = self.functions.get("main") or next(iter(self.functions.values()))
         if not any(isinstance(op, func.CallOp) for op in entry.body.block.ops):
             return self.main
-        prepare = self.routine("prepare")
-        if "prepare" not in self.functions and not any(
-            isinstance(op, CallOp) and op.callee.string_value() == "prepare" for op in self.main.block.ops
+        prepare = self.routine(PREPARE)
+        if PREPARE not in self.functions and not any(
+            isinstance(op, CallOp) and op.callee.string_value() == PREPARE for op in self.main.block.ops
         ):
-            call, block = CallOp("prepare", [], "prepare"), self.main.block
+            call, block = CallOp(PREPARE, [], PREPARE), self.main.block
             if block.first_op is None:
                 block.add_op(call)
             else:

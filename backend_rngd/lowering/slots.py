@@ -15,6 +15,7 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.tensor import Tensor
 from backend_rngd.lowering.values import in_global
 from ir.errors import UnsupportedError
+from passes.outline import EMBED, HEAD, PREPARE
 
 Key = SSAValue | tuple[str, str, int]
 
@@ -62,8 +63,7 @@ class Slots:
 
     def handed_over(self) -> dict[str, Tensor]:
         """Buffers that go from one layer to the next: what a pipeline stage sends to the following one."""
-        outlined = {"prepare", "embed", "head"}
-        layers = [c for c in self.calls if c.callee.string_value() not in outlined]
+        layers = [c for c in self.calls if c.callee.string_value() not in (PREPARE, EMBED, HEAD)]
         made = {self.name(v) for c in layers for v in c.results if self.known(v) is not None}
         return {name: self._layout[name] for name in sorted(made) if name not in self.outputs.values()}
 
