@@ -11,7 +11,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -131,25 +131,26 @@ class WeightTable(Mapping[str, WeightRef]):
             return random_weight(ref)
         if ref.file is None:
             raise UserError([Problem(f"weight {name}", "it was built without values", "build with --weights link")])
-        offset, nbytes = self._range(ref)
+        path, offset, nbytes = self.place(ref)
         if nbytes != ref.stored_bytes:
             why = f"{nbytes} bytes are stored, {list(ref.shape)} {ref.dtype} needs {ref.stored_bytes}"
             raise UserError([Problem(f"weight {name}", why, "use the checkpoint that was captured")])
         dtype = STORED_DTYPES[ref.dtype]
         try:
-            raw = np.memmap(self.path(ref), dtype=np.uint8, mode="r", offset=offset, shape=(nbytes,))
+            raw = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(nbytes,))
         except (OSError, ValueError) as error:
-            raise UserError([Problem(f"weight {name}", str(error), f"restore {self.path(ref)}")]) from error
+            raise UserError([Problem(f"weight {name}", str(error), f"restore {path}")]) from error
         return np.asarray(raw).view(dtype).reshape(ref.shape)
 
-    def _range(self, ref: WeightRef) -> tuple[int, int]:
-        if ref.offset is not None:
-            return ref.offset, ref.nbytes if ref.nbytes is not None else ref.stored_bytes
+    def place(self, ref: WeightRef) -> tuple[Path, int, int]:
+        """(file, first byte, bytes) of a weight that is in a file. Raises UserError if the file does not have it."""
         path = self.path(ref)
+        if ref.offset is not None:
+            return path, ref.offset, ref.nbytes if ref.nbytes is not None else ref.stored_bytes
         stored = {r.tensor: r for r in safetensors_refs(path)}.get(ref.tensor or ref.name)
         if stored is None or stored.offset is None or stored.nbytes is None:
             raise UserError([Problem(f"weight {ref.name}", f"{path} has no {ref.tensor}", "check the checkpoint")])
-        return stored.offset, stored.nbytes
+        return path, stored.offset, stored.nbytes
 
     def to_json(self, directory: Path | None = None) -> dict[str, Any]:
         """A JSON-able form. Inline arrays over 64 KB go to `inline.safetensors` in `directory`."""
@@ -237,20 +238,23 @@ def safetensors_refs(path: Path | str) -> list[WeightRef]:
     return refs
 
 
+def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+    """Header of a file of tensors (name, element type, shape), and where each begins behind it; padded to 8 bytes."""
+    names = {short: long for long, short in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {}
+    position, offsets = 0, list[int]()
+    for name, dtype, shape in tensors:
+        offsets.append(position)
+        position += math.prod(shape) * STORED_DTYPES[dtype].itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[-1], position]}
+    text = json.dumps(header).encode("utf-8")
+    return text + b" " * (-len(text) % 8), offsets
+
+
 def write_safetensors(path: Path | str, arrays: Mapping[str, Array]) -> None:
     """Write arrays as a safetensors file; data start at a multiple of 8 bytes."""
-    names = {np.dtype(STORED_DTYPES[short]): long for long, short in SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {}
-    position = 0
-    for name, array in arrays.items():
-        header[name] = {
-            "dtype": names[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [position, position + array.nbytes],
-        }
-        position += array.nbytes
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    short = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items()}
+    text, _ = safetensors_header([(name, short[array.dtype], array.shape) for name, array in arrays.items()])
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in arrays.values():

@@ -17,7 +17,7 @@ from backend_rngd.machine import Machine, load_machine
 from ir.errors import Problem, UserError
 from rngdc.buckets import BucketSpec, choose
 from rngdc.model_files import copy_model_files, eos_ids, pooling
-from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages
+from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages, recorded
 from rngdc.work import TextWatcher, Watcher
 from rngdc.write import weight_sources, write_programs
 
@@ -134,7 +134,7 @@ def build(
             mesh=programs.mesh,
         )
         manifest = write_programs(
-            writer, programs, machine, model, parallel, options.weights, weights, linked, options.name
+            writer, programs, machine, model, parallel, options.weights, weights, linked, recorded(options)
         )
     seconds = clock.stages | {"total": clock.total()}
     return BuildReport(

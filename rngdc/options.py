@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from backend_rngd.artifact import Options
 from backend_rngd.machine import Machine
 from ir.errors import Problem
 from rngdc import defaults
@@ -51,6 +52,29 @@ class BuildOptions:
     machine: str = "rngd"
     dry_run: bool = False
     work: WorkOptions = field(default_factory=WorkOptions)
+
+
+def recorded(options: BuildOptions) -> Options:
+    """What the artifact keeps of the options: all that decides what is built, paths made absolute."""
+    local = options.model.startswith((".", "/", "~"))
+    plan = options.parallel.plan
+    return Options(
+        model=str(Path(options.model).expanduser().absolute()) if local else options.model,
+        revision=options.revision,
+        prefill_buckets=tuple(options.buckets.prefill),
+        decode_buckets=tuple(options.buckets.decode),
+        max_seq_len_to_capture=options.buckets.max_length,
+        prefill_chunk_size=options.buckets.chunk,
+        tensor_parallel_size=options.parallel.tensor,
+        pipeline_parallel_size=options.parallel.pipeline,
+        tensor_parallel_plan=None if plan is None else str(plan.expanduser().absolute()),
+        sequence_parallel=options.parallel.sequence,
+        weights=options.weights,
+        auto_bfloat16_cast=options.auto_bfloat16_cast,
+        trust_remote_code=options.trust_remote_code,
+        num_hidden_layers=options.num_hidden_layers,
+        name=options.name,
+    )
 
 
 def tensor_parallel_sizes(machine: Machine) -> tuple[list[int], list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,14 @@ from backend_rngd.artifact import (
     MachineId,
     Manifest,
     Model,
+    Options,
     Parallel,
     WeightSource,
 )
 from backend_rngd.artifact.store import link
 from backend_rngd.machine import Machine
 from rngdc import __version__
+from rngdc.copy_weights import copy_weights
 
 if TYPE_CHECKING:
     from ir.weights import WeightTable
@@ -38,7 +39,7 @@ def write_programs(
     mode: str,
     weights: list[WeightSource],
     linked: list[LinkedFile],
-    name: str = "",
+    options: Options | None = None,
 ) -> Manifest:
     """Write streams, IR, probes and constants, and finish the artifact."""
     for program in programs.programs:
@@ -48,9 +49,10 @@ def write_programs(
     (writer.directory / "constants.bin").write_bytes(programs.constant_bytes)
     return writer.finish(
         Manifest(
-            name=name,
+            name=options.name if options is not None else "",
             compiler=Compiler(version=__version__),
             machine=MachineId(name=machine.name, digest=machine.digest()),
+            options=options,
             model=model,
             parallel=parallel,
             weights_mode=mode,
@@ -70,7 +72,7 @@ def weight_sources(
 ) -> tuple[list[WeightSource], list[LinkedFile]]:
     """Where the artifact finds every weight of the model; mode `copy` writes them into it."""
     if mode == "copy":
-        table = _copied(table, directory, progress)
+        table = copy_weights(table, directory, progress)
     sources: list[WeightSource] = []
     files: dict[str, None] = {}
     for ref in table.values():
@@ -92,14 +94,3 @@ def weight_sources(
         progress(f"checksum of {Path(file).name}")
         linked.append(link(Path(file)))
     return sources, linked
-
-
-def _copied(table: WeightTable, directory: Path, progress: Progress) -> WeightTable:
-    from ir.weights import WeightTable, safetensors_refs, write_safetensors
-
-    target = directory / "weights" / "model.safetensors"
-    target.parent.mkdir()
-    progress("copying the weights")
-    write_safetensors(target, {name: table.load(name) for name, ref in table.items() if ref.file is not None})
-    copied = {ref.name: replace(ref, file="weights/model.safetensors") for ref in safetensors_refs(target)}
-    return WeightTable({name: copied.get(name, ref) for name, ref in table.items()}, base=directory)

@@ -264,5 +264,5 @@ def machine_of(artifact: Artifact, mode: Mode) -> Machine:
     if machine.digest() != made_for.digest:
         why = "its numbers differ from those of this version, so that addresses and times may be wrong"
         what = f"{artifact.directory} was built for another description of machine {made_for.name}"
-        raise ArtifactError([ArtifactProblem(what, why, "build it again")])
+        raise ArtifactError([ArtifactProblem(what, why, f"build it again: {artifact.rebuild()}")])
     return machine

@@ -9,6 +9,8 @@
     weights/              the weights (mode `copy`)
     config.json, tokenizer.json, ...
 
+`artifact.schema.json` beside this file is the JSON Schema of the manifest; docs/artifact.md explains both.
+
 An artifact appears atomically: it is written to a directory beside its place and renamed. Numpy and pydantic only.
 """
 
@@ -25,6 +27,7 @@ from backend_rngd.artifact.schema import (
     MachineId,
     Manifest,
     Model,
+    Options,
     Parallel,
     Placement,
     Pooling,
@@ -52,6 +55,7 @@ __all__ = [
     "MachineId",
     "Manifest",
     "Model",
+    "Options",
     "Parallel",
     "Placement",
     "Pooling",

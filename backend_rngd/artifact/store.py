@@ -7,12 +7,12 @@ with ArtifactWriter(out) as writer:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -20,6 +20,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from backend_rngd.artifact.errors import ArtifactError, ArtifactProblem
+from backend_rngd.artifact.rebuild import rebuild_command
 from backend_rngd.artifact.schema import FORMAT, VERSION, Bucket, LinkedFile, Manifest
 from backend_rngd.artifact.weights import Array, read_weight
 from backend_rngd.isa.descriptors import Stream
@@ -148,6 +149,16 @@ class Artifact:
         """The programs, in the order of the build."""
         return self.manifest.buckets
 
+    def select(self, buckets: Sequence[Bucket]) -> Artifact:
+        """The same artifact with some of its programs only; streams that are decoded are shared."""
+        chosen = Artifact(self.directory, self.manifest.model_copy(update={"buckets": tuple(buckets)}))
+        chosen._streams = self._streams
+        return chosen
+
+    def rebuild(self, **changes: Any) -> str:
+        """The command that builds the artifact again in its place, with `changes` of its options."""
+        return rebuild_command(self.manifest, self.directory, **changes)
+
     def bucket(self, name: str) -> Bucket:
         """A bucket by name; raises ArtifactError listing those there are."""
         for bucket in self.buckets:
@@ -209,13 +220,14 @@ def open_artifact(directory: Path | str, verify: bool = True) -> Artifact:
     _check_version(path, data)
     if data.get("digest") != _digest(data):
         raise ArtifactError([ArtifactProblem(f"{path} is damaged", "its checksum does not match", REBUILD)])
+    again = f"{REBUILD}: {rebuild_command(data, directory)}"
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{'.'.join(str(x) for x in first['loc'])}: {first['msg']}"
-        raise ArtifactError([ArtifactProblem(f"{path} cannot be understood", why, REBUILD)]) from error
-    if verify and (problems := _damaged(directory, manifest)):
+        raise ArtifactError([ArtifactProblem(f"{path} cannot be understood", why, again)]) from error
+    if verify and (problems := _damaged(directory, manifest, again)):
         raise ArtifactError(problems)
     return Artifact(directory, manifest)
 
@@ -226,25 +238,22 @@ def _check_version(path: Path, data: Any) -> None:
             [ArtifactProblem(f"{path} is no artifact", f"its format is not {FORMAT}", "check the path")]
         )
     fields = cast("dict[str, Any]", data)
-    major = minor = None
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
-        major, minor = fields["version"]["major"], fields["version"]["minor"]
-    if major != VERSION.major or not isinstance(minor, int) or minor > VERSION.minor:
+    version = fields.get("version")
+    major = cast("dict[str, Any]", version).get("major") if isinstance(version, dict) else None
+    if major != VERSION.major:
         compiler = fields.get("compiler")
         by = cast("dict[str, Any]", compiler).get("version") if isinstance(compiler, dict) else None
-        why = (
-            f"it has format {major}.{minor} (rngdc {by or 'unknown'}), "
-            f"this version reads {VERSION.major}.0 to {VERSION.major}.{VERSION.minor}"
-        )
-        raise ArtifactError([ArtifactProblem(f"{path} is of another version", why, "build it with this version")])
+        why = f"it has format {major} (rngdc {by or 'unknown'}), this version reads format {VERSION.major}"
+        fix = f"build it with this version: {rebuild_command(fields, path.parent)}"
+        raise ArtifactError([ArtifactProblem(f"{path} is of another version", why, fix)])
 
 
-def _damaged(directory: Path, manifest: Manifest) -> list[ArtifactProblem]:
+def _damaged(directory: Path, manifest: Manifest, again: str) -> list[ArtifactProblem]:
     problems: list[ArtifactProblem] = []
     for name, wanted in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            problems.append(ArtifactProblem(f"{name} is missing", f"{MANIFEST} lists it", REBUILD))
+            problems.append(ArtifactProblem(f"{name} is missing", f"{MANIFEST} lists it", again))
             continue
         try:
             same = sha256(path) == wanted
@@ -252,5 +261,5 @@ def _damaged(directory: Path, manifest: Manifest) -> list[ArtifactProblem]:
             problems.append(ArtifactProblem(f"{name} cannot be read", str(error), "check its permissions"))
             continue
         if not same:
-            problems.append(ArtifactProblem(f"{name} is damaged", "its checksum does not match", REBUILD))
+            problems.append(ArtifactProblem(f"{name} is damaged", "its checksum does not match", again))
     return problems

@@ -58,7 +58,7 @@ def test_a_changed_weight_file_is_found(rngdc: Command, copy: Path, model: Path)
         flip(path, -1)
 
 
-@pytest.mark.parametrize(("major", "minor"), [(2, 0), (0, 9), (1, 99)])
+@pytest.mark.parametrize(("major", "minor"), [(2, 0), (0, 9)])
 def test_another_version(rngdc: Command, copy: Path, major: int, minor: int) -> None:
     path = copy / "artifact.json"
     data = json.loads(path.read_text("utf-8"))
@@ -66,7 +66,7 @@ def test_another_version(rngdc: Command, copy: Path, major: int, minor: int) -> 
     data["new_field_of_another_version"] = True
     data["digest"] = _digest(data)
     path.write_text(json.dumps(data), "utf-8")
-    refused(rngdc("inspect", copy), "another version", f"format {major}.{minor}", "build it with this version")
+    refused(rngdc("inspect", copy), "another version", f"format {major} ", "build it with this version")
 
 
 def test_another_machine_description(rngdc: Command, copy: Path) -> None:

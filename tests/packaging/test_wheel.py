@@ -38,6 +38,7 @@ def test_wheel_holds_exactly_the_packages(wheel: Path) -> None:
     assert {n for n in names if ".dist-info/" not in n} >= sources
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert "backend_rngd/machine/rngd.toml" in names
+    assert "backend_rngd/artifact/artifact.schema.json" in names
 
 
 def run_installed(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
