@@ -71,7 +71,7 @@ class Special:
         key: list[int] = []
         for row in self.rows.tolist():
             routine, index, call = (int(x) for x in table[row, 1:4])
-            inside = _registers(stream, calls, call, registers)
+            inside = registers_of_call(stream, calls, call, registers)
             what = stream.routines[routine].instructions[index].what
             values = tuple(inside.get(r, Value(r, 0)) for r in _address_registers(what))
             site = SiteKey(routine, index, (values[0], values[1]))
@@ -114,7 +114,7 @@ def _address_registers(what: Descriptor) -> tuple[int, int]:
     return (what.register, 0) if isinstance(what, Notify) else (0, 0)
 
 
-def _registers(
+def registers_of_call(
     stream: Stream, calls: Sequence[CallSite], call: int, known: dict[int, dict[int, Value]]
 ) -> dict[int, Value]:
     """Registers inside a call that differ from what they held at the start of the program."""
@@ -123,7 +123,7 @@ def _registers(
         if site.parent < 0:
             known[call] = {}
         else:
-            outside = _registers(stream, calls, site.parent, known)
+            outside = registers_of_call(stream, calls, site.parent, known)
             what = stream.routines[calls[site.parent].routine].instructions[site.index].what
             assert isinstance(what, Call)
             inside = dict(outside)
