@@ -130,6 +130,10 @@ class Options(_Record):
     """Layers, if not all."""
     name: str = ""
     """The user's name for the artifact."""
+    opt_level: int = 2
+    """Time that the build spent to make programs faster, 0 to 3."""
+    device: str | None = None
+    """Cards or devices that the build was checked for, if that was asked."""
 
     def command(self, out: str) -> str:
         """The command that builds this into the directory `out`."""
@@ -146,6 +150,8 @@ class Options(_Record):
             ("--num-hidden-layers", self.num_hidden_layers),
             ("--revision", self.revision),
             ("--name", self.name or None),
+            ("-O", self.opt_level if self.opt_level != 2 else None),
+            ("--device", self.device),
         )
         words += [word for flag, value in valued if value is not None for word in (flag, str(value))]
         switches = (
