@@ -18,11 +18,25 @@ from runtime_sim.flatten import Unrolled, join, unroll
 from runtime_sim.symmetry import Classes, refine, singletons
 from runtime_sim.sync import latency, wakes
 from runtime_sim.topology import Topology
-from runtime_sim.traffic import CARD_IN, CARD_OUT, DM, HBM, IN, KIND_OF, OUT, Flow, Launch, Resource, Special, Traffic
+from runtime_sim.traffic import (
+    CARD_IN,
+    CARD_OUT,
+    CHANNEL,
+    DM,
+    HBM,
+    IN,
+    KIND_OF,
+    OUT,
+    Flow,
+    Launch,
+    Resource,
+    Special,
+    Traffic,
+)
 from runtime_sim.traffic import capacity as capacity_of
 from runtime_sim.traffic import uses as uses_of
 
-SEMAPHORES = 6  # a unit's semaphores, beside the kinds of `traffic`
+SEMAPHORES = 7  # a unit's semaphores, beside the kinds of `traffic`
 
 
 def engines_of(stream: Stream, machine: Machine) -> int:
@@ -103,7 +117,7 @@ class Program:
         """Which units behave alike, and numbers for what they share."""
         resources: dict[Resource, int] = {}
         for card in sorted({p.card for p in self.topology.places}):
-            for kind in (HBM, CARD_OUT, CARD_IN):
+            for kind in (HBM, CHANNEL, CARD_OUT, CARD_IN):
                 resources[kind, card] = -1
         for unit in range(len(self.topology)):
             for kind in (DM, OUT, IN, SEMAPHORES):
@@ -115,7 +129,7 @@ class Program:
         incidence: list[list[tuple[Hashable, Resource, float]]] = []
         for unit, special in enumerate(self.special):
             entries: list[tuple[Hashable, Resource, float]] = [
-                (-1, (kind, self.topology.places[unit].card), 1.0) for kind in (HBM, CARD_OUT, CARD_IN)
+                (-1, (kind, self.topology.places[unit].card), 1.0) for kind in (HBM, CHANNEL, CARD_OUT, CARD_IN)
             ]
             for key in range(len(special.keys)):
                 cost = self.site_cost[unit, key]
@@ -180,7 +194,7 @@ class Program:
         taken = uses_of(what, cost, unit, None, self.topology, self.machine)
         card = self.topology.places[unit].card
         beside = sum(self.topology.places[m].card == card for m in members)
-        amounts = {self.classes.of_resource[r]: x * beside if r[0] == HBM else x for r, x in taken.items()}
+        amounts = {self.classes.of_resource[r]: x * beside if r[0] in (HBM, CHANNEL) else x for r, x in taken.items()}
         rows[name] = self._add(cost, amounts)
         return rows[name]
 
@@ -203,6 +217,7 @@ class Program:
         """What the costs use, per byte of what they want of their first resource.
 
         DM ports cannot hold back a unit's own transfers, which come one at a time: they count only if there are peers.
+        Channels count only if a transfer loads them unevenly: else they are HBM as a whole.
         """
         colours = 1 + max(self.classes.of_resource.values(), default=-1)
         capacity, kinds = np.zeros(colours), np.zeros(colours, np.int64)
@@ -212,19 +227,28 @@ class Program:
                 engines = engines_of(self.streams[owner], self.machine) if kind in (DM, OUT, IN) else 1
                 capacity[colour] = capacity_of((kind, owner), engines, self.machine)
                 kinds[colour] = KIND_OF[kind]
-        peers = bool(self.flows)
+        channel = {c for (kind, _), c in self.classes.of_resource.items() if kind == CHANNEL}
+        whole = {c for (kind, _), c in self.classes.of_resource.items() if kind == HBM}
+        left_out = set() if self.flows else {c for c in range(colours) if kinds[c] != KIND_OF[HBM]}
+        if not any(self._uneven(uses, channel, whole) for uses in self.uses):
+            left_out |= channel
         starts: list[int] = [0]
         pool: list[int] = []
         weight: list[float] = []
         for cost, uses in zip(self.costs, self.uses, strict=True):
             for colour, amount in uses.items() if contention else ():
-                if peers or kinds[colour] == KIND_OF[HBM]:
+                if colour not in left_out:
                     pool.append(colour)
                     weight.append(amount / cost.demand)
             starts.append(len(pool))
         return Resources(
             np.array(starts, np.int64), np.array(pool, np.int64), np.array(weight, np.float64), capacity, kinds
         )
+
+    @staticmethod
+    def _uneven(uses: dict[int, float], channel: set[int], whole: set[int]) -> bool:
+        on_channel = sum(x for c, x in uses.items() if c in channel)
+        return on_channel > (1.0 + 1e-9) * sum(x for c, x in uses.items() if c in whole)
 
     def load(self) -> dict[Resource, float]:
         """Bytes that went through every resource of the represented units and their cards."""
@@ -236,5 +260,5 @@ class Program:
         return {
             resource: by_colour.get(colour, 0.0)
             for resource, colour in self.classes.of_resource.items()
-            if resource[0] != SEMAPHORES
+            if resource[0] not in (SEMAPHORES, CHANNEL)
         }

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from backend_rngd.isa.descriptors import UNIT_STRIDE, Call, Descriptor, Dma, Notify, Space, Stream, Wait
 from backend_rngd.isa.peers import notified, split_unit_stride
 from backend_rngd.machine import Machine
+from backend_rngd.machine.address_map import CHANNELS, HbmUse
 from backend_rngd.machine.formulas import Reach, dma_work
 from runtime_sim.costs import Cost
 from runtime_sim.errors import SimulationError, Site
@@ -26,9 +27,10 @@ from runtime_sim.flatten import CallSite, Unrolled
 from runtime_sim.topology import Distance, Topology
 
 Launch = Mapping[int, Sequence[int]]
-HBM, DM, OUT, IN, CARD_OUT, CARD_IN = range(6)
-KIND_OF = (0, 1, 2, 2, 3, 3)  # of contention: HBM, DM port, link between clusters, link between cards
-Resource = tuple[int, int]  # one of the above, and a card (HBM, CARD_*) or a unit (DM, OUT, IN)
+HBM, DM, OUT, IN, CARD_OUT, CARD_IN, CHANNEL = range(7)
+KIND_OF = (0, 1, 2, 2, 3, 3, 0)  # of contention: HBM, DM port, link between clusters, link between cards
+Resource = tuple[int, int]  # one of the above, and a card (HBM, CHANNEL, CARD_*) or a unit (DM, OUT, IN)
+UNEVEN = 1.1  # times the mean: from here on a transfer's busiest channel counts
 
 
 class Value(NamedTuple):
@@ -216,15 +218,24 @@ def uses(
         if amount:
             out[kind, where] = out.get((kind, where), 0.0) + amount / cost.work
 
+    def add_hbm(where: int, share: float, side: HbmUse | None) -> None:
+        if side is not None:
+            moved = share * side.lines * line
+            add(HBM, where, moved)
+            # All channels wait for the busiest one. A few lines never spread evenly, and are over before it matters.
+            uneven = side.lines >= 8 * CHANNELS and side.busiest * CHANNELS > UNEVEN * side.lines
+            add(CHANNEL, where, share * side.busiest * CHANNELS * line if uneven else moved)
+
     if flow is None:
-        add(HBM, card, work.hbm_lines * line)
+        add_hbm(card, 1.0, work.read)
+        add_hbm(card, 1.0, work.write)
         add(DM, unit, cost.moved_bytes * sum(s.space is Space.DM for s in (what.source, what.destination)))
         return out
     hbm = [s.space in (Space.HBM, Space.PEER_HBM) for s in (what.source, what.destination)]
     for a, b, share in flow.pairs:
-        for side, holder, lines in ((0, a, work.read_lines), (1, b, work.write_lines)):
+        for side, holder, use in ((0, a, work.read), (1, b, work.write)):
             if hbm[side]:
-                add(HBM, topology.places[holder].card, share * lines * line)
+                add_hbm(topology.places[holder].card, share, use)
     for a, b, share in flow.pairs:
         moved = share * cost.moved_bytes
         for side, holder in ((0, a), (1, b)):
@@ -246,7 +257,7 @@ def uses(
 def capacity(resource: Resource, engines: int, machine: Machine) -> float:
     """Bytes a cycle of a resource; `engines`: DMA engines of the unit whose port it is."""
     kind = resource[0]
-    if kind == HBM:
+    if kind in (HBM, CHANNEL):
         return machine.hbm_bytes_per_cycle * machine.hbm_efficiency
     if kind in (CARD_OUT, CARD_IN):
         return machine.pcie_peer_bytes_per_cycle * (1.0 + 1e-9)

@@ -272,7 +272,9 @@ class Emitter:
         nest = list(loops)
         steps = index.strides if index is not None else [0] * len(nest)
         entries, packet = _fit_packet([(*loop, step) for loop, step in zip(nest, steps, strict=True)], packet)
-        merged = canonical(entries)
+        merged = list(canonical(entries))
+        if not (source.space.is_peer or target.space.is_peer):
+            merged = _alternate_networks(merged, packet, self.machine)
         desc = Dma(
             Endpoint(source.space, source.base, source.register),
             Endpoint(target.space, target.base, target.register),
@@ -310,6 +312,28 @@ def _merge_digits(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int
         else:
             out.append((size, stride, flags))
     return tuple(out)
+
+
+def _alternate_networks(entries: list[tuple[int, ...]], packet: int, machine: Machine) -> list[tuple[int, ...]]:
+    """Let the two data-memory networks of a PE take turns: a loop over its 64 slices becomes one over 32 of them, and
+    the choice of the half moves innermost, where bursts to one network are short (hardware.md 5.8: only one network of
+    a pair used)."""
+    half = machine.slices_per_dmn
+    inner = packet
+    for k in range(len(entries) - 1, -1, -1):
+        n, *steps = entries[k]
+        over_slices = any(abs(s) == machine.dm_slice_stride for s in steps[:2])
+        if (
+            over_slices
+            and n == 2 * half
+            and inner * half > machine.dma_packet_max_bytes
+            and len(entries) < machine.max_loops
+        ):
+            moved = [s * half for s in steps]
+            if all(-(2**31) <= s < 2**31 for s in moved):
+                return [*entries[:k], (half, *steps), *entries[k + 1 :], (2, *moved)]
+        inner *= n
+    return entries
 
 
 def _fit_packet(entries: list[tuple[int, int, int, int]], packet: int) -> tuple[list[tuple[int, int, int, int]], int]:

@@ -9,15 +9,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Mode = Literal["documented", "silicon"]
+# What HBM and PCIe do by their own clocks, in units of the tensor clock.
+_PER_SECOND = (
+    "hbm_channel_bytes_per_cycle", "dma_hbm_bytes_per_cycle", "pcie_bytes_per_cycle", "pcie_peer_bytes_per_cycle",
+)  # fmt: skip
+_SECONDS = ("hbm_row_switch_cycles", "pcie_latency_cycles")
 
 
 class Parameter(BaseModel):
     """One number of the machine with where it comes from.
 
-    value holds in documented mode; silicon, if given, replaces it in silicon mode.
+    value holds in documented mode; silicon, if given, replaces it in silicon mode. range: what the sources leave open
+    for the number of silicon mode; measured and chosen numbers have one, documented ones are exact.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +34,16 @@ class Parameter(BaseModel):
     confidence: Literal["documented", "measured", "chosen"]
     why: str
     silicon: int | float | None = None
+    range: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Parameter:
+        uncertain = self.silicon is not None or self.confidence != "documented"
+        if uncertain != (self.range is not None):
+            raise ValueError("a measured or chosen number needs a range, a documented one has none")
+        if self.range is not None and not self.range[0] <= self.in_mode("silicon") <= self.range[1]:
+            raise ValueError(f"{self.in_mode('silicon')} is outside its range {self.range}")
+        return self
 
     def in_mode(self, mode: Mode) -> int | float:
         """The number to use in `mode`."""
@@ -56,9 +72,9 @@ class Machine(BaseModel):
     hbm_bytes: int
     hbm_usable_bytes: int
     hbm_channels: int
-    hbm_channel_bytes_per_cycle: int
+    hbm_channel_bytes_per_cycle: float
     hbm_line_bytes: int
-    hbm_row_switch_cycles: int
+    hbm_row_switch_cycles: float
     hbm_efficiency: float
     hbm_unaligned_write_factor: float
     hbm_write_granule_bytes: int
@@ -70,6 +86,7 @@ class Machine(BaseModel):
     dm_alignment: int
     dm_starvation_hits: int
     dmn_bytes_per_cycle: int
+    dmn_window_bytes: int
     trf_bytes_per_slice: int
     trf_lanes: int
     trf_halves: int
@@ -113,11 +130,11 @@ class Machine(BaseModel):
     dma_packet_max_bytes: int
     dma_alignment_bytes: int
     dma_engine_bytes_per_cycle: int
+    dma_hbm_bytes_per_cycle: float
     dma_dm_misaligned_factor: float
-    dma_unaligned_piece_factor: float
-    pcie_bytes_per_cycle: int
-    pcie_peer_bytes_per_cycle: int
-    pcie_latency_cycles: int
+    pcie_bytes_per_cycle: float
+    pcie_peer_bytes_per_cycle: float
+    pcie_latency_cycles: float
     dm_cross_cluster_bytes_per_cycle: int
     registers: int
 
@@ -161,6 +178,18 @@ class Machine(BaseModel):
     def in_mode(self, mode: Mode) -> Machine:
         """The same machine in another timing mode."""
         return self if mode == self.mode else _build(self.name, mode, self.parameters)
+
+    def at_clock(self, scale: float) -> Machine:
+        """The same machine with the tensor clock at `scale` times its value: memories and links keep their speed in
+        seconds, so that they move more bytes a cycle of a slower clock."""
+        factor = scale / self.clock_scale
+        values = {name: getattr(self, name) / factor for name in _PER_SECOND}
+        values |= {name: getattr(self, name) * factor for name in _SECONDS}
+        values["dma_hbm_bytes_per_cycle"] = min(values["dma_hbm_bytes_per_cycle"], self.dma_engine_bytes_per_cycle)
+        parameters = {**self.parameters}
+        for name, value in (values | {"clock_scale": scale}).items():  # the digest must tell the machines apart
+            parameters[name] = parameters[name].model_copy(update={"value": value, "silicon": None})
+        return self.model_copy(update=values | {"clock_scale": scale, "parameters": parameters})
 
     def digest(self) -> str:
         """Hash of every number: changes when the description does (cache keys, artifacts)."""

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dma, Endpoint, Space
 from backend_rngd.isa.peers import split_unit_stride
+from backend_rngd.machine.address_map import HbmUse, hbm_use
 from backend_rngd.machine.description import Machine
 
 
@@ -33,42 +37,52 @@ OWN = Reach()
 class DmaWork:
     """What a transfer asks of the engine and the memories.
 
-    read_requests, write_requests: of at most 256 B, one a cycle. hbm_lines: 256 B lines moved in HBM in all, of which
-    read_lines and write_lines. partial_writes: HBM write requests that cover part of a granule (read-modify-write).
-    misaligned: a slice's piece starts off a 256 B boundary of HBM. serial: reads and writes share one memory port.
-    descriptors: one for each unit named by a peer side (hardware.md 3.1, homogeneous aggregate).
+    read_requests, write_requests: of at most 256 B, one a cycle. read, write: what its sides ask of HBM (None: not in
+    HBM). read_networks, write_networks: cycles that the data-memory networks of its sides need at least (0: not in data
+    memory, or the mode has no such limit). serial: reads and writes share one memory port. descriptors: one for each
+    unit named by a peer side (hardware.md 3.1, homogeneous aggregate).
     """
 
     read_requests: int
     write_requests: int
     hbm_read_bytes: int
     hbm_write_bytes: int
-    read_lines: int
-    write_lines: int
-    partial_writes: int
-    misaligned: bool
+    read: HbmUse | None
+    write: HbmUse | None
+    read_networks: float
+    write_networks: float
     serial: bool
     descriptors: int = 1
+
+    @property
+    def read_lines(self) -> int:
+        """Line transfers of the reading side."""
+        return self.read.lines if self.read else 0
+
+    @property
+    def write_lines(self) -> int:
+        """Line transfers of the writing side."""
+        return self.write.lines if self.write else 0
 
     @property
     def hbm_lines(self) -> int:
         """Lines read and written."""
         return self.read_lines + self.write_lines
 
+    @property
+    def busiest_lines(self) -> float:
+        """Line transfers of the busiest HBM channel (of both sides, as if it were the same one)."""
+        return (self.read.busiest if self.read else 0.0) + (self.write.busiest if self.write else 0.0)
+
+    @property
+    def row_cycles(self) -> float:
+        """Cycles that the busiest bank opens rows, if its channel waits for them."""
+        return max(side.row_cycles if side else 0.0 for side in (self.read, self.write))
+
 
 def dma_requests(packets: int, packet_bytes: int, request_bytes: int = 256) -> int:
     """Requests of `packets` runs of `packet_bytes` bytes."""
     return packets * -(-packet_bytes // request_bytes)
-
-
-def _lines(base: int, strides: list[int], packets: int, packet: int, line: int) -> int:
-    """256 B lines touched by the runs of one side in HBM; exact when every run starts at the same offset in a line."""
-    if all(s % line == 0 for s in strides):
-        return packets * -(-(base % line + packet) // line)
-    step = math.gcd(line, base, *strides)
-    offsets = range(base % step, line, step)
-    crossings = sum(-(-(o + packet) // line) for o in offsets)
-    return round(packets * crossings / len(offsets))
 
 
 def _is_hbm(side: Endpoint) -> bool:
@@ -90,38 +104,74 @@ def _descriptors(desc: Dma) -> int:
 
 
 def dma_work(desc: Dma, machine: Machine) -> DmaWork:
-    """Requests and bytes of a transfer (register values are taken as multiples of a line)."""
+    """Requests, lines and bytes of a transfer (register values are taken as multiples of what the map repeats with)."""
     packets = math.prod(n for n, _, _ in desc.loops)
     requests = dma_requests(packets, desc.packet, machine.dma_request_bytes)
-    line = machine.hbm_line_bytes
-    read_hbm, write_hbm = _is_hbm(desc.source), _is_hbm(desc.destination)
-    read_lines = write_lines = partial = 0
-    misaligned = False
-    if read_hbm:
-        inside = _inside(desc.source, [a for _, a, _ in desc.loops])
-        strides = inside if desc.index is None or desc.index.scatter else [line]
-        read_lines = _lines(desc.source.base, strides, packets, desc.packet, line)
-        misaligned = desc.source.base % line != 0 or any(s % line for s in strides)
-    if write_hbm:
-        strides = _inside(desc.destination, [b for _, _, b in desc.loops])
-        write_lines = _lines(desc.destination.base, strides, packets, desc.packet, line)
-        misaligned = misaligned or desc.destination.base % line != 0 or any(s % line for s in strides)
-        granule = machine.hbm_write_granule_bytes
-        if any(x % granule for x in (desc.destination.base, desc.packet, *strides)):
-            partial = requests
+    hbm: list[HbmUse | None] = [None, None]
+    networks = [0.0, 0.0]
+    for side, endpoint in enumerate((desc.source, desc.destination)):
+        inside = _inside(endpoint, [loop[1 + side] for loop in desc.loops])
+        if _is_hbm(endpoint):
+            if desc.index is not None and bool(side) == desc.index.scatter:
+                inside = [machine.hbm_line_bytes] * len(inside)  # rows named by the index: taken as whole lines
+            loops = tuple((n, s) for (n, _, _), s in zip(desc.loops, inside, strict=True))
+            hbm[side] = hbm_use(endpoint.base, loops, desc.packet, bool(side), machine)
+        elif endpoint.space in (Space.DM, Space.PEER_DM):
+            loops = tuple((n, s) for (n, _, _), s in zip(desc.loops, inside, strict=True))
+            networks[side] = network_cycles(loops, desc.packet, machine)
     moved = packets * desc.packet
     return DmaWork(
         requests,
         requests,
-        moved if read_hbm else 0,
-        moved if write_hbm else 0,
-        read_lines,
-        write_lines,
-        partial,
-        misaligned,
-        read_hbm == write_hbm,
+        moved if hbm[0] else 0,
+        moved if hbm[1] else 0,
+        *hbm,
+        *networks,
+        _is_hbm(desc.source) == _is_hbm(desc.destination),
         _descriptors(desc),
     )
+
+
+def network_cycles(loops: tuple[tuple[int, int], ...], packet: int, machine: Machine) -> float:
+    """Cycles that one engine needs for the data-memory side of a transfer.
+
+    32 slices share a network of 128 B a cycle. An engine issues in the order of the loops and has
+    `dmn_window_bytes` on the way: while a burst to one network is longer than that, the other network of the pair
+    idles. 0 if the mode has no window, and for memory that no slice stride names.
+    """
+    if not machine.dmn_window_bytes:
+        return 0.0
+    return _network_cycles(
+        tuple((n, s) for n, s in loops if n > 1), packet, machine.dm_slice_stride, machine.slices_per_dmn,
+        machine.dmn_bytes_per_cycle, machine.dmn_window_bytes,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1 << 14)
+def _network_cycles(
+    loops: tuple[tuple[int, int], ...], packet: int, stride: int, slices: int, rate: int, window: float
+) -> float:
+    steps = [(n, (s + stride // 2) // stride) for n, s in loops]
+    network = np.zeros(1, np.int64)
+    repeats = packets = 1
+    for n, step in reversed(steps):  # innermost first
+        packets *= n
+        # A loop inside one slice repeats what is inside it; two rounds show every change of network.
+        shown = n if step else min(n, 2)
+        if len(network) * shown > 1 << 16:
+            repeats *= n
+            continue
+        repeats *= n // shown if not step else 1
+        network = (np.arange(shown)[:, None] * step + network[None, :]).reshape(-1)
+    network //= slices
+    moved = packets * -(-packet // rate) * rate  # a port moves whole beats
+    pair = network & 1
+    fullest = max(int(pair.sum()), len(pair) - int(pair.sum())) / len(pair) * moved
+    bursts = 1 + int((np.diff(network) != 0).sum())
+    burst = moved / (bursts * repeats)
+    overlapped = min(burst, window) / burst if bursts > 1 else 0.0
+    engine = moved / (2 * rate)
+    return max(engine, fullest / rate if bursts > 1 else moved / rate, moved * (1.0 - overlapped) / rate)
 
 
 def dma_cycles(
@@ -152,7 +202,8 @@ def dma_startup(desc: Dma, machine: Machine, reach: Reach = OWN) -> float:
 
 
 def dma_time(desc: Dma, machine: Machine, engines: int = 1, reach: Reach = OWN) -> float:
-    """Cycles of a transfer that has the card for itself: the engine's rate, the channels' rate and partial writes.
+    """Cycles of a transfer that has the card for itself: the slowest of the engine, the data-memory networks, the
+    busiest HBM channel and its rows.
 
     reach: where the peer side lies. A part in the other cluster's DM moves at `dm_cross_cluster_bytes_per_cycle` and
     one on another card at `pcie_peer_bytes_per_cycle`; neither shares a port with its other side, so that reads and
@@ -161,24 +212,26 @@ def dma_time(desc: Dma, machine: Machine, engines: int = 1, reach: Reach = OWN) 
     work = dma_work(desc, machine)
     if reach.card and Space.PEER_DM in (desc.source.space, desc.destination.space):
         raise ValueError("data memory of another card cannot be reached; go through its HBM")
-    startup = machine.dma_startup_cycles
-    channel = work.hbm_lines / machine.hbm_channels / machine.hbm_efficiency
-    cycles = dma_cycles(
-        work.read_requests, work.write_requests, work.serial, machine, engines, channel_requests=math.ceil(channel)
-    )
+    rate = engine_bytes_per_cycle(work, machine) * engines / machine.dma_request_bytes
+    both = work.read_requests + work.write_requests
+    requests = both if work.serial else max(work.read_requests, work.write_requests)
+    networks = (work.read_networks + work.write_networks) / engines
+    cycles = max(requests / rate, networks)
     if reach.chip or reach.card:
-        cycles = startup + _far(desc, work, machine, engines, reach, cycles - startup)
-    if work.misaligned and desc.packet < machine.hbm_line_bytes:
-        cycles = startup + (cycles - startup) * machine.dma_unaligned_piece_factor
-    # A read-modify-write holds its channel; the channels work side by side.
+        cycles = _far(desc, work, machine, engines, reach, cycles)
     per_line = machine.hbm_line_bytes / machine.hbm_channel_bytes_per_cycle
-    rmw = work.partial_writes * per_line * machine.hbm_unaligned_write_factor / machine.hbm_channels
-    return max(cycles, startup + rmw) + (dma_startup(desc, machine, reach) - startup)
+    channel = work.busiest_lines * per_line / machine.hbm_efficiency
+    return dma_startup(desc, machine, reach) + max(cycles, channel, work.row_cycles)
+
+
+def engine_bytes_per_cycle(work: DmaWork, machine: Machine) -> float:
+    """Bytes a cycle of one engine: less when requests wait for HBM."""
+    return machine.dma_hbm_bytes_per_cycle if work.read or work.write else machine.dma_engine_bytes_per_cycle
 
 
 def _far(desc: Dma, work: DmaWork, machine: Machine, engines: int, reach: Reach, near: float) -> float:
     """Data cycles when part of a transfer leaves the cluster; `near` is what all of it would take inside."""
-    request = work.read_requests * machine.dma_request_bytes / (machine.dma_engine_bytes_per_cycle * engines)
+    request = work.read_requests * machine.dma_request_bytes / (engine_bytes_per_cycle(work, machine) * engines)
     moved = math.prod(n for n, _, _ in desc.loops) * desc.packet
     touches_dm = Space.PEER_DM in (desc.source.space, desc.destination.space)
     cross = max(request, moved / (machine.dm_cross_cluster_bytes_per_cycle * engines)) if touches_dm else near
