@@ -229,7 +229,7 @@ class Program:
                 kinds[colour] = KIND_OF[kind]
         channel = {c for (kind, _), c in self.classes.of_resource.items() if kind == CHANNEL}
         whole = {c for (kind, _), c in self.classes.of_resource.items() if kind == HBM}
-        left_out = set() if self.flows else {c for c in range(colours) if kinds[c] != KIND_OF[HBM]}
+        left_out: set[int] = set() if self.flows else {c for c in range(colours) if kinds[c] != KIND_OF[HBM]}
         if not any(self._uneven(uses, channel, whole) for uses in self.uses):
             left_out |= channel
         starts: list[int] = [0]

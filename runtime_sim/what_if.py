@@ -22,7 +22,8 @@ CHANGEABLE = frozenset(
     {
         "cluster_sync_cycles", "commit_sub_bytes", "contraction_fill_cycles", "dm_cross_cluster_bytes_per_cycle",
         "dma_descriptor_cycles", "dma_engine_bytes_per_cycle", "dma_hbm_bytes_per_cycle", "dma_startup_cycles",
-        "dmn_bytes_per_cycle", "dmn_window_bytes", "hbm_channel_bytes_per_cycle", "hbm_efficiency", "hbm_unaligned_write_factor",
+        "dmn_bytes_per_cycle", "dmn_window_bytes", "hbm_channel_bytes_per_cycle", "hbm_efficiency",
+        "hbm_row_switch_cycles", "hbm_unaligned_write_factor",
         "lookup_keys_per_cycle", "lookup_load_cycles", "notify_cluster_cycles", "notify_issue_cycles",
         "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle", "power_idle_watts", "power_pe_watts",
         "switch_fill_cycles_per_hop", "vector_alu_cycles",

@@ -323,12 +323,8 @@ def _alternate_networks(entries: list[tuple[int, ...]], packet: int, machine: Ma
     for k in range(len(entries) - 1, -1, -1):
         n, *steps = entries[k]
         over_slices = any(abs(s) == machine.dm_slice_stride for s in steps[:2])
-        if (
-            over_slices
-            and n == 2 * half
-            and inner * half > machine.dma_packet_max_bytes
-            and len(entries) < machine.max_loops
-        ):
+        long = inner * half > machine.dma_packet_max_bytes
+        if over_slices and long and n == 2 * half and len(entries) < machine.max_loops:
             moved = [s * half for s in steps]
             if all(-(2**31) <= s < 2**31 for s in moved):
                 return [*entries[:k], (half, *steps), *entries[k + 1 :], (2, *moved)]

@@ -125,8 +125,10 @@ def dma_work(desc: Dma, machine: Machine) -> DmaWork:
         requests,
         moved if hbm[0] else 0,
         moved if hbm[1] else 0,
-        *hbm,
-        *networks,
+        hbm[0],
+        hbm[1],
+        networks[0],
+        networks[1],
         _is_hbm(desc.source) == _is_hbm(desc.destination),
         _descriptors(desc),
     )
