@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backend_rngd.isa.descriptors import Call, Context, Dma, Instruction, Notify, Stream
+from backend_rngd.isa.descriptors import Call, Context, Dma, Exec, Instruction, Notify, Stream, Switch
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import OWN
 from runtime_sim.costs import Cost, cost_of
@@ -162,7 +162,35 @@ class Program:
             if len(special.rows):
                 sites = [self._site_row(c, members, key) for key in range(len(special.keys))]
                 number[special.rows + starts[c]] = np.array(sites, np.int64)[special.key]
+            self._configure(stream, here, offsets, number)
         return number
+
+    def _configure(self, stream: Stream, here: slice, offsets: NDArray[np.int64], number: NDArray[np.int64]) -> None:
+        """Passes that use another switch configuration than the last one of their context load it first."""
+        if not self.machine.switch_configuration_cycles:
+            return
+        known: dict[Switch, int] = {}
+        table = np.array(
+            [
+                known.setdefault(x.what.switch, len(known)) if isinstance(x.what, Exec) and x.what.switch else -1
+                for r in stream.routines
+                for x in r.instructions
+            ],
+            np.int64,
+        )
+        wanted = table[offsets[self.flat.routine[here]] + self.flat.index[here]]
+        with_load: dict[int, int] = {}
+        for context in (Context.MAIN, Context.SUB):
+            rows = np.nonzero((wanted >= 0) & (self.flat.context[here] == int(context)))[0]
+            changed = rows[np.diff(wanted[rows], prepend=-1) != 0] + here.start
+            rows_of: list[int] = np.unique(number[changed]).tolist()
+            for row in rows_of:
+                cost = self.costs[row]
+                load = float(self.machine.switch_configuration_cycles)
+                dearer = replace(cost, fixed=cost.fixed + load, overhead=cost.overhead + load)
+                with_load.setdefault(row, self._add(dearer, {}))
+            before: list[int] = number[changed].tolist()
+            number[changed] = [with_load[row] for row in before]
 
     def _row(
         self,

@@ -26,7 +26,7 @@ CHANGEABLE = frozenset(
         "hbm_row_switch_cycles", "hbm_unaligned_write_factor",
         "lookup_keys_per_cycle", "lookup_load_cycles", "notify_cluster_cycles", "notify_issue_cycles",
         "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle", "power_idle_watts", "power_pe_watts",
-        "switch_fill_cycles_per_hop", "vector_alu_cycles",
+        "switch_configuration_cycles", "switch_fill_cycles_per_hop", "vector_alu_cycles",
     }
 )  # fmt: skip
 ALIASES = {
