@@ -11,26 +11,38 @@ from backend_rngd.machine import Machine
 from runtime_sim.topology import Topology
 
 
+def cuts_of(artifact: Artifact, stages: int) -> Cuts:
+    """The blocks of so many stages, balanced by cost: all programs are cut at the same blocks.
+
+    Raises ArtifactError if the artifact's programs cannot be cut into so many stages.
+    """
+    return Cuts(((0, 0),)) if stages == 1 else balance(block_costs_of(artifact, stages), stages)
+
+
+def block_costs_of(artifact: Artifact, stages: int) -> list[float]:
+    """Cost of every block. Raises ArtifactError if the programs have none, so that there are no `stages`."""
+    # The programs that run most often decide.
+    first = min(artifact.buckets, key=lambda b: (b.phase != "decode", b.batch, b.attention_size))
+    stream = artifact.stream(first)
+    if not blocks_of(stream):
+        why = "its programs are not made of layers, or it was built by an older version"
+        raise ArtifactError(
+            [ArtifactProblem(f"{stages} pipeline stages of {artifact.directory}", why, "use one stage")]
+        )
+    return block_costs(stream, artifact.manifest.placements)
+
+
 class Residence:
     """The stages of an artifact. `cuts` say which blocks each of them runs, `needs` what each of its units holds."""
 
-    def __init__(self, artifact: Artifact, stages: int, machine: Machine) -> None:
-        """Raises ArtifactError if the artifact's programs cannot be cut into so many stages."""
-        self.artifact = artifact
+    def __init__(self, artifact: Artifact, cuts: Cuts, machine: Machine) -> None:
+        """`cuts`: see `cuts_of`. Raises ArtifactError if a program cannot be cut like that."""
+        self.artifact, self.cuts = artifact, cuts
         manifest = artifact.manifest
         self._streams: dict[tuple[str, int], Stream] = {}
-        if stages == 1:
-            self.cuts = Cuts(((0, 0),))
+        if cuts.stages == 1:
             self.needs = (_everything(artifact),)
             return
-        # The programs that run most often decide; all of them are cut at the same blocks.
-        first = min(artifact.buckets, key=lambda b: (b.phase != "decode", b.batch, b.attention_size))
-        stream = artifact.stream(first)
-        if not blocks_of(stream):
-            why = "its programs are not made of layers, or it was built by an older version"
-            problem = ArtifactProblem(f"{stages} pipeline stages of {artifact.directory}", why, "use one stage")
-            raise ArtifactError([problem])
-        self.cuts = balance(block_costs(stream, manifest.placements), stages)
         self.needs = tuple(
             needs(
                 [self.stream(bucket, s) for bucket in artifact.buckets],
@@ -39,7 +51,7 @@ class Residence:
                 manifest.hbm,
                 machine.hbm_map_alignment,
             )  # fmt: skip
-            for s in range(stages)
+            for s in range(cuts.stages)
         )
 
     @property

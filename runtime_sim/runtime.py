@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,8 +21,8 @@ from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.description import Mode
 from runtime_sim.functional import Observer, Unit
 from runtime_sim.group import Launch
+from runtime_sim.load import LoadPlan, LoadRequest, plan_load
 from runtime_sim.ports import Array, join_cache, read_cache, read_port, split_cache, write_cache, write_port
-from runtime_sim.residence import Residence
 from runtime_sim.system import System
 from runtime_sim.timing import TimingResult, simulate
 from runtime_sim.what_if import WhatIf
@@ -53,31 +54,25 @@ class Device:
         checks: bool = False,
         pipeline_parallel_size: int | None = None,
         data_parallel_size: int = 1,
+        plan: LoadPlan | None = None,
     ) -> None:
-        """`checks` finds uninitialised reads, and races between units. Raises ArtifactError with everything that is
-        wrong: the machine description has changed, the stages do not fit the model, a card is too small."""
-        self.artifact = artifact
-        manifest = artifact.manifest
+        """`checks` finds uninitialised reads, and races between units. `plan` decides on programs, stages, replicas and
+        places instead of the two sizes. Raises ArtifactError with everything that is wrong: the machine description
+        has changed, the stages do not fit the model, a card is too small."""
         self.machine = machine_of(artifact, mode)
-        stages = manifest.parallel.pipeline if pipeline_parallel_size is None else pipeline_parallel_size
-        sizes = (("pipeline", stages), ("data", data_parallel_size))
-        wrong = [
-            ArtifactProblem(f"{name} parallel size {n}", "there is nothing to run on", "choose 1 or more")
-            for name, n in sizes
-            if n < 1
-        ]
-        if wrong:
-            raise ArtifactError(wrong)
-        self.residence = Residence(artifact, stages, self.machine)
-        parallel, hbm = manifest.parallel, manifest.hbm
+        if plan is None:
+            request = LoadRequest(pipeline_parallel_size=pipeline_parallel_size, data_parallel_size=data_parallel_size)
+            plan = plan_load(artifact, request, self.machine, need_weights=False, even=False)
+        self.artifact = artifact = plan.artifact
+        self.residence, topology = plan.residence, plan.topology
         self.checks = checks
+        hbm = artifact.manifest.hbm
         self.system = System(
-            self.machine, parallel.units, stages, data_parallel_size, parallel.slices,
-            -(-hbm.total // PAGE) * PAGE, hbm.weights + hbm.constants, checks,
+            self.machine, topology.tensor, topology.pipeline, topology.replicas, artifact.manifest.parallel.slices,
+            -(-hbm.total // PAGE) * PAGE, hbm.weights + hbm.constants, checks, topology,
         )  # fmt: skip
-        problems = self.residence.problems(self.system.topology, self.machine)
-        if problems:
-            raise ArtifactError(problems)
+        self.runs: Counter[str] = Counter()
+        """How often each program was run, on all replicas."""
         self.free_collectives = False
         self._times: dict[tuple[str, int], TimingResult] = {}
 
@@ -186,6 +181,7 @@ class Device:
 
     def run_all(self, invocations: Sequence[Invocation], replica: int = 0) -> list[dict[str, Array]]:
         """Execute programs on a replica, several in flight at once if it has stages. Raises SimulationError."""
+        self.runs.update(invocation.bucket.name for invocation in invocations)
         units = self.system.replica(replica)
         outputs: list[dict[str, Array]] = [{} for _ in invocations]
         if len(units) == 1:

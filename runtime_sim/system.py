@@ -31,10 +31,13 @@ class System:
         hbm_bytes: int | None = None,
         shared_bytes: int = 0,
         checks: bool = True,
+        topology: Topology | None = None,
     ) -> None:
+        """`topology`: places other than neighbouring PEs from card 0 on."""
         slices = slices or machine.slices_per_pe
         self.machine = machine
-        self.topology = Topology.of(machine, tensor, pipeline, replicas, max(1, slices // machine.slices_per_pe))
+        fused = max(1, slices // machine.slices_per_pe)
+        self.topology = topology or Topology.of(machine, tensor, pipeline, replicas, fused)
         self.units: list[Unit] = []
         first: dict[tuple[int, int, int], Hbm] = {}
         for place in self.topology.places:

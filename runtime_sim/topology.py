@@ -68,6 +68,16 @@ class Topology:
         return Topology(tensor, pipeline, replicas, machine.pes_per_cluster, tuple(places))
 
     @staticmethod
+    def at(machine: Machine, tensor: int, pipeline: int, replicas: int, starts: Sequence[tuple[int, int]]) -> Topology:
+        """Units at chosen places: (card, first PE) of each, replica after replica, stage after stage."""
+        places: list[Place] = []
+        for number, (card, pe) in enumerate(starts):
+            group, rank = divmod(number, tensor)
+            replica, stage = divmod(group, pipeline)
+            places.append(Place(card, pe, replica, stage, rank))
+        return Topology(tensor, pipeline, replicas, machine.pes_per_cluster, tuple(places))
+
+    @staticmethod
     def on_one_card(machine: Machine, pes: Sequence[int]) -> Topology:
         """Units of one group side by side on a card that is large enough, with `pes` fused PEs each."""
         starts = [sum(pes[:i]) for i in range(len(pes))]

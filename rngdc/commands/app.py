@@ -30,7 +30,8 @@ Json = Annotated[
 ]
 ModeOption = Annotated[str, typer.Option("--mode", help="Timing mode: documented or silicon.")]
 ArtifactPath = Annotated[
-    Path, typer.Argument(metavar="OUT", help="An artifact, made by `rngdc build`.", show_default=False)
+    Path,
+    typer.Argument(metavar="OUT", help="An artifact, made by `rngdc build`, or its hub id.", show_default=False),
 ]
 Stages = Annotated[
     int | None,
@@ -42,7 +43,31 @@ Stages = Annotated[
         show_default="as built",
     ),
 ]
-Replicas = Annotated[int, typer.Option("--data-parallel-size", "-dp", metavar="N", help="Copies of the model.")]
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        "--data-parallel-size",
+        "-dp",
+        metavar="N",
+        help="Copies of the model.",
+        show_default="1, with --devices as many as fit",
+    ),
+]
+BlocksPerStage = Annotated[
+    str | None,
+    typer.Option(metavar="N,N,...", help="Blocks of every stage, in place of -pp.", show_default="balanced"),
+]
+FixedByTheBuild = Annotated[  # so that the refusal can name the command that builds another artifact
+    int | None, typer.Option("--tensor-parallel-size", "-tp", hidden=True)
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICE,...",
+        help="npu:CARD, npu:CARD:PE or npu:CARD:FIRST-LAST. Repeatable.",
+        show_default="as many cards as are needed",
+    ),
+]
 Target = Annotated[
     Path,
     typer.Argument(metavar="OUT|FILE.mlir", help="An artifact, or a file with one `tc` function.", show_default=False),
@@ -81,11 +106,22 @@ def timing_mode(text: str) -> Any:
     return text
 
 
-def open_path(path: Path) -> Artifact:
-    """An artifact with its checksums verified. Raises ArtifactError."""
-    from backend_rngd.artifact import open_artifact
+def integers(option: str, text: str | None) -> list[int] | None:
+    """Numbers separated by commas. Raises UserError."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        refuse(f"{option} {text!r}", "it is a list of numbers", f"write it as {option} 16,16")
+    return [int(word) for word in words]
 
-    return open_artifact(path)
+
+def open_path(path: Path) -> Artifact:
+    """An artifact, in a directory or on the hub, with its checksums verified. Raises ArtifactError or UserError."""
+    from backend_rngd.artifact import open_artifact
+    from rngdc.hub import artifact_directory
+
+    return open_artifact(artifact_directory(path))
 
 
 @contextmanager

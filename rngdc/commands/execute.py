@@ -9,15 +9,18 @@ import typer
 
 from rngdc.commands.app import (
     ArtifactPath,
+    BlocksPerStage,
     BucketNames,
+    Devices,
+    FixedByTheBuild,
     Json,
     ModeOption,
     Replicas,
     Stages,
     Target,
     app,
+    integers,
     named_buckets,
-    open_path,
     open_target,
     refuse,
     step_texts,
@@ -25,7 +28,7 @@ from rngdc.commands.app import (
 )
 
 if TYPE_CHECKING:
-    from backend_rngd.artifact import Artifact
+    from ir.errors import Problem
 
 
 @app.command(
@@ -43,8 +46,22 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after N tokens.")] = 32,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after a stop token.")] = False,
+    devices: Devices = None,
     pipeline_parallel_size: Stages = None,
-    data_parallel_size: Replicas = 1,
+    num_blocks_per_pp_stage: BlocksPerStage = None,
+    data_parallel_size: Replicas = None,
+    prefill_buckets: Annotated[
+        list[str] | None,
+        typer.Option("--prefill-buckets", "-pb", metavar="B,S", help="Use these only.", show_default="all"),
+    ] = None,
+    decode_buckets: Annotated[
+        list[str] | None,
+        typer.Option("--decode-buckets", "-db", metavar="B,S", help="Use these only.", show_default="all"),
+    ] = None,
+    tensor_parallel_size: FixedByTheBuild = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub artifact.", show_default="main")
+    ] = None,
     mode: ModeOption = "documented",
     strict: Annotated[
         bool, typer.Option("--strict", help="Also find reads of memory that nothing wrote (slower).")
@@ -52,25 +69,44 @@ def run(
     json: Json = None,
 ) -> None:
     """Generate text, or embed it, on the simulated card. The tokens come from the instruction streams alone."""
-    from rngdc.console import bar, err, write_json
+    from ir.errors import UserError
+    from rngdc.buckets import parse_pairs
+    from rngdc.console import bar, err, print_notes, write_json
     from rngdc.console import out as stdout
-    from runtime_sim.generate import embed, generate
-    from runtime_sim.runtime import Device
+    from rngdc.llm import LLM, row_json
 
-    opened = open_path(artifact)
-    model = opened.manifest.model
-    ids, text_model = _prompt(opened, prompt, prompt_file, prompt_ids, chat)
-    device = Device(opened, timing_mode(mode), strict, pipeline_parallel_size, data_parallel_size)
+    source = _source(prompt, prompt_file, prompt_ids)
+    problems: list[Problem] = []
+    pairs = [
+        None if given is None else parse_pairs(flag, given, problems)
+        for flag, given in (("-pb", prefill_buckets), ("-db", decode_buckets))
+    ]
+    if problems:
+        raise UserError(problems)
     with bar() as progress:
         loading = progress.add_task("loading weights", total=None)
-        device.load(lambda done, total: progress.update(loading, completed=done, total=total))
-        if model.kind == "encoder":
+        llm = LLM.load_artifact(
+            artifact,
+            revision=revision,
+            devices=devices,
+            data_parallel_size=data_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            num_blocks_per_pp_stage=integers("--num-blocks-per-pp-stage", num_blocks_per_pp_stage),
+            prefill_buckets=pairs[0],
+            decode_buckets=pairs[1],
+            tensor_parallel_size=tensor_parallel_size,
+            mode=timing_mode(mode),
+            strict=strict,
+            progress=lambda done, total: progress.update(loading, completed=done, total=total),
+        )
+        print_notes(llm.notes)
+        ids = source if isinstance(source, list) else llm.encode(source, chat)
+        report: dict[str, Any] = {"artifact": str(artifact), "mode": mode}
+        if llm.artifact.manifest.model.kind == "encoder":
             working = progress.add_task("embedding", total=1)
-            embedding = embed(device, ids)
+            embedding = llm.embed(ids)
             progress.advance(working)
-            report: dict[str, Any] = {
-                "artifact": str(artifact),
-                "mode": mode,
+            report |= {
                 "prompt_ids": embedding.prompt_ids,
                 "embedding": [float(x) for x in embedding.vector],
                 "time_us": embedding.seconds * 1e6,
@@ -81,25 +117,16 @@ def run(
             timing = f"simulated: {report['time_us']:,.0f} us"
         else:
             answering = progress.add_task("answering", total=max_tokens)
-            stop = () if ignore_eos else model.eos_ids
 
             def advance(row: int, token: int, logits: object) -> None:
                 progress.advance(answering)
 
-            (row,) = generate(device, [ids], max_tokens, stop, advance)
+            answer = llm.generate_tokens([ids], max_tokens, ignore_eos=ignore_eos, listener=advance)
+            (row,) = answer.rows
             progress.update(answering, total=len(row.token_ids))
-            kept = row.token_ids[:-1] if row.finish == "eos" else row.token_ids
-            shown = text_model.decode(kept) if text_model is not None else " ".join(map(str, row.token_ids))
-            report = {
-                "artifact": str(artifact),
-                "mode": mode,
-                "prompt_ids": row.prompt_ids,
-                "token_ids": row.token_ids,
-                "text": shown if text_model is not None else None,
-                "finish": row.finish,
-                "ttft_us": row.ttft_us,
-                "tpot_us": row.tpot_us,
-            }
+            text = answer.texts[0] if answer.texts is not None else None
+            shown = text if text is not None else " ".join(map(str, row.token_ids))
+            report |= row_json(row, text)
             timing = f"simulated: first token {row.ttft_us:,.0f} us"
             if row.tpot_us is not None:
                 timing += f", then {row.tpot_us:,.0f} us a token ({1e6 / row.tpot_us:,.0f} tokens/s)"
@@ -125,8 +152,11 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a trace for the Perfetto viewer (needs one bucket).")
     ] = None,
+    devices: Devices = None,
     pipeline_parallel_size: Stages = None,
-    data_parallel_size: Replicas = 1,
+    num_blocks_per_pp_stage: BlocksPerStage = None,
+    data_parallel_size: Replicas = None,
+    tensor_parallel_size: FixedByTheBuild = None,
     micro_batches: Annotated[
         int, typer.Option("--micro-batches", metavar="N", help="Runs of a program that follow each other.")
     ] = 1,
@@ -150,8 +180,9 @@ def simulate(
     """Tell how long each program takes and where the time goes. Needs no weights."""
     from rngdc.console import out as stdout
     from rngdc.console import write_json
+    from rngdc.llm import place
     from rngdc.report import add_what_if, simulate_report, simulate_tables
-    from runtime_sim.runtime import Device
+    from runtime_sim.load import LoadRequest
     from runtime_sim.what_if import WhatIfError, parse
 
     timing = timing_mode(mode)
@@ -167,7 +198,11 @@ def simulate(
             )
         if micro_batches < 1:
             refuse(f"--micro-batches {micro_batches}", "there is nothing to time", "use 1 or more")
-        device = Device(opened, timing, False, pipeline_parallel_size, data_parallel_size)
+        request = LoadRequest(
+            devices, data_parallel_size, pipeline_parallel_size,
+            integers("--num-blocks-per-pp-stage", num_blocks_per_pp_stage), tensor_parallel_size=tensor_parallel_size,
+        )  # fmt: skip
+        _, device = place(opened, request, timing, need_weights=False)
         try:
             what_if = parse(settings or (), ideal or (), device.machine)
         except WhatIfError as error:
@@ -243,13 +278,8 @@ def check(
         raise typer.Exit(1)
 
 
-def _prompt(
-    artifact: Artifact, prompt: str | None, prompt_file: Path | None, prompt_ids: str | None, chat: bool
-) -> tuple[list[int], Any]:
-    """(token ids, tokenizer or None); exactly one of the three sources must be given."""
-    from ir.errors import Problem, UserError
-    from rngdc.text import TextModel
-
+def _source(prompt: str | None, prompt_file: Path | None, prompt_ids: str | None) -> str | list[int]:
+    """The prompt as text or as token ids; exactly one of the three sources must be given."""
     given = [x for x in (prompt, prompt_file, prompt_ids) if x is not None]
     if len(given) != 1:
         what = "no prompt was given" if not given else "more than one prompt was given"
@@ -257,14 +287,12 @@ def _prompt(
     if prompt_ids is not None:
         fields = prompt_ids.replace(",", " ").split()
         if bad := [f for f in fields if not f.isdecimal()]:
-            raise UserError([Problem(f"--prompt-ids {bad[0]!r}", "a token id is a number", "write them as 1,2,3")])
-        has_text = (artifact.directory / "tokenizer.json").is_file()
-        return [int(f) for f in fields], TextModel(artifact.directory) if has_text else None
-    model = TextModel(artifact.directory)
+            refuse(f"--prompt-ids {bad[0]!r}", "a token id is a number", "write them as 1,2,3")
+        return [int(f) for f in fields]
     if prompt_file is not None:
         try:
-            prompt = prompt_file.read_text("utf-8")
+            return prompt_file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError([Problem(f"{prompt_file} cannot be read", str(error), "check the path")]) from error
+            refuse(f"{prompt_file} cannot be read", str(error), "check the path")
     assert prompt is not None
-    return (model.chat(prompt) if chat else model.encode(prompt)), model
+    return prompt
