@@ -1,14 +1,15 @@
 """Attention of the rows of a slice with one KV head: mask, scores, softmax, weighted sum, all inside the slice.
 
-Scores `[row][key]` (f32) come from K in TRF (lane = key) with queries streaming; the sum comes from the probabilities
-in TRF (lane = row, PacketBroadcast) with V streaming, value columns in the packet and keys summed by the time reducer.
+Keys are taken in tiles. Scores `[row][key]` (f32) of a tile come from K in TRF (lane = key) with queries streaming; the
+mask rides in the same pass as an operand from VRF. The sum comes from the probabilities in TRF (lane = row,
+PacketBroadcast) with V streaming, value columns in the packet and keys summed by the time reducer. From the second
+tile on, what was summed before is scaled to the new largest score.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from xdsl.ir import SSAValue
 
@@ -24,6 +25,8 @@ from backend_rngd.isa.descriptors import (
     Op,
     Operand,
     Source,
+    Switch,
+    SwitchKind,
     VectorOp,
 )
 from backend_rngd.lowering.contract_base import k_multiple
@@ -31,9 +34,10 @@ from backend_rngd.lowering.emitter import Emitter, operand_loops
 from backend_rngd.lowering.tensor import round_up
 from ir.errors import UnsupportedError
 
-TILE_BYTES = 48 * 1024  # one K or V tile a slice
 KEY_MULTIPLE = 16  # keys are padded (and masked) to whole flits of probabilities
-HIDDEN = 1.0e30  # penalty per position of distance beyond what is visible
+HIDDEN = 2.0**100  # penalty per position beyond what is visible; a power of two, so that it scales positions exactly
+MASK_ELEMENTS = 1024  # of VRF for the mask of a pass, so that the next one loads meanwhile
+SEQUENTIAL_SLOTS = 32  # sums of a lane that the time reducer holds: lanes x groups of rows of a pass
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class AttentionParams:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one step in a slice: `tokens` local tokens x `group` heads, q and limits given by strides."""
+    """Rows of one step in a slice: `tokens` local tokens x `group` heads, q and limits given by strides.
+
+    shared: all tokens have the limit of the first one.
+    """
 
     tokens: int
     q: SSAValue
@@ -76,335 +83,390 @@ class Rows:
     limit: SSAValue
     limit_base: int
     limit_token: int
+    shared: bool = False
+
+    @property
+    def limits(self) -> int:
+        """Tokens with a limit of their own."""
+        return 1 if self.shared else self.tokens
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values of consecutive keys in DM, `[key][padded value]`. ring: the slices of a ring hold a part of them each;
+    key i * ring + s is the i-th of slice s."""
+
+    buffer: SSAValue
+    base: int = 0
+    ring: int = 1
+
+
+class KeySource(Protocol):
+    """Brings keys and values of one KV head into DM."""
+
+    def keys(self, start: int, count: int) -> tuple[SSAValue, int]:
+        """Buffer and byte of `[key][padded value]`, whole in every slice; at most `sub_tile` keys, never across a
+        multiple of it."""
+        ...
+
+    def values(self, start: int, count: int) -> Values:
+        """Values of the keys of a tile or, if they are no ring, of `value_chunk` of them."""
+        ...
+
+    @property
+    def value_chunk(self) -> int:
+        """Keys whose values `values` brings at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class State:
+    """What the keys so far give: weighted sums `[row][padded value]` that are not divided yet, and `[2][row]`: the
+    largest scores and the sums of the weights. f32, the statistics 8 B apart."""
+
+    sums: SSAValue
+    stats: SSAValue
+
+
+def sub_tile(padded: int, trf_bytes: int) -> int:
+    """Keys of `padded` bf16 values in half of TRF, 8 lanes."""
+    keys = trf_bytes // 8 // 2 // (padded * 2) * 8
+    if keys < KEY_MULTIPLE:
+        raise UnsupportedError(
+            f"attention heads of {padded} values",
+            f"{KEY_MULTIPLE} keys of a head must fit half of the {trf_bytes} B of a slice's tensor registers",
+            "use a model with smaller heads",
+        )
+    return min(keys // KEY_MULTIPLE * KEY_MULTIPLE, MASK_ELEMENTS)
 
 
 class HeadLowering:
-    """Lowers the work of one KV head; a `load(cache, start, count)` brings its keys and values into DM."""
+    """Lowers the work of one KV head."""
 
-    def __init__(self, em: Emitter, iota: SSAValue) -> None:
-        """iota: DM buffer with 0, 1, 2, ... as f32 in every slice, at least as long as the keys."""
+    def __init__(self, em: Emitter, p: AttentionParams, iota: SSAValue, slices: int, sub: int) -> None:
+        """iota: DM buffer with the positions of the keys of the first tile as f32. sub: see `sub_tile`."""
         self.em = em
+        self.p = p
         self.iota = iota
+        self.slices = slices
+        self.sub = sub
         self.half = 0
-
-    def run(
-        self,
-        r: Rows,
-        p: AttentionParams,
-        k: Cache,
-        v: Cache,
-        load: Callable[[Cache, int, int], SSAValue],
-        slices: int,
-        target: SSAValue,
-        target_token: int,
-        target_head: int,
-        target_base: int = 0,
-        multiple: int = KEY_MULTIPLE,
-    ) -> None:
-        """Rows of one KV head: `target` receives `[token][head][value]` with the given strides."""
-        em, rows = self.em, r.tokens * p.group
-        acc, stats = self.partial(r, p, k, v, load, slices, multiple)
-        base = em.vrf_space(round_up(rows * 8, 32))
-        em.load_vrf(em.fetch(rows * 8, [(rows * 2, 4)], Dtype.F32, 2), stats, base, slices)
-        packet = 8 if v.width % 8 == 0 else 4
-        divide = VectorOp(
-            Alu.FP_DIV,
-            Op.DIV,
-            Mode.STREAM_OPERAND,
-            Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (v.width, 0)))),
-        )
-        em.execute(
-            em.fetch(0, [(rows, v.padded * 4), (v.width, 4)], Dtype.F32, packet),
-            acc,
-            Commit(target_base, ((r.tokens, target_token), (p.group, target_head), (v.width, 2)), Dtype.BF16, packet),
-            target,
-            vector=(divide,),
-            slices=slices,
-        )
-
-    def partial(
-        self,
-        r: Rows,
-        p: AttentionParams,
-        k: Cache,
-        v: Cache,
-        load: Callable[[Cache, int, int], SSAValue],
-        slices: int,
-        multiple: int = KEY_MULTIPLE,
-    ) -> tuple[SSAValue, SSAValue]:
-        """Weighted sums `[row][padded value]` (f32) that are not divided yet, and `[2][row]` (f32, 8 B apart): the
-        largest scores and the sums of the weights."""
-        em = self.em
-        rows = r.tokens * p.group
-        lanes = 8 if rows > 4 else 4
-        groups = -(-rows // lanes)
-        keys = round_up(k.keys, KEY_MULTIPLE)
-        scores = em.alloc(rows * keys * 4, "scores")
-        mask = self._mask(r, p, keys, slices)
-        per_lane = em.machine.trf_bytes_per_slice // 8 // 2
-        tile = max(KEY_MULTIPLE, min(keys, TILE_BYTES // (k.padded * 2), per_lane // (k.padded * 2) * 8))
-        tile = key_tile(keys, tile, max(KEY_MULTIPLE, multiple))
-        for start in range(0, keys, tile):
-            self._scores(r, p, load(k, start, tile), tile, start, k.padded, keys, scores, slices)
-        probabilities = em.alloc(groups * lanes * keys * 2, "probabilities")
-        if groups * lanes > rows:
-            em.memset(probabilities, rows * keys * 2, (groups * lanes - rows) * keys * 2)
-        stats = self._softmax(r, p, rows, keys, scores, mask, probabilities, slices)
-        acc = em.alloc(groups * lanes * v.padded * 4, "sums")
-        per_value = key_tile(keys, max(KEY_MULTIPLE, TILE_BYTES // (v.padded * 2)), max(KEY_MULTIPLE, multiple))
-        half = em.machine.trf_bytes_per_slice // lanes // 2
-        slots = 32 // lanes
-        for start in range(0, keys, per_value):
-            values = load(v, start, per_value)
-            part = acc if start == 0 else em.alloc(groups * lanes * v.padded * 4, "partial")
-            for g in range(0, groups, slots):
-                count = min(slots, groups - g)
-                self._values(
-                    probabilities, keys, start, per_value, g, count, lanes, half, values, v.padded, part, slices
-                )
-            if start:
-                n = groups * lanes * v.padded
-                em.execute(
-                    em.fetch(0, [(n, 4)], Dtype.F32, 8, None, (0, [4])),
-                    acc,
-                    Commit(0, ((n, 4),), Dtype.F32, 8),
-                    acc,
-                    second=part,
-                    vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),),
-                    slices=slices,
-                )
-        return acc, stats
-
-    def _mask(self, r: Rows, p: AttentionParams, keys: int, slices: int) -> SSAValue:
-        """`[token][key]`: 0 where visible, else minus the distance from the visible range."""
-        em = self.em
-        mask = em.alloc(r.tokens * keys * 4, "mask")
-
-        def one_side(target: SSAValue, sign: float, offset: float) -> None:
-            base = em.vrf_space(round_up(r.tokens * 8, 32))
-            em.load_vrf(
-                em.fetch(r.limit_base, [(r.tokens, r.limit_token), (2, 4)], Dtype.F32, 2), r.limit, base, slices
+        if p.window and not p.causal:
+            raise UnsupportedError(
+                "a two-sided attention window", "only causal windows are lowered", "use full attention"
             )
-            limit = Operand(Source.VRF, base=base, loops=operand_loops(((r.tokens, 8), (keys, 0))))
+
+    def attend(
+        self, r: Rows, source: KeySource, padded: tuple[int, int], keys: int, tile: int, state: State | None = None
+    ) -> State:
+        """All keys of `source` in tiles; padded: values of a key and of a value in DM. `state` is updated."""
+        for start in range(0, keys, tile):
+            state = self._step(r, source, padded, start, min(tile, keys - start), state)
+        assert state is not None
+        return state
+
+    def finish(self, r: Rows, state: State, width: int, target: SSAValue, base: int, token: int, head: int) -> None:
+        """Divide: `target` receives `[token][head][value]` bf16 with the given strides."""
+        rows = r.tokens * self.p.group
+        packet = 8 if width % 8 == 0 else 4
+        self.em.execute(
+            self.em.fetch(0, [(rows, round_up(width, 16) * 4), (width, 4)], Dtype.F32, packet),
+            state.sums,
+            Commit(base, ((r.tokens, token), (self.p.group, head), (width, 2)), Dtype.BF16, packet),
+            target,
+            vector=(self._by_row(Alu.FP_DIV, Op.DIV, state.stats, rows * 8, rows, width),),
+            slices=self.slices,
+        )
+
+    def _step(
+        self, r: Rows, source: KeySource, padded: tuple[int, int], start: int, count: int, before: State | None
+    ) -> State:
+        em, rows = self.em, r.tokens * self.p.group
+        scores = em.alloc(rows * count * 4, "scores")
+        mask = self._mask(r, start, count)
+        for at in range(0, count, self.sub):
+            some = min(self.sub, count - at)
+            keys, base = source.keys(start + at, some)
+            self._scores(r, keys, base, padded[0], at, some, count, mask, scores)
+        lanes = 8 if rows > 4 else 4
+        rows_held = round_up(rows, lanes)
+        probabilities = em.alloc(rows_held * count * 2, "probabilities")
+        if rows_held > rows:
+            em.memset(probabilities, rows * count * 2, (rows_held - rows) * count * 2)
+        stats, decay = self._softmax(rows, count, scores, probabilities, before)
+        sums = None if before is None else before.sums
+        chunk = min(source.value_chunk, count)
+        for at in range(0, count, chunk):
+            some = min(chunk, count - at)
+            values = source.values(start + at, some)
+            part = em.alloc(rows_held * padded[1] * 4, "sums")
+            self._values(probabilities, count, at, some, rows_held // lanes, lanes, values, padded[1], part)
+            if sums is None:
+                sums = part
+            else:
+                self._add(sums, part, rows, padded[1], decay if at == 0 else None)
+        assert sums is not None
+        return State(sums, stats)
+
+    # Scores ------------------------------------------------------------
+    def _mask(self, r: Rows, start: int, count: int) -> SSAValue:
+        """`[token][key]` bf16: 0 where visible, else at most -HIDDEN."""
+        em, tokens = self.em, r.limits
+
+        def one_side(sign: float, offset: float) -> SSAValue:
+            target = em.alloc(tokens * count * 2, "mask")
+            base = em.vrf_space(round_up(tokens * 8, 32))
+            loops = [(tokens, r.limit_token), (2, 4)]
+            em.load_vrf(em.fetch(r.limit_base, loops, Dtype.F32, 2), r.limit, base, self.slices)
+            limit = Operand(Source.VRF, base=base, loops=operand_loops(((tokens, 8), (count, 0))))
             mode = Mode.OPERAND_STREAM if sign > 0 else Mode.STREAM_OPERAND
-            ops = [VectorOp(Alu.FP_FMA, Op.SUB, mode, limit)]
+            ops = [VectorOp(Alu.FP_FMA, Op.SUB, mode, limit), _constant(Alu.FP_MUL0, Op.MUL, HIDDEN)]
             if offset:
-                ops.append(VectorOp(Alu.CLIP_ADD, Op.ADD, Mode.STREAM_OPERAND, Operand(Source.CONST, offset)))
-            ops.append(VectorOp(Alu.CLIP_MIN, Op.MIN, Mode.STREAM_OPERAND, Operand(Source.CONST, 0.0)))
+                ops.append(_constant(Alu.CLIP_ADD, Op.ADD, offset * HIDDEN))
+            ops.append(_constant(Alu.CLIP_MIN, Op.MIN, 0.0))
             em.execute(
-                em.fetch(0, [(r.tokens, 0), (keys, 4)], Dtype.F32, 8),
+                em.fetch(0, [(tokens, 0), (count, 4)], Dtype.F32, 8),
                 self.iota,
-                Commit(0, ((r.tokens * keys, 4),), Dtype.F32, 8),
+                Commit(0, ((tokens * count, 2),), Dtype.BF16, 8),
                 target,
                 vector=ops,
-                slices=slices,
+                slices=self.slices,
             )
+            return target
 
-        one_side(mask, 1.0, 0.0)
-        if p.window:
-            if not p.causal:
-                raise UnsupportedError(
-                    "a two-sided attention window", "only causal windows are lowered", "use full attention"
-                )
-            lower = em.alloc(r.tokens * keys * 4, "mask")
-            one_side(lower, -1.0, float(p.window - 1))
+        mask = one_side(1.0, -float(start))
+        if self.p.window:
+            lower = one_side(-1.0, float(start + self.p.window - 1))
+            n = tokens * count
             em.execute(
-                em.fetch(0, [(r.tokens * keys, 4)], Dtype.F32, 8, None, (0, [4])),
+                em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32, (0, [2])),
                 mask,
-                Commit(0, ((r.tokens * keys, 4),), Dtype.F32, 8),
+                Commit(0, ((n, 2),), Dtype.BF16, 8),
                 mask,
                 second=lower,
                 vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),),
-                slices=slices,
+                slices=self.slices,
             )
         return mask
 
     def _scores(
         self,
         r: Rows,
-        p: AttentionParams,
-        keys_tile: SSAValue,
-        count: int,
-        start: int,
+        keys: SSAValue,
+        keys_base: int,
         width: int,
-        keys: int,
+        at: int,
+        count: int,
+        pitch: int,
+        mask: SSAValue,
         scores: SSAValue,
-        slices: int,
     ) -> None:
-        em = self.em
-        lane_bytes = em.machine.trf_bytes_per_slice // 8
-        used = count // 8 * width * 2
-        base = self._next_half(lane_bytes, used)
+        """scores[row][at ...] = scale * q.k + mask for `count` keys; `pitch` keys a row of scores and mask."""
+        em, p = self.em, self.p
+        base = self._next_half(8, count // 8 * width * 2)
         em.load_trf(
-            em.fetch(0, [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)], Dtype.BF16, 16),
-            keys_tile,
+            em.fetch(keys_base, [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)], Dtype.BF16, 16),
+            keys,
             8,
             base,
-            slices,
+            self.slices,
             context="main",
         )
-        ops = [VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, p.scale))]
+        ops = [_constant(Alu.FP_MUL0, Op.MUL, p.scale)]
         if p.softcap:
             ops = [
-                VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, p.scale / p.softcap)),
+                _constant(Alu.FP_MUL0, Op.MUL, p.scale / p.softcap),
                 VectorOp(Alu.FP_FPU, Op.TANH, Mode.UNARY),
-                VectorOp(Alu.FP_MUL1, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, p.softcap)),
+                _constant(Alu.FP_MUL1, Op.MUL, p.softcap),
             ]
         packet = k_multiple(width)
-        em.execute(
-            em.fetch(r.q_base, [(r.tokens, r.q_token), (p.group, r.q_head), (width, 2)], Dtype.BF16, packet),
-            r.q,
-            Commit(start * 4, ((r.tokens * p.group, keys * 4), (count, 4)), Dtype.F32, 8),
-            scores,
-            slices=slices,
-            contract=Contract(
-                8,
-                packet // 16,
-                base,
-                ((r.tokens * p.group, 0, 0), (width // packet, packet * 2, REDUCE), (count // 8, width * 2, BROADCAST)),
-                packet,
-                packet.bit_length() - 1,
-                LaneMode.INTERLEAVED,
-            ),
-            vector=ops,
-        )
+        together = r.tokens if r.shared else max(1, MASK_ELEMENTS // count)
+        for first in range(0, r.tokens, together):
+            tokens = min(together, r.tokens - first)
+            masked = 1 if r.shared else tokens
+            row = 0 if r.shared else first
+            held = em.vrf_space(masked * count * 4)
+            where = em.fetch((row * pitch + at) * 2, [(masked, pitch * 2), (count, 2)], Dtype.BF16, 4, Dtype.F32)
+            em.load_vrf(where, mask, held, self.slices)
+            loops = ((tokens, 0 if r.shared else count * 4), (p.group, 0), (count, 4))
+            hide = Operand(Source.VRF, base=held, loops=operand_loops(loops))
+            rows = tokens * p.group
+            em.execute(
+                em.fetch(
+                    r.q_base + first * r.q_token,
+                    [(tokens, r.q_token), (p.group, r.q_head), (width, 2)],
+                    Dtype.BF16,
+                    packet,
+                ),
+                r.q,
+                Commit((first * p.group * pitch + at) * 4, ((rows, pitch * 4), (count, 4)), Dtype.F32, 8),
+                scores,
+                slices=self.slices,
+                contract=Contract(
+                    8,
+                    packet // 16,
+                    base,
+                    ((rows, 0, 0), (width // packet, packet * 2, REDUCE), (count // 8, width * 2, BROADCAST)),
+                    packet,
+                    packet.bit_length() - 1,
+                    LaneMode.INTERLEAVED,
+                ),
+                vector=[*ops, VectorOp(Alu.FP_FMA, Op.ADD, Mode.STREAM_OPERAND, hide)],
+            )
 
-    def _next_half(self, lane_bytes: int, used: int) -> int:
-        if used > lane_bytes // 2:
+    def _next_half(self, lanes: int, used: int) -> int:
+        """TRF byte of a lane for `used` bytes: the half that the pass before does not use, if they fit one."""
+        lane = self.em.machine.trf_bytes_per_slice // lanes
+        if used > lane // 2:
             return 0
         self.half ^= 1
-        return self.half * (lane_bytes // 2)
+        return self.half * (lane // 2)
 
+    # Softmax ------------------------------------------------------------
     def _softmax(
-        self,
-        r: Rows,
-        p: AttentionParams,
-        rows: int,
-        keys: int,
-        scores: SSAValue,
-        mask: SSAValue,
-        probabilities: SSAValue,
-        slices: int,
-    ) -> SSAValue:
-        """probabilities = exp(score + mask - max), bf16; returns the maxima, then the sums, f32, 8 B a row."""
-        em = self.em
-        n = rows * keys
-        em.execute(
-            em.fetch(
-                0,
-                [(r.tokens, p.group * keys * 4), (p.group, keys * 4), (keys, 4)],
-                Dtype.F32,
-                8,
-                None,
-                (0, [keys * 4, 0, 4]),
-            ),
-            scores,
-            Commit(0, ((n, 4),), Dtype.F32, 8),
-            scores,
-            second=mask,
-            slices=slices,
-            vector=(
-                VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, Operand(Source.CONST, HIDDEN), group=2),
-                VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),
-            ),
-        )
+        self, rows: int, keys: int, scores: SSAValue, probabilities: SSAValue, before: State | None
+    ) -> tuple[SSAValue, SSAValue | None]:
+        """probabilities = exp(score - largest), bf16; returns the statistics up to here, and the factors by row that
+        scale what was summed before to the new largest score."""
+        em, n = self.em, rows * keys
+        by_key = em.fetch(0, [(n, 4)], Dtype.F32, 8)
+        pairs, by_row = rows * 2, Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2)
         stats = em.alloc(2 * rows * 8, "max and sum")
+        largest = VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=keys, inner=1)
+        decay: SSAValue | None = None
+        if before is None:
+            em.execute(by_key, scores, by_row, stats, slices=self.slices, vector=(largest,))
+        else:
+            here = em.alloc(rows * 8, "max")
+            em.execute(by_key, scores, by_row, here, slices=self.slices, vector=(largest,))
+            flat = Commit(0, ((pairs, 4),), Dtype.F32, 2)
+            two = em.fetch(0, [(pairs, 4)], Dtype.F32, 2, None, (0, [4]))
+            latest = VectorOp(Alu.CLIP_MAX, Op.MAX, Mode.ZIP01)
+            em.execute(two, here, flat, stats, second=before.stats, slices=self.slices, vector=(latest,))
+            decay = em.alloc(rows * 8, "decay")
+            fall = (VectorOp(Alu.FP_FMA, Op.SUB, Mode.ZIP01), VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY))
+            em.execute(two, before.stats, flat, decay, second=stats, slices=self.slices, vector=fall)
+        lower = self._by_row(Alu.FP_FMA, Op.SUB, stats, 0, rows, keys)
         em.execute(
-            em.fetch(0, [(n, 4)], Dtype.F32, 8),
-            scores,
-            Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2),
-            stats,
-            slices=slices,
-            vector=(VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=keys, inner=1),),
-        )
-        base = em.vrf_space(round_up(rows * 8, 32))
-        em.load_vrf(em.fetch(0, [(rows * 2, 4)], Dtype.F32, 2), stats, base, slices)
-        em.execute(
-            em.fetch(0, [(n, 4)], Dtype.F32, 8),
+            by_key,
             scores,
             Commit(0, ((n, 2),), Dtype.BF16, 8),
             probabilities,
-            slices=slices,
+            slices=self.slices,
+            vector=(lower, VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY)),
+        )
+        weights = em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32)
+        total = VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1)
+        if before is None or decay is None:
+            behind = Commit(rows * 8, by_row.loops, Dtype.F32, 2)
+            em.execute(weights, probabilities, behind, stats, slices=self.slices, vector=(total,))
+            return stats, None
+        here = em.alloc(rows * 8, "sum")
+        em.execute(weights, probabilities, by_row, here, slices=self.slices, vector=(total,))
+        base = em.vrf_space(round_up(rows * 8, 32))
+        em.load_vrf(em.fetch(0, [(pairs, 4)], Dtype.F32, 2), decay, base, self.slices)
+        factor = Operand(Source.VRF, base=base, loops=operand_loops(((pairs, 4),)))
+        em.execute(
+            em.fetch(rows * 8, [(pairs, 4)], Dtype.F32, 2, None, (0, [4])),
+            before.stats,
+            Commit(rows * 8, ((pairs, 4),), Dtype.F32, 2),
+            stats,
+            second=here,
+            slices=self.slices,
             vector=(
-                VectorOp(
-                    Alu.FP_FMA,
-                    Op.SUB,
-                    Mode.STREAM_OPERAND,
-                    Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (keys, 0)))),
-                ),
-                VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY),
+                VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, factor, group=1),
+                VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),
             ),
         )
-        em.execute(
-            em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32),
-            probabilities,
-            Commit(rows * 8, ((rows, 8), (2, 4)), Dtype.F32, 2),
-            stats,
-            slices=slices,
-            vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1),),
-        )
-        return stats
+        return stats, decay
 
+    def _by_row(self, alu: Alu, op: Op, stats: SSAValue, offset: int, rows: int, inner: int) -> VectorOp:
+        """An operation with a number by row, used for `inner` elements each."""
+        em = self.em
+        base = em.vrf_space(round_up(rows * 8, 32))
+        em.load_vrf(em.fetch(offset, [(rows * 2, 4)], Dtype.F32, 2), stats, base, self.slices)
+        operand = Operand(Source.VRF, base=base, loops=operand_loops(((rows, 8), (inner, 0))))
+        return VectorOp(alu, op, Mode.STREAM_OPERAND, operand)
+
+    # Weighted sum ------------------------------------------------------------
     def _values(
         self,
         probabilities: SSAValue,
-        keys: int,
-        start: int,
+        pitch: int,
+        at: int,
         count: int,
-        group: int,
         groups: int,
         lanes: int,
-        half: int,
-        values: SSAValue,
+        values: Values,
         width: int,
         target: SSAValue,
-        slices: int,
     ) -> None:
-        """target[row][value] (f32) = sum over `count` keys, rows of `groups` lane groups from `group` on."""
+        """target[row][value] (f32) = sum over keys `at` ... of a row of `pitch` probabilities; `groups` x `lanes`
+        rows."""
         em = self.em
-        base = self._next_half(half * 2, groups * count * 2)
-        first = group * lanes
-        em.load_trf(
-            em.fetch(
-                (first * keys + start) * 2, [(lanes, keys * 2), (groups, lanes * keys * 2), (count, 2)], Dtype.BF16, 16
-            ),
-            probabilities,
-            lanes,
-            base,
-            slices,
-            context="main",
-        )
-        packet = k_multiple(width)
-        em.execute(
-            em.fetch(0, [(width // packet, packet * 2), (count, width * 2), (packet, 2)], Dtype.BF16, packet),
-            values,
-            Commit(
-                first * width * 4,
-                ((width // packet, packet * 4), (groups * lanes, width * 4), (packet, 4)),
-                Dtype.F32,
-                8,
-            ),
-            target,
-            slices=slices,
-            contract=Contract(
+        half = em.machine.trf_bytes_per_slice // lanes // 2
+        packet, ring = k_multiple(width), values.ring
+        own = count // ring
+        together = max(1, min(groups, SEQUENTIAL_SLOTS // lanes, half // (count * 2)))
+        for group in range(0, groups, together):
+            some = min(together, groups - group)
+            base = self._next_half(lanes, some * count * 2)
+            first = group * lanes
+            em.load_trf(
+                em.fetch(
+                    (first * pitch + at) * 2,
+                    [(lanes, pitch * 2), (some, lanes * pitch * 2), (count, 2)],
+                    Dtype.BF16,
+                    16,
+                ),
+                probabilities,
                 lanes,
-                packet // 16,
                 base,
-                ((width // packet, 0, 0), (count, 2, REDUCE), (groups, count * 2, BROADCAST)),
-                1,
-                0,
-                LaneMode.SEQUENTIAL,
-            ),
+                self.slices,
+                context="main",
+            )
+            em.execute(
+                em.fetch(
+                    values.base, [(width // packet, packet * 2), (own, width * 2), (packet, 2)], Dtype.BF16, packet
+                ),
+                values.buffer,
+                Commit(
+                    first * width * 4,
+                    ((width // packet, packet * 4), (some * lanes, width * 4), (packet, 4)),
+                    Dtype.F32,
+                    8,
+                ),
+                target,
+                slices=self.slices,
+                switch=Switch(SwitchKind.BROADCAST01, 1, ring, width // packet * own) if ring > 1 else None,
+                contract=Contract(
+                    lanes,
+                    packet // 16,
+                    base,
+                    ((width // packet, 0, 0), (count, 2, REDUCE), (some, count * 2, BROADCAST)),
+                    1,
+                    0,
+                    LaneMode.SEQUENTIAL,
+                ),
+            )
+
+    def _add(self, sums: SSAValue, part: SSAValue, rows: int, width: int, decay: SSAValue | None) -> None:
+        """sums = sums * decay + part."""
+        em, n = self.em, rows * width
+        ops: list[VectorOp] = []
+        if decay is not None:
+            ops.append(replace(self._by_row(Alu.FP_MUL0, Op.MUL, decay, 0, rows, width), group=1))
+        ops.append(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01))
+        em.execute(
+            em.fetch(0, [(n, 4)], Dtype.F32, 8, None, (0, [4])),
+            sums,
+            Commit(0, ((n, 4),), Dtype.F32, 8),
+            sums,
+            second=part,
+            vector=ops,
+            slices=self.slices,
         )
 
 
-def key_tile(total: int, limit: int, multiple: int) -> int:
-    """Largest divisor of `total` that is at most `limit` and a multiple of `multiple`."""
-    for size in range(min(limit, total) // multiple * multiple, 0, -multiple):
-        if total % size == 0:
-            return size
-    raise UnsupportedError(
-        f"attention over {total} keys",
-        f"keys are taken in tiles of a multiple of {multiple}, at most {limit}",
-        f"use a bucket length that is a multiple of {math.lcm(multiple, 16)}",
-    )
+def _constant(alu: Alu, op: Op, value: float) -> VectorOp:
+    return VectorOp(alu, op, Mode.STREAM_OPERAND, Operand(Source.CONST, value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
@@ -115,7 +117,7 @@ class Indexed(FunctionBase):
             kv_heads,
         )
         limit = self._limit(op, q.rows, causal)
-        attention = AttentionLowering(self.em, lambda parts: self.parent.iota(self.em, keys.keys, parts), self.spill)
+        attention = AttentionLowering(self.em, partial(self.parent.iota, self.em), self.spill)
         if q.dims[3].kind == "feature" and q.dims[3].stride != 2:
             q = self.copy(q)
         self.env[op.results[0]] = attention.run(q, keys, values, limit, params)

@@ -1,0 +1,329 @@
+"""Attention of few tokens a batch row: every (batch row, KV head) pair has slices of its own.
+
+Pairs are taken in rounds that fill the slices. Where there are more slices than pairs, the keys of a pair are split into
+parts, one a slice, and added up afterwards (`attention_parts.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
+from backend_rngd.lowering.attention_head import (
+    KEY_MULTIPLE,
+    AttentionParams,
+    Cache,
+    HeadLowering,
+    Rows,
+    Values,
+    sub_tile,
+)
+from backend_rngd.lowering.attention_parts import Parts
+from backend_rngd.lowering.emitter import Emitter, dm, hbm
+from backend_rngd.lowering.move import place_of, ring_packet
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, power_of_two, round_up
+from ir.errors import UnsupportedError
+
+KEYS_A_SLICE = 64  # with fewer keys a slice the fixed cost of a pass outweighs the work that is saved
+WEIGHT_BYTES = 2048  # weights of the parts in VRF
+LOAD_BYTES = 64 * 1024  # K or V a slice that one transfer brings: 4 MB over 64 slices, behind which its start-up hides
+TILE_BYTES = 160 * 1024  # scores, probabilities and mask of a tile of keys a slice
+
+Iota = Callable[[int, int, int], SSAValue]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Pairs that are computed together: pair (i, j) is batch row `batch + i * batch_step`, KV head `head + j`; it
+    occupies slices [(i * heads + j) * parts, ...)."""
+
+    batch: int
+    batch_step: int
+    batches: int
+    head: int
+    heads: int
+    parts: int
+
+    @property
+    def used(self) -> int:
+        """Slices that hold a pair."""
+        return self.batches * self.heads * self.parts
+
+    def nest(self, row: int, head: int, part: int, inverse: bool = False) -> list[tuple[int, int, int]]:
+        """DMA loops over the round's slices; the other side steps by these bytes a row, head and part. inverse: the
+        slices are the source."""
+        steps = [(self.batches, self.heads * self.parts, row), (self.heads, self.parts, head)]
+        loops = [(n, far, s * DM_SLICE_STRIDE) for n, s, far in (*steps, (self.parts, 1, part))]
+        return [(n, b, a) for n, a, b in loops] if inverse else loops
+
+
+def rounds(rows: RowSpace, heads: int, parts: int) -> list[Round]:
+    """All pairs. Rows that lie on slices go with those of the same place in their slice."""
+    together = max(1, min(heads, rows.slices // parts))
+    across = max(1, rows.slices // (together * parts))
+    step = 1 if rows.replicated else rows.local
+    out: list[Round] = []
+    for local in range(step):
+        live = -(-(rows.batch - local) // step)
+        for first in range(0, live, across):
+            for head in range(0, heads, together):
+                batches = min(across, live - first)
+                out.append(Round(local + first * step, step, batches, head, min(together, heads - head), parts))
+    return out
+
+
+def key_parts(rows: RowSpace, p: AttentionParams, keys: int, width: int) -> int:
+    """Into how many parts (a power of two) the keys of a pair are split."""
+    pairs, count = rows.batch * p.kv_heads, rows.length * p.group
+    parts = 1
+    while (
+        parts * KEYS_A_SLICE < keys
+        and 2 * parts * pairs <= rows.slices
+        and keys % (2 * parts * KEY_MULTIPLE) == 0
+        and width % (2 * parts * 4) == 0
+        and 2 * parts * count * 4 <= WEIGHT_BYTES
+    ):
+        parts *= 2
+    return parts
+
+
+@dataclass
+class _Source:
+    """K and V of a round from HBM; a slice holds the keys of its part."""
+
+    em: Emitter
+    k: Cache
+    v: Cache
+    round: Round
+    each: int
+    chunk: int
+    held: tuple[int, SSAValue] | None = None
+
+    @property
+    def value_chunk(self) -> int:
+        """See `KeySource`."""
+        return max(KEY_MULTIPLE, LOAD_BYTES // (self.v.padded * 2) // KEY_MULTIPLE * KEY_MULTIPLE)
+
+    def keys(self, start: int, count: int) -> tuple[SSAValue, int]:
+        """See `KeySource`."""
+        first = start // self.chunk * self.chunk
+        if self.held is None or self.held[0] != first:
+            self.held = (first, self._load(self.k, first, max(count, min(self.chunk, self.each - first)), "keys"))
+        return self.held[1], (start - first) * self.k.padded * 2
+
+    def values(self, start: int, count: int) -> Values:
+        """See `KeySource`."""
+        return Values(self._load(self.v, start, count, "values"))
+
+    def _load(self, cache: Cache, start: int, count: int, name: str) -> SSAValue:
+        count = round_up(count, KEY_MULTIPLE)
+        real = min(count, self.each - start)
+        tile = self.em.alloc(count * cache.padded * 2, name)
+        if cache.padded != cache.width or real < count:
+            self.em.memset(tile, 0, count * cache.padded * 2)
+        row, r = cache.width * 2, self.round
+        base = r.batch * cache.batch_stride + r.head * cache.head_stride + start * row
+        loops = r.nest(cache.batch_stride * r.batch_step, cache.head_stride, self.each * row)
+        self.em.dma(hbm(cache.buffer, base), dm(tile), [*loops, (real, row, cache.padded * 2)], row)
+        return tile
+
+
+class FewTokens:
+    """Lowers one attention op."""
+
+    def __init__(
+        self, em: Emitter, p: AttentionParams, iota: Iota, ring_bytes: int, tile_bytes: int = TILE_BYTES
+    ) -> None:
+        """iota(count, parts, step): DM buffer with the positions of `count` keys as f32; the slices of a part hold
+        those behind part * step. ring_bytes: the largest result that all slices hold."""
+        self.ring_bytes = ring_bytes
+        self.em = em
+        self.p = p
+        self.iota = iota
+        self.tile_bytes = tile_bytes
+
+    def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, out: Callable[[], Tensor]) -> Tensor:
+        """q `b h s d`; limit: f32 per token (8 B apart); result `b s h e` with heads and values contiguous, in a
+        tensor of `out` or a new one."""
+        rows, p = q.rows, self.p
+        assert rows is not None
+        parts = key_parts(rows, p, k.keys, v.width)
+        each, count = k.keys // parts, rows.length * p.group
+        sub = sub_tile(k.padded, self.em.machine.trf_bytes_per_slice)
+        tile = tile_of(count, rows.length, round_up(each, KEY_MULTIPLE), sub, self.tile_bytes)
+        chunk = max(sub, LOAD_BYTES // (k.padded * 2) // sub * sub)
+        iota = self.iota(tile, parts, each)
+        todo = rounds(rows, p.kv_heads, parts)
+        by_ring = len(todo) == 1 and rows.replicated and self._ring_bytes(rows, v.width, parts) <= self.ring_bytes
+        target = None if by_ring else self._clean(out())
+        for r in todo:
+            head = HeadLowering(self.em, p, iota, r.used, sub)
+            work = self._rows(q, limit, r)
+            source = _Source(self.em, k, v, r, each, chunk)
+            state = head.attend(work, source, (k.padded, v.padded), round_up(each, KEY_MULTIPLE), tile)
+            share = v.width // parts
+            if target is not None and _at_home(rows, r, p) and target.space == Space.DM:
+                at = target.base + r.batch * target.pitch
+                head.finish(work, state, v.width, target.buffer, at, target.pitch, v.width * 2)
+                continue
+            if parts == 1:
+                values = self.em.alloc(count * v.width * 2, "values")
+                if by_ring and r.used < self.em.slices:  # the ring that follows reads every slice
+                    self.em.memset(values, 0, count * v.width * 2)
+                head.finish(work, state, v.width, values, 0, p.group * v.width * 2, v.width * 2)
+            else:
+                values = Parts(self.em, parts, r.batches * r.heads).combine(state, count, v.width, v.padded)
+            if target is None:
+                return self._everywhere(values, q, v, share, parts)
+            self._send(values, target, r, v, share)
+        assert target is not None
+        return target
+
+    # Placing queries and results ------------------------------------------------------------
+    def _clean(self, out: Tensor) -> Tensor:
+        """Rows that no token uses take part in what follows."""
+        rows = out.rows
+        assert rows is not None
+        used = rows.batch * rows.length
+        if out.space == Space.DM and rows.replicated and used < rows.local:
+            self.em.memset(out.buffer, out.base + used * out.pitch, (rows.local - used) * out.pitch)
+        elif out.space == Space.DM and not rows.replicated and used < rows.physical:
+            self.em.memset(out.buffer, out.base, rows.local * out.pitch)
+        return out
+
+    def _rows(self, q: Tensor, limit: Tensor, r: Round) -> Rows:
+        """The round's queries and limits, in its slices."""
+        em, p, rows = self.em, self.p, q.rows
+        assert rows is not None
+        head, tokens = q.dims[3].size * 2, rows.length
+        q_head = q.dims[1].stride if q.dims[1].kind == "feature" else head
+        if q.space == Space.DM and (_at_home(rows, r, p) or (rows.replicated and r.batches * r.heads == 1)):
+            row, first = r.batch * tokens, r.head * p.group * q_head
+            return Rows(
+                tokens, q.buffer, q.base + row * q.pitch + first, q.pitch, q_head,
+                limit.buffer, limit.base + row * limit.pitch, limit.pitch,
+            )  # fmt: skip
+        mine = em.alloc(tokens * p.group * head, "queries")
+        base, step = _row_address(q, r)
+        em.dma(
+            place_of(q, base + r.head * p.group * q_head),
+            dm(mine),
+            [*r.nest(step, p.group * q_head, 0), (tokens, q.pitch, p.group * head), (p.group, q_head, head)],
+            head,
+        )
+        if rows.replicated and rows.batch == 1:
+            lim, lim_base, lim_pitch = limit.buffer, limit.base, limit.pitch
+        else:
+            lim, lim_base, lim_pitch = em.alloc(tokens * 8, "limits"), 0, 8
+            base, step = _row_address(limit, r)
+            em.dma(place_of(limit, base), dm(lim), [*r.nest(step, 0, 0), (tokens, limit.pitch, 8)], 8)
+        return Rows(tokens, mine, 0, p.group * head, head, lim, lim_base, lim_pitch)
+
+    def _send(self, values: SSAValue, out: Tensor, r: Round, v: Cache, share: int) -> None:
+        """`[row][share]` of every slice to the rows of `out`."""
+        rows, p = out.rows, self.p
+        assert rows is not None
+        base, step = _row_address(out, r)
+        copies = [(self.em.slices, 0, DM_SLICE_STRIDE)] if out.space == Space.DM and rows.replicated else []
+        run = share * 2
+        self.em.dma(
+            dm(values),
+            place_of(out, base + r.head * p.group * v.width * 2),
+            [
+                *copies,
+                *r.nest(step, p.group * v.width * 2, run, inverse=True),
+                (rows.length, p.group * run, out.pitch),
+                (p.group, run, v.width * 2),
+            ],
+            run,
+        )
+
+    def _ring(self, rows: RowSpace, width: int, parts: int) -> tuple[int, int, int]:
+        """What a ring over all slices enumerates: batch rows, KV heads of a row, and the bytes of a row of results."""
+        places, run = self.em.slices // parts, self.p.group * width * 2
+        batches, across = (1, places) if rows.batch == 1 else (places // self.p.kv_heads, self.p.kv_heads)
+        _, pitch = feature_dims([self.p.kv_heads * self.p.group, width], 2)
+        return batches, across, max(pitch, across * run)
+
+    def _ring_bytes(self, rows: RowSpace, width: int, parts: int) -> int:
+        """Bytes of the result if it goes round the ring; more than fits anywhere if the ring enumerates no whole rows."""
+        if rows.batch > 1 and power_of_two(self.p.kv_heads) != self.p.kv_heads:
+            return 1 << 40
+        batches, _, pitch = self._ring(rows, width, parts)
+        return max(rows.local, batches * rows.length) * pitch
+
+    def _everywhere(self, values: SSAValue, q: Tensor, v: Cache, share: int, parts: int) -> Tensor:
+        """The columns of all pairs as `b s h e` in every slice. Slices that hold no pair write behind the result."""
+        em, rows, p = self.em, q.rows, self.p
+        assert rows is not None
+        heads, run = p.kv_heads * p.group, p.group * v.width * 2
+        strides, _ = feature_dims([heads, v.width], 2)
+        batches, across, pitch = self._ring(rows, v.width, parts)
+        out = em.alloc(max(rows.local, batches * rows.length) * pitch, "attention")
+        tokens_used = batches * rows.length
+        if tokens_used < rows.local:  # rows that no token uses take part in what follows
+            em.memset(out, tokens_used * pitch, (rows.local - tokens_used) * pitch)
+        # Long packets keep consecutive writes on different banks, see `ring_packet`.
+        packet = ring_packet(share, 16)
+        blocks = share // packet
+        em.execute(
+            em.fetch(0, [(rows.length * p.group * share, 2)], Dtype.BF16, packet),
+            values,
+            Commit(
+                0,
+                (
+                    (rows.length, pitch),
+                    (p.group, v.width * 2),
+                    (blocks, packet * 2),
+                    (batches, rows.length * pitch),
+                    (across, run),
+                    (parts, share * 2),
+                    (packet, 2),
+                ),
+                Dtype.BF16,
+                min(packet, 16),
+            ),
+            out,
+            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.length * p.group * blocks),
+        )
+        dims = (
+            q.dims[0],
+            q.dims[2],
+            Dim("feature", heads, strides[0]) if heads > 1 else Dim("one", 1),
+            Dim("feature", v.width, strides[1]),
+        )
+        return Tensor(out, Space.DM, Dtype.BF16, dims, rows, 0, pitch)
+
+
+def _row_address(t: Tensor, r: Round) -> tuple[int, int]:
+    """Bytes from the tensor's base to the round's first batch row, and from there to the next one."""
+    rows = t.rows
+    assert rows is not None
+    if rows.replicated:
+        return r.batch * rows.length * t.pitch, rows.length * t.pitch
+    if t.space == Space.HBM:
+        return r.batch * t.pitch, rows.local * t.pitch
+    return r.batch // rows.local * DM_SLICE_STRIDE + r.batch % rows.local * t.pitch, DM_SLICE_STRIDE
+
+
+def _at_home(rows: RowSpace, r: Round, p: AttentionParams) -> bool:
+    """Whether every pair lies in the slice of its batch row."""
+    return not rows.replicated and r.parts == p.kv_heads == 1 and r.batch < rows.local
+
+
+def tile_of(rows: int, tokens: int, keys: int, sub: int, budget: int) -> int:
+    """Keys of a tile: equal tiles whose scores, probabilities and mask take at most `budget` bytes a slice."""
+    most = budget // (rows * 4 + round_up(rows, 8) * 2 + tokens * 4)
+    most = most // sub * sub or most // KEY_MULTIPLE * KEY_MULTIPLE
+    if not most:
+        raise UnsupportedError(
+            f"attention of {rows} rows (tokens x query heads of a KV head) in a slice",
+            f"scores of {KEY_MULTIPLE} keys take more than {budget} B of its data memory",
+            "use a smaller bucket or more tensor parallelism",
+        )
+    if keys <= most:
+        return keys
+    return min(most, round_up(-(-keys // -(-keys // most)), sub))

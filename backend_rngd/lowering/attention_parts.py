@@ -1,0 +1,117 @@
+"""Adds up what the slices of a pair computed of their parts of the keys.
+
+Every slice holds weighted sums, largest scores and sums of weights of its part. Each of them gets the parts' statistics
+by the ring and its share of the values' columns by a transfer, adds the parts with weights exp(own maximum - maximum),
+and divides. A part without a visible key has a maximum far below the others and gets weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Alu, Commit, Dtype, Mode, Op, Operand, Source, VectorOp
+from backend_rngd.lowering.attention_head import State
+from backend_rngd.lowering.emitter import Emitter, dm, operand_loops
+from backend_rngd.lowering.move import ring_broadcast
+from backend_rngd.lowering.tensor import round_up
+
+
+class Parts:
+    """`pairs` pairs of `parts` neighbouring slices each; `rows` rows of `width` values, `padded` in memory."""
+
+    def __init__(self, em: Emitter, parts: int, pairs: int) -> None:
+        self.em = em
+        self.parts = parts
+        self.pairs = pairs
+
+    def combine(self, state: State, rows: int, width: int, padded: int) -> SSAValue:
+        """`[row][width / parts]` bf16 of every slice: its share of the columns of the pair's result."""
+        share, step = width // self.parts, self.parts * DM_SLICE_STRIDE
+        gathered = self.em.alloc(self.parts * rows * share * 4, "parts")
+        self.em.dma(
+            dm(state.sums),
+            dm(gathered),
+            [
+                (self.pairs, step, step),
+                (self.parts, share * 4, DM_SLICE_STRIDE),
+                (self.parts, DM_SLICE_STRIDE, rows * share * 4),
+                (rows, padded * 4, share * 4),
+            ],
+            share * 4,
+        )
+        return self._add(state.stats, gathered, rows, share, self.pairs * self.parts)
+
+    def _add(self, stats: SSAValue, gathered: SSAValue, rows: int, share: int, slices: int) -> SSAValue:
+        """`[row][share]` bf16 of every slice: the parts' sums, weighted and divided."""
+        em, parts = self.em, self.parts
+        own = 16 * rows  # bytes of a part's statistics
+        every = em.alloc(parts * own, "all maxima and sums")
+        packet = 8 if rows % 2 == 0 else 4
+        ring_broadcast(
+            em, stats, [(4 * rows, 4)], Dtype.F32, packet, 0, parts, every, 0,
+            [(4 * rows // packet, packet * 4)], own, [(packet, 4)], packet, slices=slices,
+        )  # fmt: skip
+        by_row = [(rows, 8), (parts, own)]
+        one = Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2)
+        top = em.alloc(rows * 8, "maximum")
+        self._pass(every, 0, by_row, one, top, slices, VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=parts, inner=1))
+        weights = em.alloc(rows * parts * 4, "weights of parts")
+        lower = self._operand(Alu.FP_FMA, Op.SUB, top, rows * 2, ((rows, 8), (parts, 0)), slices)
+        whole = Commit(0, ((rows * parts, 4),), Dtype.F32, min(parts, 8))
+        self._pass(every, 0, by_row, whole, weights, slices, lower, VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY))
+        total = em.alloc(rows * 8, "sum")
+        scale = self._operand(Alu.FP_MUL0, Op.MUL, weights, rows * parts, ((rows * parts, 4),), slices)
+        add = VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=parts, inner=1)
+        self._pass(every, rows * 8, by_row, one, total, slices, scale, add)
+        inner = 8 if share % 8 == 0 else 4
+        blocks = [(rows, share * 4), (share // inner, inner * 4), (parts, rows * share * 4), (inner, 4)]
+        repeated = operand_loops(((rows, parts * 4), (share // inner, 0), (parts, 4), (inner, 0)))
+        scale = replace(scale, operand=replace(scale.operand, loops=repeated))
+        sums = em.alloc(rows * share * 4, "sums")
+        em.execute(
+            em.fetch(0, blocks, Dtype.F32, inner),
+            gathered,
+            Commit(0, ((rows * share, 4),), Dtype.F32, inner),
+            sums,
+            vector=(scale, VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=parts, inner=inner)),
+            slices=slices,
+        )
+        values = em.alloc(rows * share * 2, "values")
+        if slices < em.slices:  # the ring that follows reads every slice
+            em.memset(values, 0, rows * share * 2)
+        divide = self._operand(Alu.FP_DIV, Op.DIV, total, rows * 2, ((rows, 8), (share, 0)), slices)
+        em.execute(
+            em.fetch(0, [(rows * share, 4)], Dtype.F32, inner),
+            sums,
+            Commit(0, ((rows * share, 2),), Dtype.BF16, inner),
+            values,
+            vector=(divide,),
+            slices=slices,
+        )
+        return values
+
+    def _pass(
+        self,
+        source: SSAValue,
+        base: int,
+        loops: Sequence[tuple[int, int]],
+        commit: Commit,
+        target: SSAValue,
+        slices: int,
+        *vector: VectorOp,
+    ) -> None:
+        """A pass over f32 numbers that lie apart."""
+        fetch = self.em.fetch(base, loops, Dtype.F32, min(self.parts, 8))
+        self.em.execute(fetch, source, commit, target, vector=vector, slices=slices)
+
+    def _operand(
+        self, alu: Alu, op: Op, source: SSAValue, count: int, loops: tuple[tuple[int, int], ...], slices: int
+    ) -> VectorOp:
+        """Load `count` f32 of `source` to VRF for an operation that walks them with `loops`."""
+        em = self.em
+        base = em.vrf_space(round_up(count * 4, 32))
+        em.load_vrf(em.fetch(0, [(count, 4)], Dtype.F32, 2 if count % 4 else 4), source, base, slices)
+        return VectorOp(alu, op, Mode.STREAM_OPERAND, Operand(Source.VRF, base=base, loops=operand_loops(loops)))
