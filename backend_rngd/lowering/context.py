@@ -110,24 +110,23 @@ class Program:
         self.out.placements.setdefault(image, Placement(image, name, *form, dtype.name.lower(), nbytes, shard))
         return em.global_buffer(image, "hbm", nbytes, "weight")
 
-    def iota(self, em: Emitter, keys: int, parts: int = 1) -> SSAValue:
-        """DM global with 0, 1, 2, ... f32 in every slice, loaded before anything else. parts: a slice holds one of so
-        many equal parts, neighbours hold neighbouring ones."""
-        count = round_up(keys, 64)
-        name = f"iota.{count}"
-        each = count if parts == 1 else keys // parts
-        buffer = em.global_buffer(f"dm.{name}.{parts}", "dm", each * 4, "scratch")
-        if (count, parts) not in self._iotas:
-            self._iotas.add((count, parts))
+    def iota(self, em: Emitter, count: int, parts: int = 1, step: int = 0) -> SSAValue:
+        """DM global with `count` consecutive positions as f32, loaded before anything else. A slice of part i (of
+        `parts`, neighbours hold neighbouring ones) has those from i * step on."""
+        held = round_up(count, 8)
+        name, target = f"iota.{(parts - 1) * step + held}", f"dm.iota.{held}.{parts}.{step}"
+        buffer = em.global_buffer(target, "dm", held * 4, "scratch")
+        if target not in self._iotas:
+            self._iotas.add(target)
             block = self._prologue().block
             rest = list(block.ops)
             for op in rest:
                 op.detach()
             first = Emitter(self.out.module, block, self.machine, self.options.slices, "constants")
-            source = self.constant_global(first, name, np.arange(count, dtype=np.float32))
-            target = first.global_buffer(f"dm.{name}.{parts}", "dm", each * 4, "scratch")
-            loops = [(first.slices // parts, 0, parts * DM_SLICE_STRIDE), (parts, each * 4, DM_SLICE_STRIDE)]
-            first.dma(hbm(source), dm(target), loops, each * 4)
+            source = self.constant_global(first, name, np.arange((parts - 1) * step + held, dtype=np.float32))
+            into = first.global_buffer(target, "dm", held * 4, "scratch")
+            loops = [(first.slices // parts, 0, parts * DM_SLICE_STRIDE), (parts, step * 4, DM_SLICE_STRIDE)]
+            first.dma(hbm(source), dm(into), loops, held * 4)
             for op in rest:
                 block.add_op(op)
         return buffer
