@@ -26,16 +26,15 @@ def bind_stage() -> list[ModulePass]:
     return [BindQuantized()]
 
 
-def simplify_stage(auto_bfloat16_cast: bool = False) -> list[ModulePass]:
-    """Once per model, on the symbolic module that capture made."""
+def simplify_stage(auto_bfloat16_cast: bool = False, fuse: bool = True) -> list[ModulePass]:
+    """Once per model, on the symbolic module that capture made. Without `fuse`, only what legality needs."""
     return [
         # Outer products become maps before the dtype rule, which would round positions to bf16.
         Simplify(),
         CastBf16(allow=auto_bfloat16_cast),
         # Before fusion, so that the head that is cut off is still made of small operations.
         LastToken(),
-        FuseElementwise(),
-        Simplify(),
+        *([FuseElementwise(), Simplify()] if fuse else []),
         WideLogits(),
     ]
 
