@@ -14,13 +14,17 @@ INPUT_PITCH = 8  # bytes between the i32 values of a program input: the smallest
 
 @dataclass(frozen=True)
 class LoweringOptions:
-    """slices: slices of a unit. cache_capacity, cache_batch: geometry of the KV cache shared by all buckets."""
+    """slices: slices of a unit. cache_capacity, cache_batch: geometry of the KV cache shared by all buckets.
+
+    opt_level: 0 to 3, how much time the build may spend on the program; see `rngdc.effort`.
+    """
 
     slices: int = 64
     cache_capacity: int = 0
     cache_batch: int = 1
     probes: bool = True
     spill_bytes: int = SPILL_BYTES
+    opt_level: int = 2
 
 
 @dataclass(frozen=True)
