@@ -75,6 +75,18 @@ def _split_stages() -> type[ModulePass]:
     return SplitStages
 
 
+def _outline() -> type[ModulePass]:
+    from passes.outline import Outline
+
+    return Outline
+
+
+def _chunk_tokens() -> type[ModulePass]:
+    from passes.chunk_tokens import ChunkTokens
+
+    return ChunkTokens
+
+
 def get_passes() -> dict[str, PassFactory]:
     """The passes of this layer. To add one: a file, a factory above, a line here, a `.mlir` test."""
     return {
@@ -89,4 +101,6 @@ def get_passes() -> dict[str, PassFactory]:
         "plan-tp": _plan_tp,
         "partition": _partition,
         "split-stages": _split_stages,
+        "outline": _outline,
+        "chunk-tokens": _chunk_tokens,
     }

@@ -1,8 +1,9 @@
 """Pipeline stages of a program: its entry cut at calls, and what each stage needs in HBM.
 
 The entry of a stream calls `prepare`, `embed`, the blocks of the layers and `head`, in this order. A stage runs
-[prepare][embed or receive][its blocks][head or send]; the routines are the same in every stage. The number of stages
-is chosen when an artifact is loaded; the number of units of a layer is not.
+[prepare][embed or receive][its blocks][head or send]; the routines are the same in every stage. A program that walks
+its tokens in chunks does so once a chunk: `cut_0`, `prepare`, `embed`, the blocks, `pick_first`; `cut_1`, ..., `pick`;
+in the end `head`. The number of stages is chosen when an artifact is loaded; the number of units of a layer is not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from backend_rngd.artifact.errors import ArtifactError, ArtifactProblem
 from backend_rngd.artifact.schema import Cache, HbmMap, Placement
@@ -17,6 +19,8 @@ from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Rout
 from backend_rngd.isa.footprint import footprint
 
 PREPARE, EMBED, HEAD, RECEIVE, SEND = "prepare", "embed", "head", "receive", "send"
+CUT, PICK, LAYER, TAIL = "cut", "pick", "layer", "_tail"
+_ROLES = {name: name for name in (PREPARE, EMBED, HEAD, RECEIVE, SEND, PICK)} | {"pick_first": PICK}
 Span = tuple[int, int]
 
 
@@ -36,13 +40,32 @@ class Cuts:
         return len(self.spans)
 
 
+def role(name: str) -> str:
+    """What a routine that the entry calls is for: prepare, embed, head, receive, send, cut, pick, or layer."""
+    name = name.removesuffix(TAIL)
+    return CUT if name.startswith(f"{CUT}_") else _ROLES.get(name, LAYER)
+
+
+def passes_of(stream: Stream) -> list[range]:
+    """The entry's instructions, chunk by chunk; one range if the program is not walked in chunks."""
+    entry = stream.routines[0].instructions
+    starts = [i for i, item in enumerate(entry) if isinstance(item.what, Call) and role(_callee(stream, item)) == CUT]
+    edges = [0, *starts[1:], len(entry)]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
 def blocks_of(stream: Stream) -> tuple[int, ...]:
-    """Instruction indices of the entry's calls of blocks, in order; empty if the entry is not made of calls only."""
+    """Instruction indices of the entry's calls of blocks, in the order of the layers (those of the first chunk); empty
+    if the entry is not made of calls only."""
     entry = stream.routines[0].instructions
     if not all(isinstance(i.what, Call) for i in entry):
         return ()
-    special = {PREPARE, EMBED, HEAD, RECEIVE, SEND}
-    return tuple(i for i, item in enumerate(entry) if _callee(stream, item) not in special)
+    return _layers(stream, passes_of(stream)[0])
+
+
+def _layers(stream: Stream, part: range) -> tuple[int, ...]:
+    entry = stream.routines[0].instructions
+    return tuple(i for i in part if role(_callee(stream, entry[i])) == LAYER)
 
 
 def _callee(stream: Stream, item: Instruction) -> str:
@@ -90,22 +113,26 @@ def stage_stream(stream: Stream, cuts: Cuts, stage: int) -> Stream:
     if cuts.stages == 1:
         return stream
     entry = stream.routines[0].instructions
-    blocks = blocks_of(stream)
     names = {r.name: i for i, r in enumerate(stream.routines)}
-    if len(blocks) != cuts.spans[-1][1] or RECEIVE not in names or SEND not in names:
+    parts = passes_of(stream) if blocks_of(stream) else []
+    if not parts or RECEIVE not in names or any(len(_layers(stream, p)) != cuts.spans[-1][1] for p in parts):
         why = "its entry is not made of calls of blocks, or it cannot receive and send"
         raise _refuse(f"{cuts.stages} pipeline stages", why, "build it again, or use one stage")
-    first, last = cuts.spans[stage]
-    mine = set(blocks[first:last])
     items: list[tuple[int, Instruction]] = []  # (position in the entry, call)
-    for i, item in enumerate(entry):
-        name = _callee(stream, item)
-        if name == EMBED and stage > 0:
-            items.append((i, _call(names[RECEIVE], item)))
-        elif name == HEAD and stage < cuts.stages - 1:
-            items.append((i, _call(names[SEND], item)))
-        elif name in (PREPARE, EMBED, HEAD) or i in mine:
-            items.append((i, item))
+    for part in parts:
+        blocks = _layers(stream, part)
+        mine = blocks[slice(*cuts.spans[stage])]
+        tail = TAIL if _callee(stream, entry[mine[0]]).endswith(TAIL) else ""
+        for i in part:
+            kind = role(_callee(stream, entry[i]))
+            if kind in (PREPARE, CUT) or i in mine or kind == (EMBED if stage == 0 else None):
+                if stage > 0 and i == mine[0]:
+                    items.append((i, _call(names[RECEIVE + tail], entry[i])))
+                items.append((i, entry[i]))
+                if stage < cuts.stages - 1 and i == mine[-1]:
+                    items.append((i, _call(names[SEND + tail], entry[i])))
+            elif kind in (PICK, HEAD) and stage == cuts.stages - 1:
+                items.append((i, entry[i]))
     kept = [i for i, _ in items]
     calls: list[Instruction] = []
     for _, item in items:

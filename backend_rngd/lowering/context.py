@@ -38,13 +38,18 @@ class Program:
         self.units = self.mesh.size
         self._semaphores = 0
         self._offsets: set[str] = set()
-        self._iotas: set[tuple[int, int]] = set()
+        self._iotas: set[str] = set()
         self._launch: dict[tuple[int, ...], int] = {}
         self.own_unit = self.launch_register(tuple(u * UNIT_STRIDE for u in range(self.units)))
         self.main = self.routine("main")
         self.forms: dict[str, list[tuple[Form, str]]] = {}
 
     # Routines ------------------------------------------------------------
+    def called_often(self, name: str) -> bool:
+        """Whether a function is called more than once."""
+        calls = (op for f in self.functions.values() for op in f.body.block.ops if isinstance(op, func.CallOp))
+        return sum(op.callee.string_value() == name for op in calls) > 1
+
     def routine(self, name: str) -> RoutineOp:
         """The routine `name`, added to the module if it is new."""
         for op in self.out.module.body.block.ops:

@@ -37,7 +37,9 @@ class EntryLowering(FunctionLowering):
         shards = _names(f, "arg_shards", "", len(names)) if "arg_shards" in f.attributes else [""] * len(names)
         for name, arg, shard in zip(names, f.body.block.args, shards, strict=True):
             self._argument(name, arg, shard)
-        self.slots = Slots(f, {v: n for v, n in returned if not n.startswith("cache.")}, self._inputs(f))
+        outputs = {v: n for v, n in returned if not n.startswith("cache.")}
+        caches = [arg for arg in f.body.block.args if isinstance(self.env[arg], Stored)]
+        self.slots = Slots(f, outputs, self._inputs(f), caches)
         if not self.slots.calls:
             self.outputs = {v: n for v, n in returned}
         values = self.walk()

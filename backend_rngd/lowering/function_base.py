@@ -16,6 +16,7 @@ from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.contract import ContractLowering
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.group import Group
+from backend_rngd.lowering.indexed import token_range
 from backend_rngd.lowering.move import load_constant, load_rows, move_rows
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, split_tokens
@@ -44,13 +45,15 @@ class FunctionBase:
         self.vector = VectorLowering(self.em, self.spill)
         self.contracts = ContractLowering(self.em, self.spill)
         outlined = OUTLINED in function.attributes or self.name == "main"
-        self.group = Group(parent, self.em, self.name, not outlined)
+        self.group = Group(parent, self.em, self.name, not outlined or parent.called_often(self.name))
         self.collectives = CollectiveLowering(self.group, self.em, self.spill)
         self.env: dict[SSAValue, Value] = {}
         self.resident: dict[SSAValue, Tensor] = {}
         self.offset_images: dict[tuple[SSAValue, int], SSAValue] = {}
         self.limits: dict[tuple[SSAValue, bool, RowSpace], Tensor] = {}
         self.fused: set[Operation] = set()
+        self.joined: dict[SSAValue, tc.ContractOp] = {}  # contractions that run when the map that joins them is reached
+        self.scattered: dict[SSAValue, Tensor] = {}  # sums over units that were made while the parts were computed
         self.outputs: dict[SSAValue, str] = {}  # values that the program returns, with the name of their HBM buffer
         self.index = 0
 
@@ -155,12 +158,13 @@ class FunctionBase:
         )
 
     def op_tc_slice(self, op: tc.SliceOp) -> None:
-        """A view of features."""
+        """A view of features, a copy of tokens."""
         axis, start, size = op.bounds()
-        view = self.tensor(op.x).slice(axis, start, size)
-        if view is None:
-            raise UnsupportedError("a slice of tokens", "tokens lie on slices", "use a gather of one token a batch row")
-        self.env[op.result] = view
+        t = self.tensor(op.x)
+        view = t.slice(axis, start, size)
+        if view is None and t.dims[axis].kind != "length":
+            raise UnsupportedError("a slice of the batch", "its rows lie on slices", "slice the tokens of a row")
+        self.env[op.result] = view if view is not None else token_range(self.em, t, start, size)
 
     def op_tc_concat(self, op: tc.ConcatOp) -> None:
         """One buffer; every part is copied to its place."""

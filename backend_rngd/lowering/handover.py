@@ -3,13 +3,14 @@
 Both stages run the same stream's routines, so a value lies at the same address in both. `receive` tells the sender
 that the buffer may be written, waits for the data, and brings it to where the layers expect it; `send` waits for that
 permission, writes into the next stage's HBM (over PCIe if it is another card) and notifies. Unit i of a group talks to
-unit i of the other one. A program of one stage never calls them.
+unit i of the other one. A program that is walked in chunks calls them once a chunk. One of one stage never does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from backend_rngd.artifact.stages import RECEIVE, SEND
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Notify, Space, Wait
 from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.emitter import Emitter, Place
@@ -20,20 +21,23 @@ from backend_rngd.lowering.values import in_global
 from backend_rngd.sync_ops import NotifyOp, WaitOp
 from ir.errors import UnsupportedError
 
-SEND, RECEIVE = "send", "receive"
-
 
 def add_handover(program: Program, slots: Slots) -> None:
     """Add both routines for the buffers that go from one layer to the next; nothing if there are none."""
-    values = slots.handed_over()
-    if not values:
+    handed = slots.handed_over()
+    if not handed:
         return
-    if any(t.rows is None for t in values.values()):
+    if any(t.rows is None for values in handed.values() for t in values.values()):
         raise UnsupportedError("a value without tokens between layers", "stages hand over tokens", "pass tokens")
     ready, sent = program.semaphore(), program.semaphore()
+    for ending, values in handed.items():
+        _add(program, ending, values, ready, sent)
+
+
+def _add(program: Program, ending: str, values: dict[str, Tensor], ready: int, sent: int) -> None:
     own = program.own_unit
     following, previous = program.units * UNIT_STRIDE, 2 * program.units * UNIT_STRIDE
-    receive, send = (_emitter(program, name) for name in (RECEIVE, SEND))
+    receive, send = (_emitter(program, name + ending) for name in (RECEIVE, SEND))
     receive.add(NotifyOp(Notify(own, previous, (), ready), location=RECEIVE))
     receive.add(WaitOp(Wait(sent, 1), location=RECEIVE))
     send.add(WaitOp(Wait(ready, 1), location=SEND))

@@ -14,7 +14,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
 from backend_rngd.lowering.attention_head import Cache
 from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
-from backend_rngd.lowering.move import compact_like, load_rows, place_of, store_rows
+from backend_rngd.lowering.move import compact_like, feature_loops, load_rows, place_of, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
 from ir import expr as ex
@@ -108,6 +108,31 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
             run,
             Offsets(at, nest.slice * rows.local * OFFSET_BYTES, strides),
         )
+    return out
+
+
+def token_range(em: Emitter, x: Tensor, start: int, size: int) -> Tensor:
+    """Tokens `start` to `start + size` of every batch row, in DM, spread over the slices as so many tokens are."""
+    tokens = x.rows
+    assert tokens is not None
+    if x.space == Space.DM:
+        image = replace(x, buffer=em.alloc(tokens.physical * x.pitch, "tokens", "hbm"), space=Space.HBM, base=0)
+        store_rows(em, x, image, tokens.local)
+        x = image
+    rows = RowSpace.make(tokens.batch, size, em.slices)
+    dims = [replace(d, size=size) if d.kind == "length" else d for d in x.dims]
+    out = compact_like(em, replace(x, dims=tuple(dims), rows=rows), rows.local)
+    loops, packet = feature_loops(x, out)
+    # Rows that no token uses get token 0, so that every row is initialised.
+    fill = [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)]
+    em.dma(hbm(x.buffer, x.base), dm(out.buffer), [*fill, *loops], packet)
+    step = tokens.batch_stride * x.pitch
+    for nest in rows.valid_nests():
+        nested = [(n, b * step + t * x.pitch, s * DM_SLICE_STRIDE + r * out.pitch) for n, s, r, b, t in nest.loops]
+        first = nest.token * (step if size == 1 else x.pitch) + start * x.pitch
+        em.dma(
+            hbm(x.buffer, x.base + first), dm(out.buffer, nest.slice * DM_SLICE_STRIDE), [*nested, *loops], packet
+        )  # fmt: skip
     return out
 
 

@@ -6,16 +6,16 @@ layer reads its input there and leaves its result there, and `@main` copies noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from xdsl.dialects import func
 from xdsl.ir import SSAValue
 
+from backend_rngd.artifact.stages import LAYER, TAIL, role
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.tensor import Tensor
 from backend_rngd.lowering.values import in_global
 from ir.errors import UnsupportedError
-from passes.outline import EMBED, HEAD, PREPARE
 
 Key = SSAValue | tuple[str, str, int]
 
@@ -23,8 +23,15 @@ Key = SSAValue | tuple[str, str, int]
 class Slots:
     """Names of the shared buffers of `@main`, and the layout that their first writer chose."""
 
-    def __init__(self, main: func.FuncOp, outputs: Mapping[SSAValue, str], inputs: Mapping[SSAValue, str]) -> None:
-        """`outputs`: values that the program returns; `inputs`: its arguments that calls read in place."""
+    def __init__(
+        self,
+        main: func.FuncOp,
+        outputs: Mapping[SSAValue, str],
+        inputs: Mapping[SSAValue, str],
+        caches: Sequence[SSAValue] = (),
+    ) -> None:
+        """`outputs`: values that the program returns; `inputs`: its arguments that calls read in place; `caches`: its
+        arguments that calls update in place, and get by address."""
         self.calls = [op for op in main.body.block.ops if isinstance(op, func.CallOp)]
         self.outputs = dict(outputs)
         self._parent: dict[Key, Key] = {}
@@ -45,7 +52,7 @@ class Slots:
                         f"it would share a buffer with {self._names[root]}, because a layer passes one on as the other",
                         "return a computed value instead",
                     )
-        self._check_lives()
+        self._check_lives({self._root(value) for value in caches})
 
     def name(self, value: SSAValue) -> str:
         """The buffer of a value."""
@@ -61,13 +68,20 @@ class Slots:
         """The layout of a value's buffer, if it has been chosen."""
         return self._layout.get(self.name(value))
 
-    def handed_over(self) -> dict[str, Tensor]:
-        """Buffers that go from one layer to the next: what a pipeline stage sends to the following one."""
-        layers = [c for c in self.calls if c.callee.string_value() not in (PREPARE, EMBED, HEAD)]
-        made = {self.name(v) for c in layers for v in c.results if self.known(v) is not None}
-        return {name: self._layout[name] for name in sorted(made) if name not in self.outputs.values()}
+    def handed_over(self) -> dict[str, dict[str, Tensor]]:
+        """Buffers that go from one layer to the next: what a pipeline stage sends to the following one.
 
-    def _check_lives(self) -> None:
+        By the ending of the layers' names: a shorter last chunk has layers, and buffers, of its own.
+        """
+        out: dict[str, dict[str, Tensor]] = {}
+        for call in self.calls:
+            name = call.callee.string_value()
+            if role(name) == LAYER:
+                made = {self.name(v) for v in call.results if self.known(v) is not None} - set(self.outputs.values())
+                out.setdefault(TAIL if name.endswith(TAIL) else "", {}).update((n, self._layout[n]) for n in made)
+        return {ending: dict(sorted(values.items())) for ending, values in out.items() if values}
+
+    def _check_lives(self, caches: set[Key]) -> None:
         """A value may be overwritten by the next one in its buffer only when nothing reads it any more."""
         order = {call: i for i, call in enumerate(self.calls)}
         written: dict[Key, list[int]] = {}
@@ -78,7 +92,7 @@ class Slots:
             for value in call.results:
                 uses = [order[u.operation] for u in value.uses if isinstance(u.operation, func.CallOp)]
                 following = [i for i in written[self._root(value)] if i > order[call]]
-                if uses and following and max(uses) > min(following):
+                if self._root(value) not in caches and uses and following and max(uses) > min(following):
                     raise UnsupportedError(
                         f"result of {call.callee.string_value()}",
                         "a later layer reads it after the next layer has written its own result",
