@@ -8,18 +8,28 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from backend_rngd.artifact import Bucket
-from runtime_sim.accounting import layer_path, operation_rows
+from runtime_sim.analysis import Analysis
+from runtime_sim.engines import KINDS, shortened
 from runtime_sim.runtime import Device
 from runtime_sim.what_if import WhatIf
 
+MOST_CAUSES = 40  # named for an engine; the rest is summed
+STALLED = ("wait", "sync", "contention")
+SHOWN = 10  # operations shown to people
 PER_UNIT = (
     "unit", "card", "pe", "replica", "stage", "rank", "alike", "main", "sub", "dma", "vector", "collective_cycles",
     "hbm_read_bytes", "hbm_write_bytes", "dm_utilisation", "cluster_bytes", "chip_bytes", "card_bytes",
 )  # fmt: skip
 
 
-def simulate_report(device: Device, buckets: list[Bucket], repeats: int = 1) -> dict[str, Any]:
-    """The report of `rngdc simulate --json`. Engines and utilisations are shares of the program's time."""
+def simulate_report(
+    device: Device, buckets: list[Bucket], analyses: list[Analysis], repeats: int = 1
+) -> dict[str, Any]:
+    """The report of `rngdc simulate --json`, of buckets and their analyses.
+
+    Engines and utilisations are shares of the program's time. `account` (cycles of every engine by kind) and `causes`
+    (the same by named instruction or resource) are those of the unit that finishes last, and sum to its time.
+    """
     machine, topology = device.machine, device.system.topology
     return {
         "artifact": str(device.artifact.directory),
@@ -31,7 +41,7 @@ def simulate_report(device: Device, buckets: list[Bucket], repeats: int = 1) -> 
         "replicas": topology.replicas,
         "cards": topology.cards,
         "micro_batches": repeats,
-        "buckets": [_bucket(device, bucket, repeats) for bucket in buckets],
+        "buckets": [_bucket(b, a) for b, a in zip(buckets, analyses, strict=True)],
     }
 
 
@@ -59,9 +69,10 @@ def _what_if_tables(report: dict[str, Any]) -> list[RenderableType]:
     return [table]
 
 
-def _bucket(device: Device, bucket: Bucket, repeats: int) -> dict[str, Any]:
-    result = device.time(bucket, repeats)
+def _bucket(bucket: Bucket, analysis: Analysis) -> dict[str, Any]:
+    result, number = analysis.result, analysis.slowest
     slowest = result.slowest
+    account = shortened(analysis.charges(number), MOST_CAUSES)
     return {
         "name": bucket.name,
         "phase": bucket.phase,
@@ -79,8 +90,13 @@ def _bucket(device: Device, bucket: Bucket, repeats: int) -> dict[str, Any]:
         "engines": result.engines(),
         "stalls": result.stalls[slowest],
         "layers": [{"name": layer.name.split("|")[0], "cycles": layer.advance} for layer in result.layers_of()],
-        "layer_path_cycles": layer_path(result),
-        "operations": operation_rows(result),
+        "layer_path_cycles": analysis.layer_path,
+        "operations": analysis.operations,
+        "account": analysis.engine_totals(number),
+        "causes": [{**row.to_json(), "cause": row.cause} for row in account],
+        "critical_path": {"instructions": len(result.critical_path), "groups": analysis.path_groups},
+        "roofs": {name: value for name, value in analysis.roofline.items() if name != "points"},
+        "memory": analysis.memory(number),
         "units": [{key: row[key] for key in PER_UNIT if key in row} for row in result.per_unit],
         "energy_joules": result.energy_joules(),
     }
@@ -108,4 +124,38 @@ def simulate_tables(report: dict[str, Any]) -> list[RenderableType]:
             f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB",
             *shares, *([f"{b['collective_share']:.1%}"] if several else []),
         )  # fmt: skip
-    return [table, *_what_if_tables(report)]
+    out: list[RenderableType] = [table, *_what_if_tables(report)]
+    return out + _explanation(report["buckets"][0]) if len(report["buckets"]) == 1 else out
+
+
+def _explanation(b: dict[str, Any]) -> list[RenderableType]:
+    """Of one program: what its engines do, the operations on the critical path, and memory."""
+    total = b["cycles"] or 1.0
+    account = Table(title="share of the time, of the unit that finishes last", title_justify="left")
+    account.add_column("engine")
+    for kind in KINDS:
+        account.add_column(kind, justify="right")
+    account.add_column("waits most for")
+    for engine, kinds in b["account"].items():
+        waits = [c for c in b["causes"] if c["engine"] == engine and c["kind"] in STALLED and not c.get("others")]
+        most = max(waits, key=lambda c: c["cycles"], default=None)
+        cause = f"{most['cause']} {most['cycles'] / total:.0%}" if most else ""
+        account.add_row(engine, *(f"{kinds[kind] / total:.1%}" for kind in KINDS), cause)
+    operations = Table(title="operations on the critical path", title_justify="left")
+    operations.add_column("operation")
+    for name in ("cycles", "share", "HBM", "of its roof"):
+        operations.add_column(name, justify="right")
+    operations.add_column("why")
+    for o in b["operations"][:SHOWN]:
+        causes = sorted(o["causes"].items(), key=lambda item: -item[1])[:2]
+        roof = f"{o['attained'] / o['bound']:.0%} ({o['by']})" if o["bound"] else ""
+        operations.add_row(
+            o["location"].replace("|", " ").strip(), f"{o['path_cycles']:,.0f}", f"{o['path_cycles'] / total:.1%}",
+            f"{o['hbm_bytes'] / 1e6:,.1f} MB", roof, ", ".join(f"{k} {v:,.0f}" for k, v in causes),
+        )  # fmt: skip
+    memory = [
+        f"{m['memory']}: at most {m['peak_bytes'] / 1e6:,.2f} of {m['capacity'] / 1e6:,.2f} MB live"
+        + "".join(f", {name} {size / 1e6:,.1f} MB" for name, size in m["resident"].items() if size)
+        for m in b["memory"]
+    ]
+    return [account, operations, *memory]

@@ -103,3 +103,25 @@ def path_segments(result: TimingResult) -> list[dict[str, Any]]:
             out.append(segment | {"instructions": 1, "begin": time, "end": end})
         time = end
     return out
+
+
+def path_groups(result: TimingResult) -> list[dict[str, Any]]:
+    """The critical path by layer, operation, unit and context: instructions and cycles, which sum to the makespan."""
+    names = layer_names(result)
+    rows: dict[tuple[str, str, int, int], list[float]] = {}
+    for i, cycles in zip(result.critical_path, result.path_cycles, strict=True):
+        key = (names[i], result.locations[i], int(result.flat.unit[i]), int(result.flat.context[i]))
+        row = rows.setdefault(key, [0, 0.0])
+        row[0] += 1
+        row[1] += cycles
+    return [
+        {
+            "layer": layer,
+            "location": location,
+            "unit": result.classes.members[unit][0],
+            "context": CONTEXTS[context],
+            "instructions": int(count),
+            "cycles": cycles,
+        }
+        for (layer, location, unit, context), (count, cycles) in rows.items()
+    ]

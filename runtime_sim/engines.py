@@ -36,7 +36,7 @@ Key = tuple[str, int | str]  # kind, and the number of an instruction or the nam
 @dataclass(frozen=True)
 class Charge:
     """Cycles of an engine. instruction: what it waits for (wait, sync, a taken vector engine); resource: of
-    contention. times: how often."""
+    contention. times: how often. others: causes that a row sums instead of naming one."""
 
     engine: str
     kind: str
@@ -44,11 +44,12 @@ class Charge:
     times: int
     instruction: Named | None = None
     resource: str = ""
+    others: int = 0
 
     @property
     def cause(self) -> str:
         """The named instruction or resource, for people."""
-        by = str(self.instruction) if self.instruction is not None else ""
+        by = str(self.instruction) if self.instruction is not None else f"{self.others} others" if self.others else ""
         return f"{self.resource}: {by}" if self.resource and by else self.resource or by
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +57,8 @@ class Charge:
         row: dict[str, Any] = {"engine": self.engine, "kind": self.kind, "cycles": self.cycles, "times": self.times}
         if self.instruction is not None:
             row["instruction"] = asdict(self.instruction)
-        return row | ({"resource": self.resource} if self.resource else {})
+        row |= {"resource": self.resource} if self.resource else {}
+        return row | ({"others": self.others} if self.others else {})
 
 
 def engine_of(result: TimingResult) -> NDArray[np.int64]:
@@ -110,6 +112,20 @@ def totals(rows: list[Charge]) -> dict[str, dict[str, float]]:
     out = {engine: dict.fromkeys(KINDS, 0.0) for engine in ENGINES}
     for row in rows:
         out[row.engine][row.kind] += row.cycles
+    return out
+
+
+def shortened(rows: list[Charge], most: int) -> list[Charge]:
+    """The `most` largest rows of every engine; the others are summed by kind, so that sums stay what they are."""
+    out: list[Charge] = []
+    for engine in ENGINES:
+        mine = sorted((r for r in rows if r.engine == engine), key=lambda r: -r.cycles)
+        out += mine[:most]
+        for kind in KINDS:
+            rest = [r for r in mine[most:] if r.kind == kind]
+            if rest:
+                times = sum(r.times for r in rest)
+                out.append(Charge(engine, kind, sum(r.cycles for r in rest), times, others=len(rest)))
     return out
 
 

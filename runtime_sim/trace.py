@@ -1,8 +1,8 @@
-"""Timeline of a timing run for the Perfetto viewer (ui.perfetto.dev) or chrome://tracing.
+"""Timeline of a run for the Perfetto viewer (ui.perfetto.dev) or chrome://tracing.
 
-One process a unit, named by its card and PE, with the lanes Layers, Main, Sub, DMA and Vector. A span carries the
-fields of the vendor's device profile (category NPU, begin_cycle, end_cycle), so that a trace of a real card can be
-compared span by span.
+One process a unit, named by its card and PE, with the lanes of the vendor's schedule viewer (`engines.ENGINES`) below
+one of the model's layers; arrows from what an instruction waited for, and from notifies to waits; counters of HBM
+bandwidth, multiplications and live data memory. Every span carries the fields of the vendor's device profile.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from runtime_sim.timing_result import SHARED, TimingResult
+from runtime_sim.analysis import BINS, Analysis
+from runtime_sim.engines import ENGINES, VE
+from runtime_sim.perfetto import PerfettoFile
+from runtime_sim.timing_result import SHARED
 from runtime_sim.timing_tables import CONTEXTS
 
-LANES = ("Layers", "Main", "Sub", "DMA", "Vector")
+LANES = ("Layers", *ENGINES)
+FIRST_ENGINE = 1
 PROTOBUF_SUFFIXES = (".pftrace", ".perfetto-trace")
-_CONTEXT_LANE = (1, 2, 3)
+MOST_JSON_SPANS = 200_000  # viewers take long to read more as JSON
+CATEGORY = "NPU"  # of the vendor's device profile
 
 
 @dataclass(frozen=True)
 class Span:
-    """One rectangle: begin and end in cycles."""
+    """One rectangle: begin and end in cycles. sends, receives: numbers of arrows that start and end here."""
 
     unit: int
     lane: int
@@ -33,180 +38,252 @@ class Span:
     begin: float
     end: float
     arguments: dict[str, Any]
+    sends: tuple[int, ...] = ()
+    receives: tuple[int, ...] = ()
 
 
-def spans(result: TimingResult) -> Iterator[Span]:
+@dataclass(frozen=True)
+class Counter:
+    """Values of a unit at moments (cycles); each holds until the next."""
+
+    unit: int
+    name: str
+    measure: str
+    times: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A trace file and the number of spans in it."""
+
+    path: Path
+    spans: int
+
+
+def number_of_spans(analysis: Analysis) -> int:
+    """Spans that `spans` yields."""
+    result = analysis.result
+    executed = 1 + result.column("vector").astype(np.int64)
+    return int((executed * result.copies).sum()) + sum(len(result.layers_of(u)) for u in range(result.units))
+
+
+def spans(analysis: Analysis) -> Iterator[Span]:
     """Spans of a result, unit by unit and lane by lane, each lane in time order and without overlaps.
 
     Units that do the same at the same time (`TimingResult.classes`) are all shown.
     """
-    yield from _layer_spans(result)
-    of_class = [_class_spans(result, number) for number in range(len(result.classes.members))]
+    result = analysis.result
+    yield from _layer_spans(analysis)
+    of_class = [_class_spans(analysis, number) for number in range(len(result.classes.members))]
+    arrows = _Arrows(analysis)
     for unit, number in enumerate(result.classes.of_unit):
-        for span in of_class[number]:
-            yield replace(span, unit=unit)
+        for row, span in of_class[number]:
+            sends, receives = arrows.of(unit, row) if row >= 0 else ((), ())
+            yield replace(span, unit=unit, sends=sends, receives=receives)
 
 
-def _class_spans(result: TimingResult, number: int) -> list[Span]:
-    """What the contexts and the vector engine of a unit of a class do."""
-    flat = result.flat
-    gaps, shared, locations = result.gaps, result.shared, result.locations
-    out: list[Span] = []
-    vector: list[Span] = []
-    for context in range(len(CONTEXTS)):
-        for i in np.nonzero((flat.unit == number) & (flat.context == context))[0].tolist():
-            cost = result.costs[int(result.number[i])]
-            name = short_name(locations[i])
-            arguments: dict[str, Any] = {
-                "location": locations[i],
-                "routine": flat.streams[number].routines[int(flat.routine[i])].name,
-                "instruction": int(flat.index[i]),
-                "bottleneck": cost.bottleneck,
-            }
-            if gaps[i, 0] > 0 and result.cause[i] >= 0:
-                cause = int(result.cause[i])
-                arguments["waited_cycles"] = float(gaps[i, 0])
-                arguments["waited_for"] = f"{CONTEXTS[int(flat.context[cause])]}: {short_name(locations[cause])}"
-            if result.waker[i] >= 0:
-                sender = int(flat.unit[int(result.waker[i])])
-                arguments["sync_cycles"] = float(gaps[i, 2])
-                arguments["last_notify_of"] = result.unit_name(sender)
-            if gaps[i, 1] > 0:
-                arguments["vector_engine_taken_cycles"] = float(gaps[i, 1])
-            for what, cycles in zip(SHARED, shared[i].tolist(), strict=True):
-                if cycles > 1e-6:
-                    arguments[f"{what.removeprefix('contention_')}_shared_cycles"] = cycles
-            if cost.moved_bytes:
-                arguments["bytes"] = cost.moved_bytes
-            if cost.macs:
-                arguments["macs"] = cost.macs
-            begin, end = float(result.start[i]), float(result.finish[i])
-            out.append(Span(number, _CONTEXT_LANE[context], name, begin, end, arguments))
-            if cost.vector:
-                vector.append(Span(number, 4, name, begin, end, {"context": CONTEXTS[context]}))
-    return out + sorted(vector, key=lambda span: span.begin)
+class _Arrows:
+    """Numbers of arrows: one for every instruction that something made ready, one for every wait a notify ended."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        result = self.result = analysis.result
+        gaps = result.gaps
+        self.receivers: dict[int, list[int]] = {}  # by instruction: those it made ready
+        waited = np.nonzero((gaps[:, 0] > 0) & (result.cause >= 0))[0]
+        for i, cause in zip(waited.tolist(), result.cause[waited].tolist(), strict=True):
+            self.receivers.setdefault(cause, []).append(i)
+        self.ready = np.zeros(len(result.flat), np.bool_)
+        self.ready[waited] = True
+        self.woken: dict[int, list[int]] = {}  # by instruction: waits it ended
+        for i in np.nonzero(result.waker >= 0)[0].tolist():
+            self.woken.setdefault(int(result.waker[i]), []).append(i)
+
+    def _number(self, unit: int, row: int, notify: bool) -> int:
+        return 1 + (unit * len(self.result.flat) + row) * 2 + int(notify)
+
+    def _sender(self, unit: int, row: int) -> int:
+        """The unit whose notify ended a wait of `unit`: one of the class that did it, another one if there is one."""
+        result = self.result
+        members = result.classes.members[int(result.flat.unit[int(result.waker[row])])]
+        replica = result.topology.places[unit].replica
+        others = [m for m in members if m != unit]
+        near = [m for m in others if result.topology.places[m].replica == replica]
+        return (near or others or [unit])[0]
+
+    def of(self, unit: int, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Arrows that start and end at an instruction of a unit."""
+        result = self.result
+        sends = [self._number(unit, i, False) for i in self.receivers.get(row, ())]
+        for i in self.woken.get(row, ()):
+            for other in result.classes.members[int(result.flat.unit[i])]:
+                if self._sender(other, i) == unit:
+                    sends.append(self._number(other, i, True))
+        receives = [self._number(unit, row, False)] if self.ready[row] else []
+        if result.waker[row] >= 0:
+            receives.append(self._number(unit, row, True))
+        return tuple(sends), tuple(receives)
 
 
-def _layer_spans(result: TimingResult) -> Iterator[Span]:
+def _class_spans(analysis: Analysis, number: int) -> list[tuple[int, Span]]:
+    """What the engines of a unit of a class do, with the instruction (-1: the span has no arrows)."""
+    result, sites = analysis.result, analysis.sites
+    flat, gaps, shared, locations = result.flat, result.gaps, result.shared, result.locations
+    out: list[tuple[int, Span]] = []
+    vector: list[tuple[int, Span]] = []
+    mine = np.nonzero(flat.unit == number)[0]
+    for i in mine[np.lexsort((result.start[mine], analysis.engine[mine]))].tolist():
+        cost = result.costs[int(result.number[i])]
+        site = sites.names[int(sites.number[i])]
+        name = short_name(locations[i])
+        begin, end = float(result.start[i]), float(result.finish[i])
+        arguments: dict[str, Any] = {
+            "begin_cycle": begin,
+            "end_cycle": end,
+            "location": locations[i],
+            "layer": analysis.layers[i],
+            "routine": site.routine,
+            "instruction": site.index,
+            "bottleneck": cost.bottleneck,
+        }
+        if gaps[i, 0] > 0 and result.cause[i] >= 0:
+            arguments["waited_cycles"] = float(gaps[i, 0])
+            arguments["waited_for"] = str(sites.names[int(sites.number[int(result.cause[i])])])
+        if result.waker[i] >= 0:
+            arguments["sync_cycles"] = float(gaps[i, 2])
+            arguments["last_notify_of"] = result.unit_name(int(flat.unit[int(result.waker[i])]))
+        if gaps[i, 1] > 0:
+            arguments["vector_engine_taken_cycles"] = float(gaps[i, 1])
+        for what, cycles in zip(SHARED, shared[i].tolist(), strict=True):
+            if cycles > 1e-6:
+                arguments[f"{what.removeprefix('contention_')}_shared_cycles"] = cycles
+        if cost.moved_bytes:
+            arguments["bytes"] = cost.moved_bytes
+        if cost.macs:
+            arguments["macs"] = cost.macs
+        engine = int(analysis.engine[i])
+        out.append((i, Span(number, FIRST_ENGINE + engine, name, begin, end, arguments)))
+        if cost.vector:
+            context: dict[str, Any] = {"begin_cycle": begin, "end_cycle": end, "layer": analysis.layers[i]}
+            context["context"] = CONTEXTS[int(flat.context[i])]
+            vector.append((-1, Span(number, FIRST_ENGINE + VE, name, begin, end, context)))
+    return out + sorted(vector, key=lambda pair: pair[1].begin)
+
+
+def _layer_spans(analysis: Analysis) -> Iterator[Span]:
     """Layers overlap (the next one's transfers start early): a lane shows when each one's completion advanced."""
+    result = analysis.result
     for unit in range(result.units):
         done = 0.0
         for layer in result.layers_of(unit):
             before = max(done, layer.start)
             done = max(before, layer.end)
-            arguments = {"first_start_cycle": layer.start, "instructions": layer.instructions, "routine": layer.routine}
+            arguments = {
+                "begin_cycle": before,
+                "end_cycle": done,
+                "first_start_cycle": layer.start,
+                "instructions": layer.instructions,
+                "routine": layer.routine,
+            }
             yield Span(unit, 0, short_name(layer.name), before, done, arguments)
+
+
+def counters(analysis: Analysis) -> Iterator[Counter]:
+    """Counters of every unit: bytes and MACs a cycle in BINS parts of the time, and live bytes of data memory."""
+    result = analysis.result
+    width = (result.cycles or 1.0) / BINS
+    edges = tuple(k * width for k in range(BINS + 1))
+    for unit, number in enumerate(result.classes.of_unit):
+        rates = analysis.rates(number)
+        for name, title in (
+            ("hbm_read_bytes", "HBM read"), ("hbm_write_bytes", "HBM written"), ("macs", "Active MACs"),
+        ):  # fmt: skip
+            values = tuple(x / width for x in rates[name])
+            yield Counter(unit, title, "MACs/cycle" if name == "macs" else "B/cycle", edges, (*values, 0.0))
+        moments, live = analysis.data_memory(number).sampled(BINS)
+        total = live.sum(axis=0).tolist() if len(live) else [0.0] * BINS
+        yield Counter(unit, "DM live", "B", (*moments.tolist(), edges[-1]), (*total, 0.0))
 
 
 def short_name(location: str) -> str:
     """`module path op` of a location such as `model.layers.3.mlp.down_proj|tc.contract`."""
-    return location.replace("|", " ") or "unknown"
+    return location.replace("|", " ").strip() or "unknown"
 
 
-def write_trace(result: TimingResult, path: str | Path) -> int:
-    """Write a trace and return the number of spans: protobuf for .pftrace and .perfetto-trace, Chrome JSON for .json.
+def write_trace(analysis: Analysis, path: str | Path) -> Written:
+    """Write a trace: protobuf for .pftrace and .perfetto-trace, Chrome JSON for .json.
 
-    Raises ValueError for another ending.
+    Above MOST_JSON_SPANS a .json file would be unusable: it becomes protobuf, with the ending .pftrace. Raises
+    ValueError for another ending.
     """
     path = Path(path)
-    if path.suffix in PROTOBUF_SUFFIXES:
-        return _write_protobuf(result, path)
-    if path.suffix == ".json":
-        return _write_json(result, path)
-    raise ValueError(f"trace file {path.name}: the name must end with .json, .pftrace or .perfetto-trace")
+    if path.suffix not in (*PROTOBUF_SUFFIXES, ".json"):
+        raise ValueError(f"trace file {path.name}: the name must end with .json, .pftrace or .perfetto-trace")
+    if path.suffix == ".json" and number_of_spans(analysis) > MOST_JSON_SPANS:
+        path = path.with_suffix(PROTOBUF_SUFFIXES[0])
+    number = _write_json(analysis, path) if path.suffix == ".json" else _write_protobuf(analysis, path)
+    return Written(path, number)
 
 
-def _process_name(result: TimingResult, unit: int) -> str:
-    return f"unit {unit}: {result.topology.describe(unit)}"
+def _process_name(analysis: Analysis, unit: int) -> str:
+    return f"unit {unit}: {analysis.result.topology.describe(unit)}"
 
 
-def _lane_ids(result: TimingResult) -> list[tuple[int, int, str]]:
-    return [(unit, lane, LANES[lane]) for unit in range(result.units) for lane in range(len(LANES))]
-
-
-def _write_json(result: TimingResult, path: Path) -> int:
+def _write_json(analysis: Analysis, path: Path) -> int:
+    result = analysis.result
     microseconds = result.machine.seconds_per_cycle * 1e6
     number = 0
     with path.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ns","otherData":')
         json.dump({"machine": result.machine.name, "mode": result.machine.mode, "cycles": result.cycles}, file)
         file.write(',"traceEvents":[\n')
-        meta: list[dict[str, Any]] = [
-            {"ph": "M", "name": "process_name", "pid": u, "args": {"name": _process_name(result, u)}}
-            for u in range(result.units)
-        ]
-        for unit, lane, name in _lane_ids(result):
-            meta.append({"ph": "M", "name": "thread_name", "pid": unit, "tid": lane, "args": {"name": name}})
+        meta: list[dict[str, Any]] = []
+        for unit in range(result.units):
             meta.append(
-                {"ph": "M", "name": "thread_sort_index", "pid": unit, "tid": lane, "args": {"sort_index": lane}}
+                {"ph": "M", "name": "process_name", "pid": unit, "args": {"name": _process_name(analysis, unit)}}
             )
+            for lane, name in enumerate(LANES):
+                lane_of = {"ph": "M", "pid": unit, "tid": lane}
+                meta.append({**lane_of, "name": "thread_name", "args": {"name": name}})
+                meta.append({**lane_of, "name": "thread_sort_index", "args": {"sort_index": lane}})
         file.write(",\n".join(json.dumps(event) for event in meta))
-        for span in spans(result):
-            event = {
-                "ph": "X",
-                "cat": "NPU",
-                "name": span.name,
-                "pid": span.unit,
-                "tid": span.lane,
-                "ts": span.begin * microseconds,
-                "dur": (span.end - span.begin) * microseconds,
-                "args": {"begin_cycle": span.begin, "end_cycle": span.end, **span.arguments},
-            }
-            file.write(",\n" + json.dumps(event))
+        for span in spans(analysis):
             number += 1
+            at = {"pid": span.unit, "tid": span.lane, "cat": CATEGORY}
+            begin, length = span.begin * microseconds, (span.end - span.begin) * microseconds
+            events = [{**at, "ph": "X", "name": span.name, "ts": begin, "dur": length, "args": span.arguments}]
+            arrow = {**at, "name": "made ready"}
+            events += [{**arrow, "ph": "f", "bp": "e", "id": i, "ts": begin} for i in span.receives]
+            # An arrow belongs to the span around its time; its end may already be the next span's.
+            events += [{**arrow, "ph": "s", "id": i, "ts": begin + length / 2} for i in span.sends]
+            file.write(",\n" + ",\n".join(json.dumps(event) for event in events))
+        for counter in counters(analysis):
+            for time, value in zip(counter.times, counter.values, strict=True):
+                event = {"ph": "C", "name": counter.name, "pid": counter.unit, "ts": time * microseconds}
+                file.write(",\n" + json.dumps({**event, "args": {counter.measure: value}}))
         file.write("\n]}\n")
     return number
 
 
-def _write_protobuf(result: TimingResult, path: Path) -> int:
-    try:
-        from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
-    except ImportError as error:
-        raise ValueError(
-            f"trace file {path.name}: protobuf traces need the package perfetto; install it or use a .json file"
-        ) from error
+def _write_protobuf(analysis: Analysis, path: Path) -> int:
+    result = analysis.result
     nanoseconds = result.machine.seconds_per_cycle * 1e9
-    trace = pb.Trace()
-    sequence = 1
-
-    def packet() -> Any:
-        new = trace.packet.add()
-        new.trusted_packet_sequence_id = sequence
-        return new
-
-    def track(unit: int, lane: int) -> int:
-        return 1 + unit * 16 + lane
-
-    for unit in range(result.units):
-        described = packet().track_descriptor
-        described.uuid = track(unit, 15)
-        described.process.pid = unit + 1
-        described.process.process_name = _process_name(result, unit)
-    for unit, lane, name in _lane_ids(result):
-        described = packet().track_descriptor
-        described.uuid, described.parent_uuid = track(unit, lane), track(unit, 15)
-        described.name = name
+    each = 64  # tracks kept for a unit
     number = 0
-    for span in spans(result):
-        begin, end = packet(), packet()
-        begin.timestamp, end.timestamp = round(span.begin * nanoseconds), round(span.end * nanoseconds)
-        for event, kind in (
-            (begin.track_event, pb.TrackEvent.TYPE_SLICE_BEGIN),
-            (end.track_event, pb.TrackEvent.TYPE_SLICE_END),
-        ):
-            event.type = kind
-            event.track_uuid = track(span.unit, span.lane)
-        begin.track_event.name = span.name
-        begin.track_event.categories.append("NPU")
-        for key, value in {"begin_cycle": span.begin, "end_cycle": span.end, **span.arguments}.items():
-            note = begin.track_event.debug_annotations.add()
-            note.name = key
-            if isinstance(value, float):
-                note.double_value = value
-            elif isinstance(value, int):
-                note.int_value = value
-            else:
-                note.string_value = str(value)
-        number += 1
-    path.write_bytes(trace.SerializeToString())
+    with path.open("wb") as raw:
+        file = PerfettoFile(raw, CATEGORY)
+        for unit in range(result.units):
+            file.process(unit * each + 1, unit + 1, _process_name(analysis, unit))
+            for lane, name in enumerate(LANES):
+                file.lane(unit * each + 2 + lane, unit * each + 1, name, lane)
+        for span in spans(analysis):
+            track = span.unit * each + 2 + span.lane
+            begin, end = round(span.begin * nanoseconds), round(span.end * nanoseconds)
+            file.span(track, span.name, begin, end, span.arguments, span.sends, span.receives)
+            number += 1
+        for order, counter in enumerate(counters(analysis)):
+            track = (result.units + 1) * each + order
+            file.counter_track(track, counter.unit * each + 1, counter.name, counter.measure)
+            for time, value in zip(counter.times, counter.values, strict=True):
+                file.counter(track, round(time * nanoseconds), value)
     return number

@@ -54,6 +54,7 @@ def _report(path: Path, mode: Any, names: list[str] | None) -> dict[str, Any]:
     if path.is_file():
         return load_report(path)
     from rngdc.report import simulate_report
+    from runtime_sim.analysis import analyse
     from runtime_sim.runtime import Device
 
     opened = open_path(path)
@@ -64,6 +65,6 @@ def _report(path: Path, mode: Any, names: list[str] | None) -> dict[str, Any]:
         for x in chosen:
             show(f"timing {x.name} of {path}")
             device.time(x)
-    report = simulate_report(device, chosen)
+    report = simulate_report(device, chosen, [analyse(device, x) for x in chosen])
     report["artifact"] = str(path)
     return report

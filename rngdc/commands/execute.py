@@ -141,7 +141,7 @@ def run(
     epilog="""\b
 Examples:
   rngdc simulate ./smollm2
-  rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json
+  rngdc simulate ./smollm2 --bucket decode_b1_kv512 --trace decode.json --report decode.html
   rngdc simulate ./llama -pp 4 --micro-batches 8
   rngdc simulate ./llama --set hbm.bandwidth=2x --ideal collectives
   rngdc simulate matmul.mlir --json -"""
@@ -151,6 +151,12 @@ def simulate(
     bucket: BucketNames = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a trace for the Perfetto viewer (needs one bucket).")
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write spans in the schema of the vendor's device profile (needs one bucket)."
+        ),
     ] = None,
     devices: Devices = None,
     pipeline_parallel_size: Stages = None,
@@ -178,24 +184,23 @@ def simulate(
     json: Json = None,
 ) -> None:
     """Tell how long each program takes and where the time goes. Needs no weights."""
+    from rngdc.console import err, write_json
     from rngdc.console import out as stdout
-    from rngdc.console import write_json
     from rngdc.llm import place
     from rngdc.report import add_what_if, simulate_report, simulate_tables
+    from runtime_sim.analysis import analyse
     from runtime_sim.load import LoadRequest
     from runtime_sim.what_if import WhatIfError, parse
 
     timing = timing_mode(mode)
     with open_target(target) as opened:
         buckets = named_buckets(opened, bucket)
-        if trace is not None and len(buckets) != 1:
-            refuse(
-                f"--trace with {len(buckets)} buckets", "a trace shows one program", f"add --bucket {buckets[0].name}"
-            )
-        if report_file is not None and len(buckets) != 1:
-            refuse(
-                f"--report with {len(buckets)} buckets", "a page shows one program", f"add --bucket {buckets[0].name}"
-            )
+        for name, file, shows in (
+            ("--trace", trace, "a trace"), ("--report", report_file, "a page"), ("--profile", profile, "a profile"),
+        ):  # fmt: skip
+            if file is not None and len(buckets) != 1:
+                fix = f"add --bucket {buckets[0].name}"
+                refuse(f"{name} with {len(buckets)} buckets", f"{shows} shows one program", fix)
         if micro_batches < 1:
             refuse(f"--micro-batches {micro_batches}", "there is nothing to time", "use 1 or more")
         request = LoadRequest(
@@ -217,18 +222,24 @@ def simulate(
             for b in buckets:
                 show(f"timing {b.name}")
                 device.time(b, micro_batches)
-        report = simulate_report(device, buckets, micro_batches)
+        analyses = [analyse(device, b, micro_batches) for b in buckets]
+        report = simulate_report(device, buckets, analyses, micro_batches)
         if what_if.asked:
             add_what_if(report, what_if, before)
         if trace is not None:
             from runtime_sim.trace import write_trace
 
-            write_trace(device.time(buckets[0], micro_batches), trace)
+            written = write_trace(analyses[0], trace)
+            if written.path != trace:
+                err.print(f"{written.spans:,} spans are too many for JSON: the trace is {written.path}")
+        if profile is not None:
+            from runtime_sim.profile import write_profile
+
+            write_profile(analyses[0], profile)
         if report_file is not None:
             from runtime_sim.report_page import write_report
 
-            title = f"{target.name} {buckets[0].name}"
-            write_report(device.time(buckets[0], micro_batches), report_file, title, what_if.describe())
+            write_report(analyses[0], report_file, f"{target.name} {buckets[0].name}", what_if.describe())
         if target.suffix == ".mlir":
             report["artifact"] = str(target)
     if json is not None:

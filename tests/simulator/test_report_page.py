@@ -13,8 +13,10 @@ import streams
 
 from backend_rngd.machine import load_machine
 from runtime_sim import report_data as numbers
-from runtime_sim.report_page import WIDTH, write_report
-from runtime_sim.timing import TimingResult, simulate
+from runtime_sim.analysis import Analysis
+from runtime_sim.report_drawings import LABELS, WIDTH
+from runtime_sim.report_page import write_report
+from runtime_sim.timing import simulate
 from runtime_sim.topology import Topology
 
 VOID = {"meta"}
@@ -42,7 +44,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag in ("svg", "table") or found.get("id") == "data":
             self.inside = found["id"]
-        if tag in ("rect", "circle", "polyline"):
+        if tag in ("rect", "circle", "polyline", "polygon"):
             self.shapes.setdefault(self.inside, []).append(found | {"tag": tag})
         if tag == "tr":
             self.cells.setdefault(self.inside, []).append([])
@@ -57,37 +59,42 @@ class Page(HTMLParser):
             self.data = data
 
 
-def run(units: int) -> TimingResult:
+def run(units: int) -> Analysis:
     """A reduction with contention, in silicon mode."""
     machine = load_machine(mode="silicon")
-    return simulate([streams.all_reduce(units, 3)], machine, topology=Topology.of(machine, units))
+    return Analysis(simulate([streams.all_reduce(units, 3)], machine, topology=Topology.of(machine, units)))
 
 
 @pytest.mark.parametrize("units", [2, 8])
 def test_numbers_are_those_of_the_result(units: int, tmp_path: Path) -> None:
-    result = run(units)
+    analysis = run(units)
+    result = analysis.result
     path = tmp_path / "report.html"
-    write_report(result, path, "a <b> & c", "ideal hbm")
+    write_report(analysis, path, "a <b> & c", "ideal hbm")
     text = path.read_text("utf-8")
     page = Page(text)
     data = json.loads(page.data)
     cycles = result.cycles
     assert data["cycles"] == cycles
-    assert data["stalls"] == result.stalls[result.slowest]
+    assert data["engines"] == analysis.engine_totals(analysis.slowest)
+    assert sum(c["cycles"] for c in data["causes"]) == pytest.approx(cycles * len(data["engines"]))
     assert sum(o["path_cycles"] for o in data["operations"]) == pytest.approx(cycles)
     assert sum(data["layers"].values()) == pytest.approx(cycles)
     mine = next(row for row in result.per_unit if row["unit"] == result.slowest)
-    assert sum(data["traffic"]["read_bytes"]) == pytest.approx(mine["hbm_read_bytes"])
-    assert sum(data["traffic"]["write_bytes"]) == pytest.approx(mine["hbm_write_bytes"])
-    # Drawings: rectangles of a context's stalls, and of the critical path, fill the width.
+    assert sum(data["rates"]["hbm_read_bytes"]) == pytest.approx(mine["hbm_read_bytes"])
+    assert sum(data["rates"]["hbm_write_bytes"]) == pytest.approx(mine["hbm_write_bytes"])
+    # Drawings: rectangles of an engine's account, and of the critical path, fill the width.
     rows: dict[str, float] = {}
-    for shape in page.shapes["stalls"]:
+    for shape in page.shapes["engines"]:
         rows[shape["y"]] = rows.get(shape["y"], 0.0) + float(shape["width"])
-    assert len(rows) == 3
-    assert all(width == pytest.approx(WIDTH - 60, abs=0.5) for width in rows.values())
+    assert len(rows) == 6
+    assert all(width == pytest.approx(WIDTH - LABELS, abs=0.5) for width in rows.values())
     assert sum(float(s["width"]) for s in page.shapes["path"]) == pytest.approx(WIDTH, abs=0.5)
     assert len(page.shapes["timeline"]) == len(data["spans"]) == data["spans_total"]
-    assert [row[-1] for row in page.cells["stall-table"][1:]] == [f"{cycles:,.0f}"] * 3
+    assert [row[-1] for row in page.cells["stall-table"][1:]] == [f"{cycles:,.0f}"] * 6
+    assert len(page.shapes["memory-0"]) == len(data["memory"][0]["live"])
+    names = [v for k, v in page.attributes if k == "id"]
+    assert len(names) == len(set(names))
     assert "a &lt;b&gt; &amp; c" in text
     assert "What if: ideal hbm" in text
 
@@ -101,25 +108,22 @@ def test_it_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_long_runs_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numbers, "MAX_SPANS", 5)
+    monkeypatch.setattr(numbers, "MAX_SPANS", 1)
     path = tmp_path / "report.html"
-    result = run(2)
-    write_report(result, path)
+    write_report(run(2), path)
     text = path.read_text("utf-8")
     page = Page(text)
     data = json.loads(page.data)
-    assert len(page.shapes["timeline"]) == 5
-    assert f"5 of {data['spans_total']:,} spans" in text
-    longest = max(end - begin for _, _, begin, end in data["spans"])
-    layers = max(result.layers_of(), key=lambda layer: layer.advance)
-    assert longest >= layers.advance * (1 - 1e-9)
+    lanes = [lane for lane, *_ in data["spans"]]
+    assert lanes == sorted(set(lanes)) and len(lanes) == len(page.shapes["timeline"]) < data["spans_total"]
+    assert f"{len(lanes)} of {data['spans_total']:,} spans" in text
 
 
 def test_roofline_peaks_bound_every_operation() -> None:
-    result = run(2)
-    line = numbers.report_data(result)["roofline"]
+    analysis = run(2)
+    result, line = analysis.result, analysis.roofline
     assert line["macs_per_cycle"] == result.flat.streams[0].slices * 256
-    assert line["hbm_bytes_per_cycle"] == result.machine.hbm_bytes_per_cycle
+    assert line["hbm_bytes_per_cycle"] == result.machine.hbm_bytes_per_cycle == 2 * line["hbm_share_bytes_per_cycle"]
     assert {p["location"] for p in line["points"]} == {o.location for o in result.operations}
     for p in line["points"]:
         assert p["macs"] <= p["cycles"] * line["macs_per_cycle"]

@@ -38,7 +38,6 @@ from backend_rngd.machine.formulas import dma_time, unit_cycles
 from runtime_sim.errors import SimulationError
 from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.timing import simulate
-from runtime_sim.trace import write_trace
 
 BOOK = load_machine()
 MAIN, SUB, DMA, CONTROL = Context.MAIN, Context.SUB, Context.DMA, Context.CONTROL
@@ -328,47 +327,3 @@ def test_json_result(traced):
     assert len(data["instructions"]["start"]) == 18 == data["instructions_executed"]
     assert data["operations"][0]["location"] == "model.layers.0.mlp|tc.contract"
     assert data["critical_path"]["cycles_by_context"]["dma"] > 0
-
-
-def busy(result) -> float:
-    return float((result.finish - result.start).sum())
-
-
-def test_chrome_trace(traced, tmp_path):
-    file = tmp_path / "t.json"
-    number = write_trace(traced, file)
-    events = [e for e in json.loads(file.read_text())["traceEvents"] if e["ph"] == "X"]
-    assert len(events) == number
-    lanes = [e for e in events if e["tid"] in (1, 2, 3)]
-    assert sum(e["args"]["end_cycle"] - e["args"]["begin_cycle"] for e in lanes) == pytest.approx(busy(traced))
-    assert {e["name"] for e in lanes} == {"model.layers.0.mlp tc.contract"}
-    for unit in range(2):
-        for lane in range(5):
-            mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if (e["pid"], e["tid"]) == (unit, lane))
-            assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(mine)), (unit, lane)
-
-
-@pytest.mark.parametrize("suffix", ["pftrace", "perfetto-trace"])
-def test_protobuf_trace(traced, tmp_path, suffix):
-    pb = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
-    file = tmp_path / f"t.{suffix}"
-    number = write_trace(traced, file)
-    trace = pb.Trace()
-    trace.ParseFromString(file.read_bytes())
-    tracks = {p.track_descriptor.uuid: p.track_descriptor.name for p in trace.packet if p.HasField("track_descriptor")}
-    opened: dict[int, int] = {}
-    total = begins = 0
-    for p in trace.packet:
-        event = p.track_event
-        if event.type == pb.TrackEvent.TYPE_SLICE_BEGIN:
-            opened[event.track_uuid] = p.timestamp
-            begins += 1
-        elif event.type == pb.TrackEvent.TYPE_SLICE_END and tracks[event.track_uuid] in ("Main", "Sub", "DMA"):
-            total += p.timestamp - opened.pop(event.track_uuid)
-    assert begins == number
-    assert total == pytest.approx(busy(traced), rel=1e-3)
-
-
-def test_other_trace_endings_are_refused(traced, tmp_path):
-    with pytest.raises(ValueError, match="must end with"):
-        write_trace(traced, tmp_path / "t.txt")

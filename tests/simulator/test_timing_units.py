@@ -38,9 +38,13 @@ from backend_rngd.isa.descriptors import (
 )
 from backend_rngd.machine import load_machine
 from backend_rngd.machine.formulas import collective_algorithms, collective_time
+from runtime_sim.analysis import Analysis
+from runtime_sim.engines import ENGINES, charges, totals
 from runtime_sim.errors import SimulationError
 from runtime_sim.event_core import Rates, Resources, execute
+from runtime_sim.sites import Sites
 from runtime_sim.timing import TimingResult, simulate
+from runtime_sim.timing_result import SHARED
 from runtime_sim.topology import Distance, Topology
 from runtime_sim.trace import write_trace
 
@@ -110,11 +114,33 @@ def launch(units: int) -> dict[int, tuple[int, ...]]:
     return {OWN_UNIT: tuple(u * UNIT_STRIDE for u in range(units))}
 
 
+def accounts_close(result: TimingResult) -> None:
+    """Every cycle of every engine has one cause, and the named causes agree with the classes of the contexts."""
+    sites = Sites(result)
+    for number, members in enumerate(result.classes.members):
+        rows = charges(result, sites, number)
+        assert min(row.cycles for row in rows) >= -1e-6
+        assert all(row.instruction or row.resource for row in rows if row.kind in ("wait", "sync", "contention"))
+        kinds = totals(rows)
+        for engine in ENGINES:
+            assert sum(kinds[engine].values()) == pytest.approx(result.cycles, rel=1e-9, abs=1e-6)
+        stalls = result.stalls[members[0]]
+        for engine, context in (("Main", "main"), ("Sub", "sub")):
+            assert kinds[engine]["busy"] == pytest.approx(stalls[context]["busy"], abs=1e-6)
+            assert kinds[engine]["tail"] == pytest.approx(stalls[context]["tail"], abs=1e-6)
+            assert kinds[engine]["contention"] == pytest.approx(stalls[context]["contention_vector"], abs=1e-6)
+        dma = [kinds[e] for e in ("TDMA", "PDMA", "Core")]
+        assert sum(k["busy"] for k in dma) == pytest.approx(stalls["dma"]["busy"], abs=1e-6)
+        shared = sum(stalls["dma"][kind] for kind in SHARED)
+        assert sum(k["contention"] for k in dma) == pytest.approx(shared, abs=1e-6)
+
+
 def closes(result: TimingResult) -> None:
     for unit in result.stalls:
         for row in unit.values():
             assert sum(row.values()) == pytest.approx(result.cycles, rel=1e-9, abs=1e-6)
             assert min(row.values()) >= -1e-6
+    accounts_close(result)
     path = result.critical_path
     assert sum(result.path_cycles) == pytest.approx(result.cycles)
     for a, b in itertools.pairwise(path):
@@ -505,7 +531,7 @@ def test_a_trace_has_a_process_for_every_pe(tmp_path):
     """Units simulated once are all drawn; a wait names the unit whose notify ended it."""
     result = simulate(one_shot(8, 8192), BOOK, topology=Topology.of(BOOK, 8, 1, 2), launch=launch(8))
     file = tmp_path / "t.json"
-    number = write_trace(result, file)
+    number = write_trace(Analysis(result), file).spans
     events = json.loads(file.read_text())["traceEvents"]
     names = [e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"]
     assert names == [f"unit {u}: card {u // 8} PE {u % 8}" for u in range(16)]
