@@ -137,7 +137,7 @@ class Analysis:
         table = np.stack([np.bincount(group, weights=moved[:, c], minlength=len(found)) for c in range(len(TRAFFIC))])
         traffic = dict(zip(found.tolist(), table.T, strict=True))
         place = {p["location"]: p for p in self.roofline["points"]}
-        waits = self._waits(group, found.tolist())
+        waits = self._waits(group, [str(x) for x in found])
         return [
             row
             | {name: int(x) for name, x in zip(TRAFFIC, traffic[row["location"]].tolist(), strict=True)}

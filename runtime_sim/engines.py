@@ -109,7 +109,7 @@ def charges(result: TimingResult, sites: Sites, unit: int) -> list[Charge]:
 
 def totals(rows: list[Charge]) -> dict[str, dict[str, float]]:
     """Cycles by engine and kind; every engine's sum to the makespan."""
-    out = {engine: dict.fromkeys(KINDS, 0.0) for engine in ENGINES}
+    out: dict[str, dict[str, float]] = {engine: {kind: 0.0 for kind in KINDS} for engine in ENGINES}
     for row in rows:
         out[row.engine][row.kind] += row.cycles
     return out

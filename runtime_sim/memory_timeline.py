@@ -71,7 +71,7 @@ class Timeline:
     def sampled(self, bins: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """In each of `bins` equal parts of the time, the moment with most live bytes, and [names, bins] those."""
         width = (self.cycles or 1.0) / bins
-        edges = np.arange(bins) * width
+        edges: NDArray[np.float64] = np.arange(bins, dtype=np.float64) * width
         times, live = self.steps
         moments = edges.copy()
         if len(times):
@@ -88,7 +88,8 @@ def data_memory(result: TimingResult, sites: Sites, unit: int) -> Timeline:
     """The data memory of a class of units."""
     touched: list[tuple[int, int, int, bool]] = []  # site, low, high, write
     mine = np.nonzero(result.flat.unit == unit)[0]
-    for site in np.unique(sites.number[mine]).tolist():
+    used: list[int] = np.unique(sites.number[mine]).tolist()
+    for site in used:
         what = sites.instructions[site]
         if isinstance(what, Call):
             continue
@@ -123,15 +124,16 @@ def working_area(result: TimingResult, sites: Sites, unit: int, area: tuple[int,
     executed: list[int] = []
     spans: list[tuple[int, int, bool]] = []
     known: dict[tuple[int, int, int], list[tuple[int, int, bool]]] = {}
-    for row, site, call in zip(mine.tolist(), sites.number[mine].tolist(), flat.call[mine].tolist(), strict=True):
+    for row, call in zip(mine.tolist(), flat.call[mine].tolist(), strict=True):
+        site = int(sites.number[row])
         what = sites.instructions[site]
         if not isinstance(what, Dma) or Space.HBM not in (what.source.space, what.destination.space):
             continue
         inside = registers_of_call(stream, flat.calls, call, registers)
-        bases = [inside.get(side.register, Value(0, 0)).offset for side in (what.source, what.destination)]
-        key = (site, *bases)
+        first, second = (inside.get(s.register, Value(0, 0)).offset for s in (what.source, what.destination))
+        key = (site, first, second)
         if key not in known:
-            known[key] = _hbm_spans(what, bases, area)
+            known[key] = _hbm_spans(what, (first, second), area)
         spans += known[key]
         executed += [row] * len(known[key])
     table = np.array(spans, np.int64).reshape(-1, 3)

@@ -64,7 +64,7 @@ def _live(line: Timeline) -> dict[str, Any]:
     moments, live = line.sampled(BINS)
     order = sorted(range(len(line.names)), key=lambda n: -int(live[n].max()))
     named = {line.names[n]: live[n].tolist() for n in order[:MAX_WRITERS]}
-    rest = live[order[MAX_WRITERS:]].sum(axis=0).tolist() if order[MAX_WRITERS:] else []
-    if any(rest):
-        named[f"{len(order) - MAX_WRITERS} others"] = rest
+    rest = live[order[MAX_WRITERS:]].sum(axis=0)
+    if rest.any():
+        named[f"{len(order) - MAX_WRITERS} others"] = rest.tolist()
     return {"moments": moments.tolist(), "live": named}

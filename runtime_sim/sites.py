@@ -54,16 +54,11 @@ class Sites:
             self.number[mine] = offsets[flat.routine[mine]] + flat.index[mine]
 
     @cached_property
-    def executed(self) -> NDArray[np.int64]:
-        """Numbers of the instructions that are executed at all."""
-        return np.unique(self.number)
-
-    @cached_property
     def traffic(self) -> NDArray[np.int64]:
         """[executed, TRAFFIC]: bytes that every executed instruction moves in each memory and network."""
-        cost_of = dict(zip(self.number.tolist(), self.result.number.tolist(), strict=True))
+        cost_of: dict[int, int] = dict(zip(self.number.tolist(), self.result.number.tolist(), strict=True))
         table = np.zeros((len(self.names), len(TRAFFIC)), np.int64)
-        for site in self.executed.tolist():
+        for site in cost_of:
             table[site] = moved_bytes(self.instructions[site], self.result.costs[cost_of[site]])
         # A transfer between units may differ from place to place only in where its peer lies.
         out = table[self.number]

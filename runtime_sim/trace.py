@@ -132,7 +132,8 @@ def _class_spans(analysis: Analysis, number: int) -> list[tuple[int, Span]]:
     out: list[tuple[int, Span]] = []
     vector: list[tuple[int, Span]] = []
     mine = np.nonzero(flat.unit == number)[0]
-    for i in mine[np.lexsort((result.start[mine], analysis.engine[mine]))].tolist():
+    order: list[int] = mine[np.lexsort((result.start[mine], analysis.engine[mine]))].tolist()
+    for i in order:
         cost = result.costs[int(result.number[i])]
         site = sites.names[int(sites.number[i])]
         name = short_name(locations[i])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import streams
@@ -82,7 +84,7 @@ def test_amounts_are_spread_evenly(flows: list[tuple[int, int, int]], bins: int)
     out = spread(begin, end, amount, 100.0, bins)
     assert out.sum() == pytest.approx(amount.sum(), abs=1e-6)
     edges = np.linspace(0, 100, bins + 1)
-    for k, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for k, (low, high) in enumerate(itertools.pairwise(edges)):
         expected = sum(
             n * max(0.0, min(e, high) - max(b, low)) / (e - b)
             if e > b

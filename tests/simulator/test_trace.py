@@ -1,4 +1,4 @@
-"""Traces and profiles: lanes without overlaps, arrows in pairs, counters that are the report's, files that read back."""
+"""Traces and profiles: lanes without overlaps, arrows in pairs, counters as in the report, files that read back."""
 
 from __future__ import annotations
 
