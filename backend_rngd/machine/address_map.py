@@ -19,7 +19,8 @@ from backend_rngd.machine.description import Machine
 Addresses = NDArray[np.int64]
 
 CHANNELS = 32
-QUEUE = 64  # requests a channel may reorder (FR-FCFS)
+BANKS = 64  # of a channel: 16 banks in 3 of 4 SIDs
+QUEUE = 64  # requests a channel holds
 ENUMERATED = 8192  # lines looked at, at most: what comes later repeats the pattern
 _EVEN = CHANNELS * 8  # lines of a dense transfer from which its ends no longer matter
 
@@ -62,53 +63,59 @@ def hbm_use(base: int, loops: tuple[tuple[int, int], ...], packet: int, write: b
     What a register adds to `base` moves all lines alike, so that it counts as 0. Patterns of more than 8,192 lines that
     are not dense are judged by the first part of their outermost loops.
     """
-    numbers = (
+    timing = Timing(
         machine.hbm_line_bytes, machine.hbm_write_granule_bytes if write else 0,
         float(machine.hbm_unaligned_write_factor), machine.hbm_row_switch_cycles,
-        machine.hbm_line_bytes / machine.hbm_channel_bytes_per_cycle,
+        machine.hbm_line_bytes / machine.hbm_channel_bytes_per_cycle, bool(machine.hbm_reorders),
     )  # fmt: skip
     repeats = math.prod(n for n, s in loops if s == 0)
     own = tuple((n, s) for n, s in loops if s != 0 and n > 1)
-    use = _use(base, own, packet, *numbers)
+    use = _use(base, own, packet, timing)
     if repeats == 1:
         return use
-    return HbmUse(use.lines * repeats, use.busiest * repeats, use.row_cycles, use.partial * repeats)
+    return HbmUse(use.lines * repeats, use.busiest * repeats, use.row_cycles * repeats, use.partial * repeats)
+
+
+class Timing(NamedTuple):
+    """Numbers of the machine that matter here. granule: 0 for reads."""
+
+    line: int
+    granule: int
+    factor: float
+    row_switch: float
+    per_line: float
+    reorders: bool
 
 
 @lru_cache(maxsize=1 << 16)
-def _use(
-    base: int,
-    loops: tuple[tuple[int, int], ...],
-    packet: int,
-    line: int,
-    granule: int,
-    factor: float,
-    row_switch: int,
-    per_line: float,
-) -> HbmUse:
+def _use(base: int, loops: tuple[tuple[int, int], ...], packet: int, timing: Timing) -> HbmUse:
+    line, granule = timing.line, timing.granule
     packets = math.prod(n for n, _ in loops)
     aligned = not any(x % line for x in (base, packet, *(s for _, s in loops)))
     whole = not granule or not any(x % granule for x in (base, packet, *(s for _, s in loops)))
-    dense = _dense(loops, packet)
-    if dense and (aligned or packets * packet > _EVEN * line):
+    if _dense(loops, packet) and (aligned or packets * packet > _EVEN * line):
         lines = _lines(base, loops, packets, packet, line)
         partial = 0 if whole else packets * -(-packet // line)
-        weighted = lines if whole else lines * factor
-        return HbmUse(lines, math.ceil(weighted / CHANNELS), 0.0, partial)
-    touched, kept = _enumerate(base, loops, packet, line)
-    starts, ends = touched
+        weighted = lines if whole else lines * timing.factor
+        busiest = float(math.ceil(weighted / CHANNELS))
+        waits = _row_cycles_of(loops, packet, timing)
+        return HbmUse(lines, busiest, waits if waits > busiest * timing.per_line else 0.0, partial)
+    (starts, ends), kept = _enumerate(base, loops, packet, line)
     channel = channels(starts)
     weight = np.ones(len(starts))
     incomplete = np.zeros(len(starts), np.bool_)
     if not whole:
         incomplete = (starts % granule != 0) | (ends % granule != 0)
-        weight[incomplete] = factor
+        weight[incomplete] = timing.factor
     scale = packets / kept
-    lines = round(len(starts) * scale)
     busiest = float(np.bincount(channel, weight, CHANNELS).max()) * scale
-    waits = _row_switches(starts, channel) * row_switch * scale
-    worst = waits if waits > busiest * per_line else 0.0
-    return HbmUse(lines, busiest, worst, round(int(incomplete.sum()) * scale))
+    waits = _row_cycles(starts, channel, timing) * scale
+    return HbmUse(
+        round(len(starts) * scale),
+        busiest,
+        waits if waits > busiest * timing.per_line else 0.0,
+        round(int(incomplete.sum()) * scale),
+    )
 
 
 def _dense(loops: tuple[tuple[int, int], ...], packet: int) -> bool:
@@ -150,23 +157,34 @@ def _enumerate(
     return (both[touched], until[touched]), len(address)
 
 
-def _row_switches(addresses: Addresses, channel: Addresses) -> int:
-    """Row activations of the bank that has most of them: requests of a channel are served in groups of its queue, in
-    which those of one row follow each other."""
-    bank = channel * 64 + banks(addresses)
+@lru_cache(maxsize=1 << 12)
+def _row_cycles_of(loops: tuple[tuple[int, int], ...], packet: int, timing: Timing) -> float:
+    """`_row_cycles` of a transfer wherever it begins: 0 for one in the order of its addresses."""
+    if list(loops) == sorted(loops, key=lambda loop: -abs(loop[1])):
+        return 0.0
+    base = sum(-s * (n - 1) for n, s in loops if s < 0)
+    (starts, _), kept = _enumerate(base, loops, packet, timing.line)
+    return _row_cycles(starts, channels(starts), timing) * math.prod(n for n, _ in loops) / kept
+
+
+def _row_cycles(addresses: Addresses, channel: Addresses, timing: Timing) -> float:
+    """Cycles of the channel that needs longest when opening rows counts: in every group of requests as long as its
+    queue, banks open rows side by side. Requests for one row follow each other if the channel reorders. A few lines
+    open their rows while the transfer starts."""
+    if len(channel) < _EVEN:
+        return 0.0
     order = np.argsort(channel, kind="stable")
-    sorted_channel = channel[order]
-    first = np.searchsorted(sorted_channel, sorted_channel)
-    window = np.empty(len(addresses), np.int64)
-    window[order] = (np.arange(len(addresses)) - first) // QUEUE
-    opened = np.unique(np.stack([bank, window, rows(addresses)], axis=1), axis=0)
-    # The scheduler starts a window with a row that is open already, if a request wants it.
-    order = np.lexsort((opened[:, 1], opened[:, 2], opened[:, 0]))
-    by_row = opened[order]
-    again = np.zeros(len(by_row), np.bool_)
-    same = (by_row[1:, 0] == by_row[:-1, 0]) & (by_row[1:, 2] == by_row[:-1, 2])
-    again[1:] = same & (by_row[1:, 1] == by_row[:-1, 1] + 1)
-    kept = np.unique(by_row[again, :2], axis=0)
-    banked = np.bincount(opened[:, 0])
-    banked[: int(kept[:, 0].max(initial=-1)) + 1] -= np.bincount(kept[:, 0])
-    return int(banked.max())
+    channel, addresses = channel[order], addresses[order]
+    group = (np.arange(len(channel)) - np.searchsorted(channel, channel)) // QUEUE
+    bank, row = banks(addresses), rows(addresses)
+    groups = int(group.max()) + 1
+    place = (channel * groups + group) * BANKS + bank
+    if timing.reorders:
+        opened = np.unique(np.stack([place, row]), axis=1)[0]
+    else:
+        by_bank = np.argsort(channel * BANKS + bank, kind="stable")
+        same = np.diff(channel[by_bank] * BANKS + bank[by_bank], prepend=-1) == 0
+        opened = place[by_bank][~(same & (np.diff(row[by_bank], prepend=-1) == 0))]
+    most = np.bincount(opened, minlength=CHANNELS * groups * BANKS).reshape(CHANNELS, groups, BANKS).max(axis=2)
+    lines = np.bincount(channel * groups + group, minlength=CHANNELS * groups).reshape(CHANNELS, groups)
+    return float(np.maximum(lines * timing.per_line, most * timing.row_switch).sum(axis=1).max())

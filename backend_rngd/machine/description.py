@@ -76,6 +76,7 @@ class Machine(BaseModel):
     hbm_line_bytes: int
     hbm_row_switch_cycles: float
     hbm_efficiency: float
+    hbm_reorders: int
     hbm_unaligned_write_factor: float
     hbm_write_granule_bytes: int
     hbm_map_alignment: int
