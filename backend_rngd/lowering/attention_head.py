@@ -36,7 +36,7 @@ from ir.errors import UnsupportedError
 
 KEY_MULTIPLE = 16  # keys are padded (and masked) to whole flits of probabilities
 HIDDEN = 2.0**100  # penalty per position beyond what is visible; a power of two, so that it scales positions exactly
-MASK_ELEMENTS = 1024  # of VRF for the mask of a pass, so that the next one loads meanwhile
+MASK_ELEMENTS = 896  # of VRF for the mask of a pass: half of what stashes leave, so that the next one loads meanwhile
 SEQUENTIAL_SLOTS = 32  # sums of a lane that the time reducer holds: lanes x groups of rows of a pass
 
 
@@ -193,7 +193,10 @@ class HeadLowering:
         probabilities = em.alloc(rows_held * count * 2, "probabilities")
         if rows_held > rows:
             em.memset(probabilities, rows * count * 2, (rows_held - rows) * count * 2)
-        stats, decay = self._softmax(rows, count, scores, probabilities, before)
+        stats = em.alloc(2 * rows * 8, "max and sum")
+        decay = self._largest(rows, count, scores, stats, before)
+        total, at_total = (stats, rows * 8) if before is None else (em.alloc(rows * 8, "sum"), 0)
+        self._weights(rows, count, scores, stats, probabilities, total, at_total)
         sums = None if before is None else before.sums
         chunk = min(source.value_chunk, count)
         for at in range(0, count, chunk):
@@ -204,8 +207,10 @@ class HeadLowering:
             if sums is None:
                 sums = part
             else:
-                self._add(sums, part, rows, padded[1], decay if at == 0 else None)
+                self._add(sums, 0, part, sums, rows, padded[1], decay if at == 0 else None)
         assert sums is not None
+        if before is not None:
+            self._add(before.stats, rows * 8, total, stats, rows, 2, decay)
         return State(sums, stats)
 
     # Scores ------------------------------------------------------------
@@ -264,14 +269,8 @@ class HeadLowering:
         """scores[row][at ...] = scale * q.k + mask for `count` keys; `pitch` keys a row of scores and mask."""
         em, p = self.em, self.p
         base = self._next_half(8, count // 8 * width * 2)
-        em.load_trf(
-            em.fetch(keys_base, [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)], Dtype.BF16, 16),
-            keys,
-            8,
-            base,
-            self.slices,
-            context="main",
-        )
+        lanes = [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)]
+        em.load_trf(em.fetch(keys_base, lanes, Dtype.BF16, 16), keys, 8, base, self.slices, context="main")
         ops = [_constant(Alu.FP_MUL0, Op.MUL, p.scale)]
         if p.softcap:
             ops = [
@@ -280,24 +279,14 @@ class HeadLowering:
                 _constant(Alu.FP_MUL1, Op.MUL, p.softcap),
             ]
         packet = k_multiple(width)
-        together = r.tokens if r.shared else max(1, MASK_ELEMENTS // count)
+        most = r.tokens if r.shared else max(1, MASK_ELEMENTS // count)
+        together = -(-r.tokens // -(-r.tokens // most))
         for first in range(0, r.tokens, together):
             tokens = min(together, r.tokens - first)
-            masked = 1 if r.shared else tokens
-            row = 0 if r.shared else first
-            held = em.vrf_space(masked * count * 4)
-            where = em.fetch((row * pitch + at) * 2, [(masked, pitch * 2), (count, 2)], Dtype.BF16, 4, Dtype.F32)
-            em.load_vrf(where, mask, held, self.slices)
-            loops = ((tokens, 0 if r.shared else count * 4), (p.group, 0), (count, 4))
-            hide = Operand(Source.VRF, base=held, loops=operand_loops(loops))
             rows = tokens * p.group
+            queries = [(tokens, r.q_token), (p.group, r.q_head), (width, 2)]
             em.execute(
-                em.fetch(
-                    r.q_base + first * r.q_token,
-                    [(tokens, r.q_token), (p.group, r.q_head), (width, 2)],
-                    Dtype.BF16,
-                    packet,
-                ),
+                em.fetch(r.q_base + first * r.q_token, queries, Dtype.BF16, packet),
                 r.q,
                 Commit((first * p.group * pitch + at) * 4, ((rows, pitch * 4), (count, 4)), Dtype.F32, 8),
                 scores,
@@ -311,8 +300,19 @@ class HeadLowering:
                     packet.bit_length() - 1,
                     LaneMode.INTERLEAVED,
                 ),
-                vector=[*ops, VectorOp(Alu.FP_FMA, Op.ADD, Mode.STREAM_OPERAND, hide)],
+                vector=[*ops, self._hide(r, mask, pitch, first, tokens, at, count)],
             )
+
+    def _hide(self, r: Rows, mask: SSAValue, pitch: int, first: int, tokens: int, at: int, count: int) -> VectorOp:
+        """Adds the mask of some tokens and keys, which takes half of VRF."""
+        em = self.em
+        held = em.vrf_space(MASK_ELEMENTS * 4)
+        masked, row = (1, 0) if r.shared else (tokens, first)
+        loops = [(masked, pitch * 2), (count, 2)]
+        em.load_vrf(em.fetch((row * pitch + at) * 2, loops, Dtype.BF16, 4, Dtype.F32), mask, held, self.slices)
+        used = ((tokens, 0 if r.shared else count * 4), (self.p.group, 0), (count, 4))
+        operand = Operand(Source.VRF, base=held, loops=operand_loops(used))
+        return VectorOp(Alu.FP_FMA, Op.ADD, Mode.STREAM_OPERAND, operand)
 
     def _next_half(self, lanes: int, used: int) -> int:
         """TRF byte of a lane for `used` bytes: the half that the pass before does not use, if they fit one."""
@@ -323,62 +323,61 @@ class HeadLowering:
         return self.half * (lane // 2)
 
     # Softmax ------------------------------------------------------------
-    def _softmax(
-        self, rows: int, keys: int, scores: SSAValue, probabilities: SSAValue, before: State | None
-    ) -> tuple[SSAValue, SSAValue | None]:
-        """probabilities = exp(score - largest), bf16; returns the statistics up to here, and the factors by row that
-        scale what was summed before to the new largest score."""
-        em, n = self.em, rows * keys
-        by_key = em.fetch(0, [(n, 4)], Dtype.F32, 8)
-        pairs, by_row = rows * 2, Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2)
-        stats = em.alloc(2 * rows * 8, "max and sum")
-        largest = VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=keys, inner=1)
-        decay: SSAValue | None = None
+    def _largest(
+        self, rows: int, keys: int, scores: SSAValue, stats: SSAValue, before: State | None
+    ) -> SSAValue | None:
+        """Largest scores up to here, into `stats`; returns the factors by row that scale what was summed before."""
+        em, pairs = self.em, rows * 2
+        here = stats if before is None else em.alloc(rows * 8, "max")
+        em.execute(
+            em.fetch(0, [(rows * keys, 4)], Dtype.F32, 8),
+            scores,
+            Commit(0, ((rows, 8), (2, 4)), Dtype.F32, 2),
+            here,
+            slices=self.slices,
+            vector=(VectorOp(Alu.REDUCE, Op.MAX, Mode.UNARY, count=keys, inner=1),),
+        )
         if before is None:
-            em.execute(by_key, scores, by_row, stats, slices=self.slices, vector=(largest,))
-        else:
-            here = em.alloc(rows * 8, "max")
-            em.execute(by_key, scores, by_row, here, slices=self.slices, vector=(largest,))
-            flat = Commit(0, ((pairs, 4),), Dtype.F32, 2)
-            two = em.fetch(0, [(pairs, 4)], Dtype.F32, 2, None, (0, [4]))
-            latest = VectorOp(Alu.CLIP_MAX, Op.MAX, Mode.ZIP01)
-            em.execute(two, here, flat, stats, second=before.stats, slices=self.slices, vector=(latest,))
-            decay = em.alloc(rows * 8, "decay")
-            fall = (VectorOp(Alu.FP_FMA, Op.SUB, Mode.ZIP01), VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY))
-            em.execute(two, before.stats, flat, decay, second=stats, slices=self.slices, vector=fall)
+            return None
+        flat = Commit(0, ((pairs, 4),), Dtype.F32, 2)
+        two = em.fetch(0, [(pairs, 4)], Dtype.F32, 2, None, (0, [4]))
+        latest = VectorOp(Alu.CLIP_MAX, Op.MAX, Mode.ZIP01)
+        em.execute(two, here, flat, stats, second=before.stats, slices=self.slices, vector=(latest,))
+        decay = em.alloc(rows * 8, "decay")
+        fall = (VectorOp(Alu.FP_FMA, Op.SUB, Mode.ZIP01), VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY))
+        em.execute(two, before.stats, flat, decay, second=stats, slices=self.slices, vector=fall)
+        return decay
+
+    def _weights(
+        self,
+        rows: int,
+        keys: int,
+        scores: SSAValue,
+        stats: SSAValue,
+        probabilities: SSAValue,
+        total: SSAValue,
+        at_total: int,
+    ) -> None:
+        """probabilities = exp(score - largest), bf16, and their sums by row, which nobody needs soon."""
+        em, n = self.em, rows * keys
         lower = self._by_row(Alu.FP_FMA, Op.SUB, stats, 0, rows, keys)
         em.execute(
-            by_key,
+            em.fetch(0, [(n, 4)], Dtype.F32, 8),
             scores,
             Commit(0, ((n, 2),), Dtype.BF16, 8),
             probabilities,
             slices=self.slices,
             vector=(lower, VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY)),
         )
-        weights = em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32)
-        total = VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1)
-        if before is None or decay is None:
-            behind = Commit(rows * 8, by_row.loops, Dtype.F32, 2)
-            em.execute(weights, probabilities, behind, stats, slices=self.slices, vector=(total,))
-            return stats, None
-        here = em.alloc(rows * 8, "sum")
-        em.execute(weights, probabilities, by_row, here, slices=self.slices, vector=(total,))
-        base = em.vrf_space(round_up(rows * 8, 32))
-        em.load_vrf(em.fetch(0, [(pairs, 4)], Dtype.F32, 2), decay, base, self.slices)
-        factor = Operand(Source.VRF, base=base, loops=operand_loops(((pairs, 4),)))
         em.execute(
-            em.fetch(rows * 8, [(pairs, 4)], Dtype.F32, 2, None, (0, [4])),
-            before.stats,
-            Commit(rows * 8, ((pairs, 4),), Dtype.F32, 2),
-            stats,
-            second=here,
+            em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32),
+            probabilities,
+            Commit(at_total, ((rows, 8), (2, 4)), Dtype.F32, 2),
+            total,
             slices=self.slices,
-            vector=(
-                VectorOp(Alu.FP_MUL0, Op.MUL, Mode.STREAM_OPERAND, factor, group=1),
-                VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01),
-            ),
+            vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1),),
+            context="sub",
         )
-        return stats, decay
 
     def _by_row(self, alu: Alu, op: Op, stats: SSAValue, offset: int, rows: int, inner: int) -> VectorOp:
         """An operation with a number by row, used for `inner` elements each."""
@@ -450,18 +449,28 @@ class HeadLowering:
                 ),
             )
 
-    def _add(self, sums: SSAValue, part: SSAValue, rows: int, width: int, decay: SSAValue | None) -> None:
-        """sums = sums * decay + part."""
+    def _add(
+        self,
+        before: SSAValue,
+        at: int,
+        part: SSAValue,
+        target: SSAValue,
+        rows: int,
+        width: int,
+        decay: SSAValue | None,
+    ) -> None:
+        """target = before * decay + part, f32; before and target from byte `at` on."""
         em, n = self.em, rows * width
+        packet = min(width, 8)
         ops: list[VectorOp] = []
         if decay is not None:
             ops.append(replace(self._by_row(Alu.FP_MUL0, Op.MUL, decay, 0, rows, width), group=1))
         ops.append(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01))
         em.execute(
-            em.fetch(0, [(n, 4)], Dtype.F32, 8, None, (0, [4])),
-            sums,
-            Commit(0, ((n, 4),), Dtype.F32, 8),
-            sums,
+            em.fetch(at, [(n, 4)], Dtype.F32, packet, None, (0, [4])),
+            before,
+            Commit(at, ((n, 4),), Dtype.F32, packet),
+            target,
             second=part,
             vector=ops,
             slices=self.slices,

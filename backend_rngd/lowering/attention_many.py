@@ -134,9 +134,7 @@ class ManyTokens:
                 mine = queries(h, first, tokens)
                 q_head = mine.dims[1].stride if mine.dims[1].kind == "feature" else k.padded * 2
                 at = limit.base + first * limit.pitch
-                work = Rows(
-                    tokens, mine.buffer, mine.base, mine.pitch, q_head, limit.buffer, at, limit.pitch, shared
-                )
+                work = Rows(tokens, mine.buffer, mine.base, mine.pitch, q_head, limit.buffer, at, limit.pitch, shared)
                 source = _Source(em, k, v, rows, h, tile, ring)
                 state = head.attend(work, source, (k.padded, v.padded), keys, tile)
                 start = first * out.pitch + h * p.group * value

@@ -202,8 +202,9 @@ class Emitter:
         contract: Contract | None = None,
         vector: Sequence[VectorOp] = (),
         stash_input: bool = False,
+        context: str = "main",
     ) -> None:
-        """One Tensor Unit pass of the main context."""
+        """One Tensor Unit pass; the sub context has neither contraction nor cast and reads and writes 8 B a cycle."""
         commit = Commit(commit.base, _pairs(canonical(commit.loops)), commit.dtype, commit.valid)
         if contract is not None:
             contract = Contract(
@@ -225,7 +226,7 @@ class Emitter:
                 second=second,
                 trf=self.trf if contract is not None else None,
                 vrf=tuple(uses_vrf),
-                context="main",
+                context=context,
                 location=self.location,
             )
         )
@@ -274,7 +275,7 @@ class Emitter:
         entries, packet = _fit_packet([(*loop, step) for loop, step in zip(nest, steps, strict=True)], packet)
         merged = list(canonical(entries))
         if not (source.space.is_peer or target.space.is_peer):
-            merged = _alternate_networks(merged, packet, self.machine)
+            merged = list(canonical(_alternate_networks(merged, packet, self.machine)))
         desc = Dma(
             Endpoint(source.space, source.base, source.register),
             Endpoint(target.space, target.base, target.register),
@@ -315,19 +316,20 @@ def _merge_digits(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int
 
 
 def _alternate_networks(entries: list[tuple[int, ...]], packet: int, machine: Machine) -> list[tuple[int, ...]]:
-    """Let the two data-memory networks of a PE take turns: a loop over its 64 slices becomes one over 32 of them, and
-    the choice of the half moves innermost, where bursts to one network are short (hardware.md 5.8: only one network of
-    a pair used)."""
-    half = machine.slices_per_dmn
+    """Let the two data-memory networks of a PE take turns: a loop whose halves lie in different ones (over 64 slices,
+    or over rings of slices) is cut in two, and the choice of the half moves innermost, where bursts to one network are
+    short (hardware.md 5.8: only one network of a pair used)."""
     inner = packet
     for k in range(len(entries) - 1, -1, -1):
         n, *steps = entries[k]
-        over_slices = any(abs(s) == machine.dm_slice_stride for s in steps[:2])
-        long = inner * half > machine.dma_packet_max_bytes
-        if over_slices and long and n == 2 * half and len(entries) < machine.max_loops:
-            moved = [s * half for s in steps]
-            if all(-(2**31) <= s < 2**31 for s in moved):
-                return [*entries[:k], (half, *steps), *entries[k + 1 :], (2, *moved)]
+        slices = max(abs(s) // machine.dm_slice_stride for s in steps[:2])
+        long = inner * machine.slices_per_dmn > machine.dma_packet_max_bytes
+        if long and n % 2 == 0 and n * slices > machine.slices_per_dmn:
+            moved = [s * (n // 2) for s in steps]
+            rest = [(n // 2, *steps)] if n > 2 else []
+            fits = len(entries) + len(rest) <= machine.max_loops
+            if fits and all(-(2**31) <= s < 2**31 for s in moved):
+                return [*entries[:k], *rest, *entries[k + 1 :], (2, *moved)]
         inner *= n
     return entries
 
