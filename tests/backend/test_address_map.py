@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dma, Endpoint, Space
-from backend_rngd.machine import formulas as f
 from backend_rngd.machine import Machine, load_machine
+from backend_rngd.machine import formulas as f
 from backend_rngd.machine.address_map import CHANNELS, banks, channels, hbm_use, rows
 from backend_rngd.machine.transfers import network_cycles
 
