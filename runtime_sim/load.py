@@ -15,7 +15,7 @@ from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, Buck
 from backend_rngd.artifact.stages import Cuts
 from backend_rngd.machine import Machine
 from runtime_sim.devices import Pe, parse_devices
-from runtime_sim.requests import Limits, longest_prompt, longest_sequence, readable
+from runtime_sim.requests import Limits, longest_prompt, longest_sequence
 from runtime_sim.residence import Residence, block_costs_of, cuts_of
 from runtime_sim.topology import Topology
 
@@ -153,7 +153,7 @@ def _pairs(name: str, given: Sequence[Pair], problems: list[ArtifactProblem]) ->
 
 
 def _check_choice(artifact: Artifact, chosen: Artifact, problems: list[ArtifactProblem]) -> None:
-    """A chosen part of the buckets must be able to serve: read prompts, go on with each of them, reach every chunk."""
+    """A chosen part of the buckets must be able to serve: read prompts and go on with each of them."""
     if artifact.manifest.model.kind == "encoder":
         if not chosen.buckets:
             why = "no text could be read"
@@ -171,10 +171,6 @@ def _check_choice(artifact: Artifact, chosen: Artifact, problems: list[ArtifactP
     reach = max((b.attention_size for b in decode), default=0)
     for b in reading:
         pair = (b.batch, b.attention_size)
-        if b.phase == "chunk" and not readable(chosen.buckets, b.attention_size):
-            why = "the programs that read what stands before it were not chosen"
-            fix = "choose all shorter prefill buckets of batch 1 as well"
-            problems.append(ArtifactProblem(f"prefill bucket {pair} cannot be reached", why, fix))
         if decode and b.attention_size > reach:
             why = f"the longest chosen decode bucket holds {reach} tokens, so such prompts could not be continued"
             fix = f"choose prefill_buckets of up to {reach} as well, or a longer decode bucket"

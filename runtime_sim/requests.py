@@ -90,7 +90,7 @@ def schedule(
     problems: list[ArtifactProblem] = []
     if max_tokens is not None and max_tokens < 1:
         problems.append(ArtifactProblem(f"{max_tokens} tokens", "there is nothing to generate", "ask for 1 or more"))
-    if not any(b.phase == "prefill" and b.outputs for b in buckets):
+    if not longest_prompt(buckets):
         problems.append(ArtifactProblem("no prefill bucket", "the artifact cannot read prompts", "build with -pb"))
     elif not any(b.phase == "decode" for b in buckets) and max_tokens != 1:
         problems.append(ArtifactProblem("no decode bucket", "the artifact makes one token only", "build with -db"))

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, Bucket, Cache, Placement, placed
 from backend_rngd.artifact.shards import replicas
@@ -180,7 +181,8 @@ class Device:
         return self.run_all([Invocation(bucket, inputs, row, observers or {})], replica)[0]
 
     def run_all(self, invocations: Sequence[Invocation], replica: int = 0) -> list[dict[str, Array]]:
-        """Execute programs on a replica, several in flight at once if it has stages. Raises SimulationError."""
+        """Execute programs on a replica. With stages, runs of one program that follow each other are in flight at once;
+        another program begins when they have left, for its buffers lie elsewhere. Raises SimulationError."""
         self.runs.update(invocation.bucket.name for invocation in invocations)
         units = self.system.replica(replica)
         outputs: list[dict[str, Array]] = [{} for _ in invocations]
@@ -188,12 +190,19 @@ class Device:
             for invocation, found in zip(invocations, outputs, strict=True):
                 self._alone(units[0], invocation, found)
             return outputs
+        pairs = zip(invocations, outputs, strict=True)
+        for _, equal in groupby(pairs, key=lambda pair: pair[0].bucket.name):
+            self._together(list(equal), replica)
+        return outputs
+
+    def _together(self, work: Sequence[tuple[Invocation, dict[str, Array]]], replica: int) -> None:
+        """Runs of one program on all units of a replica, each with what it finds."""
+        units = self.system.replica(replica)
         for unit in units:
             unit.reset()
         last = self.system.unit(0, self.stages - 1, replica)
-        work: dict[Unit, list[Launch]] = {}
-        for unit in units:
-            work[unit] = [
+        launches = {
+            unit: [
                 Launch(
                     self.residence.stream(invocation.bucket, unit.place.stage),
                     self._registers(unit, invocation),
@@ -201,10 +210,11 @@ class Device:
                     partial(_read_outputs, unit, invocation, found) if unit is last else None,
                     invocation.observers.get(unit),
                 )
-                for invocation, found in zip(invocations, outputs, strict=True)
+                for invocation, found in work
             ]
-        self.system.run(work, replica, races=self.checks)
-        return outputs
+            for unit in units
+        }
+        self.system.run(launches, replica, races=self.checks)
 
     def _alone(self, unit: Unit, invocation: Invocation, found: dict[str, Array]) -> None:
         """A unit without others: no synchronisation to look after."""
