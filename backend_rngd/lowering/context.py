@@ -40,6 +40,8 @@ class Program:
         self._offsets: set[str] = set()
         self._iotas: set[str] = set()
         self._launch: dict[tuple[int, ...], int] = {}
+        self.prepared: dict[str, str] = {}
+        """Buffers of a chunk's part of the program's inputs, with the routine that prepares for the chunk's layers."""
         self.own_unit = self.launch_register(tuple(u * UNIT_STRIDE for u in range(self.units)))
         self.main = self.routine("main")
         self.forms: dict[str, list[tuple[Form, str]]] = {}
@@ -137,17 +139,22 @@ class Program:
         return buffer
 
     def input_offsets(self, em: Emitter, index: Tensor, scale: int) -> SSAValue | None:
-        """HBM global with a program input (cache slots) times `scale`, computed once for all layers before the first
-        of them; None if `index` is no program input."""
+        """HBM global with a program input (cache slots), or a chunk's part of one, times `scale`, computed once for all
+        layers before the first of them; None if `index` is neither."""
         name = next((n for n, b in em.known_globals().items() if b is index.buffer), None)
-        if name is None or index.rows is None or name not in {port.buffer for port in self.out.inputs}:
+        if name is None or index.rows is None:
+            return None
+        known = name in {port.buffer for port in self.out.inputs}
+        if not known and name not in self.prepared:
             return None
         target = f"offsets.{name}.{scale}"
         nbytes = index.rows.physical * OFFSET_BYTES
         if target not in self._offsets:
             self._offsets.add(target)
-            first = Emitter(self.out.module, self._prologue().block, self.machine, self.options.slices, "offsets")
-            source = replace(index, buffer=first.global_buffer(name, "hbm", first.declared_bytes(name), "input"))
+            routine = self._prologue() if known else self.routine(self.prepared[name])
+            first = Emitter(self.out.module, routine.block, self.machine, self.options.slices, "offsets")
+            space, kind = ("hbm", "input") if known else ("dm", "activation")
+            source = replace(index, buffer=first.global_buffer(name, space, first.declared_bytes(name), kind))
             image = first.global_buffer(target, "hbm", nbytes, "activation")
             offsets(first, VectorLowering(first, self.options.spill_bytes), source, scale, image)
         return em.global_buffer(target, "hbm", nbytes, "activation")

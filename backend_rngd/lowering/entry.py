@@ -10,6 +10,7 @@ from xdsl.dialects import func
 from xdsl.dialects.builtin import ArrayAttr, StringAttr
 from xdsl.ir import SSAValue, Use
 
+from backend_rngd.artifact.stages import CUT, PREPARE, role
 from backend_rngd.dialect import CallOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.block import BlockLowering
@@ -148,6 +149,11 @@ class EntryLowering(FunctionLowering):
                 self.env[result] = Stored(source.buffer, tuple(shape_of(result)))
             else:
                 self.env[result] = replace(r, buffer=self._seen_here(result, r))
+                following = op.next_op
+                if role(name) == CUT and isinstance(following, func.CallOp):
+                    routine = following.callee.string_value()
+                    if role(routine) == PREPARE:
+                        self.parent.prepared[self.slots.name(result)] = routine
 
     def _seen_here(self, result: SSAValue, t: Tensor) -> SSAValue:
         """The buffer of a call's result as a value of this routine."""

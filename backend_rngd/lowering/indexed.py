@@ -31,7 +31,10 @@ def offsets(
     if index.space == Space.HBM:
         index = load_rows(em, index, rows.local)
     names = [f"d{i}" for i in range(len(index.dims))]
-    scaled = vector.map(ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes)))), [index], [names], names, Dtype.I32)
+    # As far apart as in HBM, so that those of a slice leave as one packet.
+    scaled = replace(index, buffer=em.alloc(rows.local * OFFSET_BYTES), base=0, pitch=OFFSET_BYTES)
+    e = ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes))))
+    vector.map(e, [index], [names], names, Dtype.I32, target=scaled)
     image = image or em.alloc(rows.physical * OFFSET_BYTES, "offsets", "hbm")
     target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, rows, 0, OFFSET_BYTES)
     store_rows(em, scaled, target, rows.local)
@@ -123,9 +126,10 @@ def token_range(em: Emitter, x: Tensor, start: int, size: int) -> Tensor:
     dims = [replace(d, size=size) if d.kind == "length" else d for d in x.dims]
     out = compact_like(em, replace(x, dims=tuple(dims), rows=rows), rows.local)
     loops, packet = feature_loops(x, out)
-    # Rows that no token uses get token 0, so that every row is initialised.
-    fill = [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)]
-    em.dma(hbm(x.buffer, x.base), dm(out.buffer), [*fill, *loops], packet)
+    if rows.replicated or rows.batch * size < rows.physical:
+        # Rows that no token uses get others, so that every row is initialised.
+        fill = [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, x.pitch, out.pitch)]
+        em.dma(hbm(x.buffer, x.base), dm(out.buffer), [*fill, *loops], packet)
     step = tokens.batch_stride * x.pitch
     for nest in rows.valid_nests():
         nested = [(n, b * step + t * x.pitch, s * DM_SLICE_STRIDE + r * out.pitch) for n, s, r, b, t in nest.loops]
