@@ -1,4 +1,8 @@
-"""What changed between two reports of `rngdc simulate`: operations, causes and layers, which sum to the total."""
+"""What changed between two reports of `rngdc simulate`: operations, causes and layers, which sum to the total.
+
+Beside the cycles that an operation gained or lost on the critical path stand reasons: more or fewer instructions, bytes
+and multiplications, longer or shorter waits for a named operation, contention on a named resource.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,16 @@ from ir.errors import Problem, UserError
 
 Report = dict[str, Any]
 SHOWN = 12  # rows of a table for people
-NEEDED = {"name", "cycles", "time_us", "operations", "stalls", "layer_path_cycles"}  # of a bucket
+NEEDED = {"name", "cycles", "time_us", "operations", "stalls", "layer_path_cycles", "causes"}  # of a bucket
+AMOUNTS = {
+    "instructions": "instructions",
+    "hbm_bytes": "bytes of HBM",
+    "noc_bytes": "bytes between PEs",
+    "pcie_bytes": "bytes between cards",
+    "dm_bytes": "bytes of data memory",
+    "macs": "multiplications",
+}
+NOTICED = 0.005  # a smaller relative change of an amount, or of a wait beside the operation's own cycles, is no reason
 
 
 def load_report(path: Path) -> Report:
@@ -78,8 +91,8 @@ def _compare(a: Report, b: Report) -> Report:
             {
                 "location": location,
                 "in": "both" if x and y else "a" if x else "b",
-                "instructions": [x["instructions"] if x else 0, y["instructions"] if y else 0],
-                "moved_bytes": [x["moved_bytes"] if x else 0, y["moved_bytes"] if y else 0],
+                **{name: [x[name] if x else 0, y[name] if y else 0] for name in AMOUNTS},
+                "reasons": _reasons(x, y),
                 **_pair(x["path_cycles"] if x else 0.0, y["path_cycles"] if y else 0.0),
                 "causes": {
                     cause: new.get(cause, 0.0) - old.get(cause, 0.0)
@@ -100,6 +113,7 @@ def _compare(a: Report, b: Report) -> Report:
             {"layer": n, **_pair(a["layer_path_cycles"].get(n, 0.0), b["layer_path_cycles"].get(n, 0.0))}
             for n in layers
         ],
+        "engines": _sorted(_engines(a["causes"], b["causes"])),
         "stalls": _sorted(
             [
                 {"context": context, "stall": stall, **_pair(cycles, b["stalls"][context][stall])}
@@ -109,6 +123,43 @@ def _compare(a: Report, b: Report) -> Report:
             ]
         ),
     }
+
+
+def _reasons(x: Report | None, y: Report | None) -> list[str]:
+    """Why an operation takes longer or shorter, in words, what moves most first."""
+    if x is None or y is None:
+        return []
+    out: list[str] = []
+    for name, words in AMOUNTS.items():
+        before, after = x[name], y[name]
+        if abs(after - before) > NOTICED * max(before, after):
+            out.append(f"{'more' if after > before else 'fewer'} {words} ({before:,} -> {after:,})")
+    waits: dict[str, float] = {}
+    for cause in dict.fromkeys([*x["waits"], *y["waits"]]):
+        waits[cause] = y["waits"].get(cause, 0.0) - x["waits"].get(cause, 0.0)
+    own = max(sum(row[c] for c in ("main", "sub", "dma")) for row in (x, y))
+    for cause, cycles in sorted(waits.items(), key=lambda item: -abs(item[1])):
+        if abs(cycles) > max(1.0, NOTICED * own):
+            what = cause if cause.startswith(("contention", "vector", "sync")) else f"waiting for {cause}"
+            out.append(f"{'more' if cycles > 0 else 'less'} {what} ({cycles:+,.0f} cycles)")
+    return out
+
+
+def _engines(a: list[Report], b: list[Report]) -> list[Report]:
+    """What engines did, by kind and by the operation or resource that it was for; the rows of an engine sum to the
+    difference of the makespans."""
+    cycles: dict[tuple[str, str, str], list[float]] = {}
+    for side, rows in enumerate((a, b)):
+        for row in rows:
+            on = row.get("instruction")
+            # Numbers of instructions change from build to build: what counts is the operation.
+            by = f"{on['context']} {on['location'].replace('|', ' ').strip()}" if on else ""
+            cause = " ".join(x for x in (row.get("resource", ""), by) if x) or ("others" if row.get("others") else "")
+            cycles.setdefault((row["engine"], row["kind"], cause), [0.0, 0.0])[side] += row["cycles"]
+    return [
+        {"engine": engine, "kind": kind, "cause": cause, **_pair(x, y)}
+        for (engine, kind, cause), (x, y) in cycles.items()
+    ]
 
 
 def _pair(before: float, after: float) -> Report:
@@ -136,24 +187,28 @@ def compare_tables(report: Report) -> list[RenderableType]:
             table = _table(b[key], title, key)
             if table is not None:
                 out.append(table)
-        if stalls := _table(b["stalls"], "context", "stalls"):
-            out.append(stalls)
+        if engines := _table(b["engines"], "engine", "engines"):
+            out.append(engines)
     return out
 
 
 def _table(rows: list[Report], title: str, key: str) -> Table | None:
-    changed = _sorted([r for r in rows if abs(r["difference"]) > 1e-6])
+    # That an engine ends earlier or later says nothing new.
+    changed = _sorted([r for r in rows if abs(r["difference"]) > 1e-6 and r.get("kind") != "tail"])
     if not changed:
         return None
-    of = "cycles of the contexts" if key == "stalls" else "cycles of the critical path"
+    of = "cycles of the unit that finishes last" if key == "engines" else "cycles of the critical path"
     table = Table(title=f"{key}: {of}", title_justify="left")
     table.add_column(title)
     for name in ("A", "B", "difference"):
         table.add_column(name, justify="right")
     if key == "operations":
         table.add_column("by cause")
+        table.add_column("reasons")
     for row in changed[:SHOWN]:
-        label = f"{row['context']} {row['stall']}" if key == "stalls" else row.get("location", row.get(title))
+        label = row.get("location", row.get(title))
+        if key == "engines":
+            label = f"{row['engine']} {row['kind']} {row['cause']}"
         label = str(label).replace("|", " ").strip()
         if row.get("in", "both") != "both":
             label += f" (only in {row['in'].upper()})"
@@ -161,8 +216,9 @@ def _table(rows: list[Report], title: str, key: str) -> Table | None:
         if key == "operations":
             causes = sorted(row["causes"].items(), key=lambda item: -abs(item[1]))
             cells.append(", ".join(f"{name} {cycles:+,.0f}" for name, cycles in causes[:3] if abs(cycles) >= 0.5))
+            cells.append("; ".join(row["reasons"][:3]))
         table.add_row(*cells)
     if rest := changed[SHOWN:]:
         last = [f"{len(rest)} more", "", "", f"{sum(r['difference'] for r in rest):+,.0f}"]
-        table.add_row(*last, *([""] if key == "operations" else []))
+        table.add_row(*last, *(["", ""] if key == "operations" else []))
     return table

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_sim.accounting import layer_names, layer_path, operation_rows, path_groups, path_segments
-from runtime_sim.engines import Charge, charges, engine_of, totals
+from runtime_sim.engines import SHORT, Charge, charges, engine_of, totals
 from runtime_sim.memory_timeline import Timeline, data_memory, working_area
 from runtime_sim.rates import rates
 from runtime_sim.roofline import roofline
@@ -164,7 +164,8 @@ class Analysis:
         label = group[before] * len(CONTEXTS) + result.flat.context[before]
         late = (gaps[:, 0] > 0) & (result.cause >= 0)
         plain = late & ~waits[before]
-        for value in np.unique(label[plain]).tolist():
+        labels: list[int] = np.unique(label[plain]).tolist()
+        for value in labels:
             rows = np.nonzero(plain & (label == value))[0]
             operation = names[value // len(CONTEXTS)].replace("|", " ").strip()
             add(f"{CONTEXTS[value % len(CONTEXTS)]} {operation}", rows, gaps[rows, 0])
@@ -175,7 +176,7 @@ class Analysis:
         every = np.arange(len(group))
         add("vector engine taken", every, gaps[:, 1])
         for column, kind in enumerate(SHARED):
-            add(f"contention of {kind.removeprefix('contention_')}", every, result.shared[:, column])
+            add(f"contention on {SHORT.get(kind, kind.removeprefix('contention_'))}", every, result.shared[:, column])
         for location, row in out.items():
             ordered = sorted(row.items(), key=lambda item: -item[1])
             rest = sum(cycles for _, cycles in ordered[WAITS:])

@@ -30,6 +30,12 @@ ENGINES = ("Main", "Sub", "VE", "TDMA", "PDMA", "Core")
 MAIN, SUB, VE, TDMA, PDMA, CORE = range(len(ENGINES))
 KINDS = ("busy", "issue", "wait", "sync", "contention", "tail")
 START = "the start of the program"
+SHORT = {  # kinds of shared resources, for people
+    "contention_hbm": "HBM",
+    "contention_dm": "data-memory ports",
+    "contention_link": "the way between clusters",
+    "contention_card": "links of cards",
+}
 Key = tuple[str, int | str]  # kind, and the number of an instruction or the name of a resource
 
 

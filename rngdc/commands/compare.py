@@ -15,12 +15,17 @@ from rngdc.commands.app import BucketNames, Json, ModeOption, app, open_path, st
 Examples:
   rngdc compare ./before ./after
   rngdc compare before.json after.json --bucket decode_b1_kv512
-  rngdc compare ./before ./after --mode silicon --json -"""
+  rngdc compare ./before ./after --mode silicon --json -
+  rngdc compare ./llama card-profile.json --bucket decode_b1_kv1024 --mode silicon"""
 )
 def compare(
     a: Annotated[
         Path,
-        typer.Argument(metavar="A", help="An artifact, or a file of `rngdc simulate --json`.", show_default=False),
+        typer.Argument(
+            metavar="A",
+            help="An artifact, a file of `rngdc simulate --json`, or a device profile (of `--profile` or of a card).",
+            show_default=False,
+        ),
     ],
     b: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.", show_default=False)],
     bucket: BucketNames = None,
@@ -29,18 +34,30 @@ def compare(
 ) -> None:
     """Name the operations, causes and layers that made B faster or slower than A.
 
-    The differences of each table sum to the total. --mode is for artifacts; a file has its own.
+    The differences of each table sum to the total. --mode is for artifacts; a file has its own. A device profile knows
+    spans only: they are compared by name.
     """
+    from rngdc.compare_profiles import compare_profiles, load_profile, of_profile, of_report, profile_tables
     from rngdc.compare_times import compare_reports, compare_tables
     from rngdc.console import out as stdout
     from rngdc.console import write_json
 
     timing = timing_mode(mode)
-    report = compare_reports(_report(a, timing, bucket), _report(b, timing, bucket), bucket)
+    profiles = [load_profile(x) if x.is_file() else None for x in (a, b)]
+    if any(profiles):
+        spans = [
+            of_profile(p) if p is not None else of_report(_report(x, timing, bucket), bucket)
+            for p, x in zip(profiles, (a, b), strict=True)
+        ]
+        report = compare_profiles(*spans)
+        tables = profile_tables(report)
+    else:
+        report = compare_reports(_report(a, timing, bucket), _report(b, timing, bucket), bucket)
+        tables = compare_tables(report)
     if json is not None:
         write_json(report, json)
     if json != "-":
-        for item in compare_tables(report):
+        for item in tables:
             if isinstance(item, str):
                 stdout.print(item, markup=False)
             else:

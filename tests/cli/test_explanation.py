@@ -53,13 +53,79 @@ def test_compare_names_what_changed(rngdc: Command, artifact: Path, tmp_path: Pa
         assert total == bucket["difference"] > 0
         for table in ("operations", "causes", "layers"):
             assert sum(row["difference"] for row in bucket[table]) == pytest.approx(total), table
+        for engine in ("Main", "Sub", "VE", "TDMA", "PDMA", "Core"):
+            mine = [row["difference"] for row in bucket["engines"] if row["engine"] == engine]
+            assert sum(mine) == pytest.approx(total, abs=1e-6), engine
         for row in bucket["operations"]:
+            assert row["instructions"][0] == row["instructions"][1]
+            assert not any(words in reason for reason in row["reasons"] for words in ("bytes", "multiplications"))
             assert sum(row["causes"].values()) == pytest.approx(row["difference"], abs=1e-6)
         assert bucket["causes"][0]["cause"] == "issue"
     shown = rngdc("compare", a, b, *DECODE)
     assert shown.status == 0
     assert "prefill" not in shown.out
+    assert "waiting for" in shown.out
     assert "issue +" in shown.out
+
+
+def test_compare_says_what_there_is_more_of(rngdc: Command, artifact: Path, tmp_path: Path) -> None:
+    """A decode of two rows against a prefill of 16 tokens: the only programs of both files are compared."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    rngdc("simulate", artifact, "--json", a, *DECODE)
+    rngdc("simulate", artifact, "--json", b, "--bucket", "prefill_b1_s16_kv16")
+    (bucket,) = rngdc("compare", a, b, "--json", "-").json["buckets"]
+    row = next(o for o in bucket["operations"] if o["location"] == "self_attn.q_proj|tc.contract")
+    for name, words in (
+        ("instructions", "instructions"),
+        ("macs", "multiplications"),
+        ("dm_bytes", "bytes of data memory"),
+    ):
+        before, after = row[name]
+        more = "more" if after > before else "fewer"
+        assert f"{more} {words} ({before:,} -> {after:,})" in row["reasons"]
+
+
+def test_profiles(rngdc: Command, artifact: Path, tmp_path: Path) -> None:
+    """A profile against the program it is of, against another machine's, and against one of a card."""
+    same, slow, card = tmp_path / "same.json", tmp_path / "slow.json", tmp_path / "card.csv"
+    rngdc("simulate", artifact, *DECODE, "--profile", same)
+    rngdc("simulate", artifact, *DECODE, "--profile", slow, "--set", "dma_startup_cycles=2x")
+    equal = rngdc("compare", artifact, same, *DECODE, "--json", "-").json
+    assert equal["cycles"][1] == pytest.approx(equal["cycles"][0], abs=1)
+    for row in equal["spans"]:
+        assert row["in"] == "both" and row["spans"][0] == row["spans"][1]
+        assert row["difference"] == pytest.approx(0, abs=row["spans"][0])  # ticks are whole
+    longer = rngdc("compare", same, slow, "--json", "-").json
+    assert longer["difference"] > 0
+    assert sum(row["by_length"] for row in longer["spans"]) > 0
+    assert all(row["by_number"] == 0 for row in longer["spans"])
+    card.write_text("leader_device,name,cycle\nnpu0pe0-3,Tokenwise #0,4000\n", "utf-8")
+    shown = rngdc("compare", same, card)
+    assert "no span has the same name" in shown.out
+    assert "Tokenwise #0" in shown.out
+    refused(rngdc("compare", artifact, same), "2 programs to compare with a profile", "--bucket")
+    refused(rngdc("simulate", artifact, "--profile", same), "--profile with 2 buckets")
+    card.write_text("leader_device,name,cycle\nx\n", "utf-8")
+    refused(rngdc("compare", artifact, card), "no device profile", "line 2")
+
+
+def test_simulate_explains_one_program(rngdc: Command, artifact: Path) -> None:
+    (b,) = rngdc("simulate", artifact, *DECODE, "--mode", "silicon", "--json", "-").json["buckets"]
+    for kinds in b["account"].values():
+        assert sum(kinds.values()) == pytest.approx(b["cycles"])
+    for engine, kinds in b["account"].items():
+        for kind, cycles in kinds.items():
+            named = [c["cycles"] for c in b["causes"] if (c["engine"], c["kind"]) == (engine, kind)]
+            assert sum(named) == pytest.approx(cycles, abs=1e-6)
+    assert sum(g["cycles"] for g in b["critical_path"]["groups"]) == pytest.approx(b["cycles"])
+    assert {"model.layers.0", "model.layers.1"} <= {g["layer"] for g in b["critical_path"]["groups"]}
+    data, hbm = b["memory"]
+    assert 0 < data["peak_bytes"] == sum(data["peak_by"].values()) < data["capacity"]
+    assert 0 < hbm["peak_bytes"] == sum(hbm["peak_by"].values()) <= hbm["capacity"]
+    assert hbm["resident"]["weights"] > 0 < hbm["resident"]["caches"]
+    assert all(0 < o["attained"] <= o["bound"] for o in b["operations"] if o["macs"])
+    shown = rngdc("simulate", artifact, *DECODE)
+    assert "TDMA" in shown.out and "of its roof" in shown.out and "live" in shown.out
 
 
 def test_compare_artifacts(rngdc: Command, artifact: Path, tmp_path: Path) -> None:
