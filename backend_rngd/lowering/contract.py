@@ -13,11 +13,14 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.contract_base import Matrix, vector_ops
 from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.exchange import Exchange, row_dim
 from backend_rngd.lowering.expression import ChainOp
+from backend_rngd.lowering.gated import Gated, Join
 from backend_rngd.lowering.scales import Scales
+from backend_rngd.lowering.scatter import TokenScatter
 from backend_rngd.lowering.stream_tokens import TokensStream
 from backend_rngd.lowering.stream_weights import WeightsStream
-from backend_rngd.lowering.tensor import Dim, Tensor
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
 
 class ContractLowering:
@@ -49,3 +52,32 @@ class ContractLowering:
         result = mapping.run(x, w, dims, dtype, vector_ops(epilogue), output)
         mapping.target, mapping.scales = None, Scales()
         return result
+
+    def scatter(
+        self,
+        x: Tensor,
+        w: Matrix,
+        dims: Sequence[Dim],
+        dtype: Dtype,
+        epilogue: Sequence[ChainOp],
+        scales: Scales | None,
+        exchange: Exchange,
+        mine: RowSpace,
+    ) -> Tensor:
+        """The own tokens `mine` of the sum of the results over all units, for many tokens in DM (`scatter.py`)."""
+        assert x.rows is not None
+        own = [row_dim(d, mine) for d in dims]
+        sink = TokenScatter(exchange, x.rows, self.many.result(own, dtype, mine, w.rows))
+        self.many.scales = scales or Scales()
+        self.many.stream(x, [w], dtype, vector_ops(epilogue), sink)
+        self.many.scales = Scales()
+        sink.finish()
+        return sink.result
+
+    def gated(self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Dim], join: Join, result: Dtype) -> Tensor:
+        """`join` of the results [rows, N] of contractions of `x` with matrices of one shape (`gated.py`)."""
+        assert x.rows is not None
+        out = self.many.result(dims, result, x.rows, matrices[0].rows)
+        dtype = Dtype.BF16
+        self.many.stream(x, matrices, dtype, (), Gated(self.many.em, len(matrices), dtype, out, join))
+        return out

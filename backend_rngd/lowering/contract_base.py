@@ -15,7 +15,7 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
 from backend_rngd.lowering.packed import Packed
 from backend_rngd.lowering.scales import TO_FLOAT, Scales
-from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
 from ir import expr as ex
 
 N_MULTIPLE = 64  # output channels are padded so that every tile fills whole slices
@@ -95,9 +95,8 @@ class ContractionMapping:
         self.half ^= 1
         return self.half * (lane_bytes // 2)
 
-    def _result(self, dims: Sequence[Dim], dtype: Dtype, x: Tensor, width: int) -> Tensor:
+    def result(self, dims: Sequence[Dim], dtype: Dtype, rows: RowSpace, width: int) -> Tensor:
         """A compact result with rows of at least `width` channels, in DM or, if large, in HBM."""
-        assert x.rows is not None
         strides, pitch = feature_dims([d.size for d in dims if d.kind == "feature"], dtype.bytes)
         pitch = max(pitch, round_up(width, 32) * dtype.bytes)
         out: list[Dim] = []
@@ -108,13 +107,13 @@ class ContractionMapping:
                 position += 1
             else:
                 out.append(d)
-        space = Space.HBM if x.rows.local * pitch > self.spill else Space.DM
-        nbytes = (x.rows.physical if space == Space.HBM else x.rows.local) * pitch
+        space = Space.HBM if rows.local * pitch > self.spill else Space.DM
+        nbytes = (rows.physical if space == Space.HBM else rows.local) * pitch
         if self.target is not None:
             buffer = self.target(space, nbytes)
         else:
             buffer = self.em.alloc(nbytes, space=space.name.lower())
-        return Tensor(buffer, space, dtype, tuple(out), x.rows, 0, pitch)
+        return Tensor(buffer, space, dtype, tuple(out), rows, 0, pitch)
 
     def _add(
         self, acc: SSAValue, part: SSAValue, count: int, commit: Commit, target: SSAValue, vector: Sequence[VectorOp]

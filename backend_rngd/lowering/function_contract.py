@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from typing_extensions import override
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
@@ -12,15 +14,24 @@ from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.function_base import FunctionBase
 from backend_rngd.lowering.packed import bind_packed, packed_weight
 from backend_rngd.lowering.scales import Scales, scales_of, scaling
+from backend_rngd.lowering.shares import own_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.values import Weight, dtype_of, product
 from backend_rngd.lowering.vector import output_tensor
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
-from ir.types import shape_of
+from ir.types import elem_of, shape_of
 
 MULTIPLIED = (Dtype.BF16, Dtype.I8, Dtype.F8E4M3)  # each with its own kind (hardware.md 2.8)
+
+
+class Bound(NamedTuple):
+    """A contraction `x[rows, K] . matrix[N, K]`; `dims` of the result, whose features have no place yet."""
+
+    x: Tensor
+    matrix: Matrix
+    dims: list[Dim]
 
 
 class Contractions(FunctionBase):
@@ -28,6 +39,9 @@ class Contractions(FunctionBase):
 
     def op_tc_contract(self, op: tc.ContractOp) -> None:
         """Contraction engine, see `contract.py`. A result that the program returns goes straight to its output."""
+        if self._joins(op):
+            self.joined[op.result] = op
+            return
         final = op.results[0]
         if self._epilogue(op)[1] is not None or self._scales(op) is not None:
             final = next(iter(final.uses)).operation.results[0]
@@ -64,12 +78,80 @@ class Contractions(FunctionBase):
         n, k = shape_of(op.result)
         self.env[op.result] = packed_weight(words, scale, (n, k))
 
+    @override
+    def op_tc_map(self, op: tc.MapOp) -> None:
+        """A map that joins contractions of the same tokens runs between them and the way home, see `gated.py`."""
+        parts = [self.joined[o] for o in op.operands if o in self.joined]
+        if not parts:
+            super().op_tc_map(op)
+            return
+        bound = [self._operands(part) for part in parts]
+        dtype = dtype_of(op.results[0])
+
+        def join(held: list[Tensor]) -> Tensor:
+            names = ["token", "channel"]
+            return self.vector.map(op.expression(), held, [names] * len(held), names, dtype)
+
+        self.env[op.results[0]] = self.contracts.gated(
+            bound[0].x, [b.matrix for b in bound], bound[0].dims, join, dtype
+        )
+
+    def _joins(self, op: tc.ContractOp) -> bool:
+        """Whether a map of nothing but contractions like `op`, which read the same tokens, is its only reader."""
+        uses = list(op.result.uses)
+        user = uses[0].operation if len(uses) == 1 else None
+        if not isinstance(user, tc.MapOp) or len(user.operands) < 2:
+            return False
+        rule = user.rule()
+        for i, value in enumerate(user.operands):
+            other = value.owner
+            if not isinstance(other, tc.ContractOp) or len(list(value.uses)) != 1 or value.type != op.result.type:
+                return False
+            weight = self.env.get(other.rhs)
+            if other.lhs is not op.lhs or other.rule() != op.rule() or rule.inputs[i] != rule.output:
+                return False
+            if not isinstance(weight, Weight) or weight.packed is not None or weight.dtype != Dtype.BF16:
+                return False
+        x = self.env[op.lhs]
+        if not isinstance(x, Tensor) or x.rows is None or x.rows.replicated or x.space != Space.DM:
+            return False
+        (width, stride), *more = [(d.size, d.stride) for d in x.features] or [(0, 0)]
+        ready = not more and stride == x.dtype.bytes and width % k_multiple(width) == 0
+        return ready and elem_of(op.result) == "bf16" and op.rule().output[-1] in op.rule().inputs[1]
+
     def _contract(
         self,
         op: tc.ContractOp,
         output: Callable[[int], SSAValue] | None,
         target: Callable[[Space, int], SSAValue] | None = None,
     ) -> Tensor:
+        x, matrix, dims = self._operands(op)
+        dtype = dtype_of(op.results[0])
+        ops, final = self._epilogue(op)
+        sums, scales = 0, None
+        if (scaled := self._scales(op)) is not None:
+            final, sums, scales = scaled
+        if final is not None:
+            dtype = dtype_of(final.results[0])
+        produced = (final or op).results[0]
+        sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
+        where = target if self.parent.units > 1 else None
+        mine = self._scattered_rows(produced, x)
+        if mine is None:
+            result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales)
+        else:
+            result = self.contracts.scatter(x, matrix, dims, dtype, ops, scales, self.collectives, mine)
+        if final is not None:
+            final_rule = final.rule()
+            result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])
+            self.fused.add(final)
+        (self.env if mine is None else self.scattered)[produced] = result
+        if produced is not op.results[0]:
+            self.env.pop(op.results[0], None)
+        return result
+
+    def _operands(self, op: tc.ContractOp) -> Bound:
+        """The operands of a contraction as tokens and a matrix, and the result's dimensions."""
         rule = op.rule()
         left, right = (self.env[o] for o in op.operands)
         sides = list(rule.inputs)
@@ -112,25 +194,16 @@ class Contractions(FunctionBase):
             Dim("feature", sizes[a]) if a in n_axes and sizes[a] > 1 else by_axis.get(a, Dim("one", 1))
             for a in rule.output
         ]
-        dtype = dtype_of(op.results[0])
-        ops, final = self._epilogue(op)
-        sums, scales = 0, None
-        if (scaled := self._scales(op)) is not None:
-            final, sums, scales = scaled
-        if final is not None:
-            dtype = dtype_of(final.results[0])
-        produced = (final or op).results[0]
-        sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
-        where = target if self.parent.units > 1 else None
-        result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales)
-        if final is not None:
-            final_rule = final.rule()
-            result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])
-            self.fused.add(final)
-        self.env[produced] = result
-        if produced is not op.results[0]:
-            self.env.pop(op.results[0], None)
-        return result
+        return Bound(x, matrix, dims)
+
+    def _scattered_rows(self, produced: SSAValue, x: Tensor) -> RowSpace | None:
+        """The own tokens of the reduce-scatter that is the only reader of a contraction's result, if it can run beside
+        it."""
+        uses = list(produced.uses)
+        user = uses[0].operation if len(uses) == 1 else None
+        if not isinstance(user, tc.ReduceScatterOp) or x.space != Space.DM or x.rows is None:
+            return None
+        return own_rows(x.rows, self.group)
 
     def _output_bytes(self, x: Tensor, w: Matrix, dtype: Dtype) -> int:
         assert x.rows is not None

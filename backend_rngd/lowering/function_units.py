@@ -40,6 +40,9 @@ class BetweenUnits(FunctionBase):
     def op_tc_reduce_scatter(self, op: tc.ReduceScatterOp) -> None:
         """See `collective.py`."""
         check_axis(self.parent, op.axis.data)
+        if op.x in self.scattered:
+            self.env[op.result] = self.scattered[op.x]
+            return
         self.env[op.result] = self.collectives.reduce_scatter(self._dense(op.x), int(op.dim.value.data))
 
     def op_tc_local_slice(self, op: tc.LocalSliceOp) -> None:

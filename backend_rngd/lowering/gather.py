@@ -7,12 +7,16 @@ from dataclasses import replace
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import UNIT_STRIDE, Space
-from backend_rngd.lowering.emitter import hbm
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Space
+from backend_rngd.lowering.contract_base import split_k
+from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.exchange import Exchange, feature, feature_count, peer, row_bytes, row_dim
 from backend_rngd.lowering.move import place_of, store_rows
+from backend_rngd.lowering.shares import own_rows, own_tokens
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
 from ir.errors import UnsupportedError
+
+GATHER_BYTES = 2048  # of a row that one transfer brings: as much as the contraction behind it reads in a pass
 
 
 class Gather(Exchange):
@@ -77,6 +81,8 @@ class Gather(Exchange):
         assert rows is not None
         part = rows.length
         whole = RowSpace.make(rows.batch, part * group.units, em.slices)
+        if x.space == Space.DM and whole.local * x.pitch <= self.spill and own_rows(whole, group) == rows:
+            return self._gather_in_dm(x, whole)
         held = self.image(x)
         self.exchange_with_all(held.buffer)
         dims = [row_dim(d, whole) for d in x.dims]
@@ -90,6 +96,39 @@ class Gather(Exchange):
         em.dma(peer(held.buffer, Space.HBM, held.base, 0), hbm(image), loops, row_bytes(x))
         gathered = Tensor(image, Space.HBM, x.dtype, tuple(dims), whole, 0, x.pitch)
         return self.where_it_fits(gathered)
+
+    def _gather_in_dm(self, x: Tensor, whole: RowSpace) -> Tensor:
+        """Slices to slices, features in parts: what reads the first ones need not wait for the last ones."""
+        group, em = self.group, self.em
+        rows = x.rows
+        assert rows is not None
+        scope = group.card_scope
+        held = self.published(x, False)
+        group.exchange(scope, held.buffer)
+        share = rows.physical // whole.local  # slices of the whole that hold one unit's tokens
+        out = replace(
+            x,
+            buffer=em.alloc(whole.local * x.pitch),
+            dims=tuple(row_dim(d, whole) for d in x.dims),
+            rows=whole,
+            base=0,
+        )
+        loops = [
+            (group.units, UNIT_STRIDE, share * DM_SLICE_STRIDE),
+            *(
+                (
+                    t.size,
+                    t.own_slice * DM_SLICE_STRIDE + t.own_row * x.pitch,
+                    t.whole_slice * DM_SLICE_STRIDE + t.whole_row * x.pitch,
+                )
+                for t in own_tokens(whole, rows)
+            ),
+        ]
+        run = row_bytes(x)
+        for start, size in split_k(run, GATHER_BYTES, 8):
+            source = peer(held.buffer, Space.DM, held.base + start, scope.register)
+            em.dma(source, dm(out.buffer, start), loops, size)
+        return out
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """The own part of the sum over all units, tokens of dimension `dim`."""

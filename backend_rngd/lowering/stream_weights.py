@@ -152,7 +152,7 @@ class WeightsStream(ContractionMapping):
                 )
             return Tensor(output, Space.HBM, dtype, channel_major(dims, lanes * dtype.bytes), x.rows, 0, dtype.bytes)
         width = max(t.start + em.slices * t.per_slice for t in tiles)
-        result = self._result(dims, dtype, x, width)
+        result = self.result(dims, dtype, x.rows, width)
         for tile, final in zip(tiles, finals, strict=True):
             self._spread(final, tile, lanes, local, dtype, result)
         return result

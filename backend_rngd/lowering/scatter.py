@@ -1,0 +1,94 @@
+"""Reduce-scatter of a contraction's result while the contraction still runs (many tokens, sequence parallelism).
+
+A group of passes leaves `[token][channels]` in every slice. As soon as all units have done a group, each reads its own
+tokens of it from all of them, adds them, and brings the sums to the slices of its tokens, while the next group is
+multiplied. Nothing goes through HBM, and no unit ever holds all tokens of a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xdsl.ir import SSAValue
+
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Space
+from backend_rngd.lowering.emitter import dm
+from backend_rngd.lowering.exchange import Exchange, peer
+from backend_rngd.lowering.shares import own_tokens
+from backend_rngd.lowering.stream_tokens import Group
+from backend_rngd.lowering.tensor import RowSpace, Tensor
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """The own tokens of a group, from all units."""
+
+    group: Group
+    copies: SSAValue
+
+
+class TokenScatter:
+    """Takes the groups of a contraction (a `Sink`) and leaves in `result` the sums of the unit's own tokens."""
+
+    limit = 2  # passes of a group: longer pieces than with one, and half of the exchange is still hidden
+    whole = together = True
+    narrow = False
+
+    def __init__(self, exchange: Exchange, rows: RowSpace, result: Tensor) -> None:
+        assert result.rows is not None and result.space == Space.DM
+        self.exchange = exchange
+        self.rows = rows
+        self.mine = result.rows
+        self.result = result
+        self._waiting: _Pulled | None = None
+
+    def area(self, matrix: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+        """See `Sink`: a buffer that the others can read."""
+        units = self.exchange.group
+        row = group.per_slice * self.result.dtype.bytes
+        return units.publish(units.card_scope, "dm", rows * row), row
+
+    def done(self, matrix: int, group: Group, area: SSAValue, row: int) -> None:
+        """See `Sink`: pull the own tokens from all units; what was pulled before is added meanwhile."""
+        units, em, rows = self.exchange.group, self.exchange.em, self.rows
+        share = em.slices // units.units
+        copy = rows.local * share * row
+        copies = em.alloc(units.units * copy, "copies")
+        units.exchange(units.card_scope, area)
+        own = units.register(on_card=share * row, card=1)
+        loops = [
+            (units.units, UNIT_STRIDE, copy),
+            (group.slices, DM_SLICE_STRIDE, DM_SLICE_STRIDE),
+            (rows.local, em.slices * row, share * row),
+        ]
+        em.dma(peer(area, Space.DM, 0, own), dm(copies), loops, share * row)
+        self._add()
+        self._waiting = _Pulled(group, copies)
+
+    def finish(self) -> None:
+        """Add the last group."""
+        self._add()
+
+    def _add(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        em, result, group = self.exchange.em, self.result, waiting.group
+        units = self.exchange.group.units
+        row = group.per_slice * result.dtype.bytes
+        share = em.slices // units
+        total = em.alloc(self.mine.physical * row, "sum")
+        count = self.mine.physical * group.per_slice
+        self.exchange.add(waiting.copies, units, count, result.dtype, total, group.slices)
+        loops = [
+            (group.slices, DM_SLICE_STRIDE, row),
+            *(
+                (
+                    t.size,
+                    (t.whole_row * share + t.whole_slice) * row,
+                    t.own_slice * DM_SLICE_STRIDE + t.own_row * result.pitch,
+                )
+                for t in own_tokens(self.rows, self.mine)
+            ),
+        ]
+        em.dma(dm(total), dm(result.buffer, result.base + group.start * result.dtype.bytes), loops, row)
