@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from backend_rngd.isa.descriptors import Context, Stream
 from backend_rngd.machine import Machine, Mode
+from runtime_sim.bounds import bounds
 from runtime_sim.errors import SimulationError
 from runtime_sim.event_core import Rates, Wakes, execute
 from runtime_sim.flatten import Flat
@@ -52,7 +53,8 @@ def simulate(
     its stream (micro-batches). fold: simulate equal units once, exactly; by default where a topology is given.
     free_collectives: what if transfers between units, notifies and waits took no time (units still wait for others).
 
-    Raises SimulationError (deadlock) naming the first instruction that can never start and whom it waits for.
+    Raises SimulationError (deadlock) naming the first instruction that can never start and whom it waits for, and
+    BoundsError if the makespan is outside its bounds, which is a fault of the model.
     """
     machine = machine if mode is None else machine.in_mode(mode)
     given = (streams,) if isinstance(streams, Stream) else tuple(streams)
@@ -77,9 +79,9 @@ def simulate(
         np.array([c.vector for c in costs], np.bool_),
         np.array([c.wait for c in costs], np.bool_),
     )
+    resources = program.resources(contention)
     times = execute(
-        len(flat.streams), queue_start, queue, flat.need, number, rates, program.resources(contention),
-        program.wakes, jit,
+        len(flat.streams), queue_start, queue, flat.need, number, rates, resources, program.wakes, jit
     )  # fmt: skip
     result = TimingResult(
         machine, flat, costs, number, times.start, times.ready, times.finish, times.cause, times.waker, times.lost,
@@ -87,7 +89,9 @@ def simulate(
     )  # fmt: skip
     if times.completed < len(flat):
         _deadlock(result, queue_start, queue, program.wakes)
-    return result
+    limits = bounds(program, resources, queue_start, queue, rates, jit)
+    limits.check(result.cycles)
+    return replace(result, bounds=limits)
 
 
 def _queues(flat: Flat, units: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from backend_rngd.isa.descriptors import Context
 from backend_rngd.machine import Machine
+from runtime_sim.bounds import Bounds
 from runtime_sim.costs import Cost
 from runtime_sim.flatten import Flat
 from runtime_sim.symmetry import Classes
@@ -61,6 +62,7 @@ class TimingResult:
     topology: Topology
     classes: Classes
     load: dict[Resource, float]
+    bounds: Bounds | None = None
 
     def column(self, name: str) -> NDArray[Any]:
         return np.array([getattr(c, name) for c in self.costs])[self.number] if len(self.flat) else np.zeros(0)

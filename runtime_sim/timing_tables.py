@@ -175,6 +175,7 @@ def to_json(result: TimingResult, instructions: bool = False) -> dict[str, Any]:
         "machine_digest": result.machine.digest(),
         "cycles": result.cycles,
         "seconds": result.seconds,
+        "bounds": result.bounds.to_json() if result.bounds else None,
         "units": result.units,
         "cards": result.topology.cards,
         "tensor": result.topology.tensor,
