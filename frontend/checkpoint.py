@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,33 +85,80 @@ def read_header(file: Path) -> dict[str, TensorRange]:
         if 8 + length + end > size:
             raise HeaderError(f"is truncated: {name} ends at byte {8 + length + end}, the file has {size}")
         tensors[name] = TensorRange(file, name, dtype, shape, 8 + length + begin, end - begin)
+    ranges = sorted((t.offset, t.offset + t.nbytes, t.tensor) for t in tensors.values() if t.nbytes)
+    for (_, end, first), (begin, _, second) in pairwise(ranges):
+        if begin < end:
+            raise HeaderError(f"stores {first} and {second} in the same bytes")
     return tensors
 
 
-def find_weight_files(directory: Path) -> tuple[list[Path], list[Problem]]:
-    """The safetensors files of a model directory: the shards of the index if there is one, else all files."""
-    index = directory / "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "position_ids")
+"""Ends of names of tensors that old checkpoints hold beside the weights, listed or not: constructors compute them."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a model directory; `listed`: file by tensor as the index says, if there is one."""
+
+    files: tuple[Path, ...] = ()
+    listed: Mapping[str, str] | None = None
+
+
+def find_weight_files(directory: Path) -> tuple[WeightFiles, list[Problem]]:
+    """The shards of the index if there is one, else `model.safetensors`, else all files."""
+    index = directory / INDEX
     if not index.is_file():
         single = directory / "model.safetensors"
-        return ([single] if single.is_file() else sorted(directory.glob("*.safetensors"))), []
+        return WeightFiles((single,) if single.is_file() else tuple(sorted(directory.glob("*.safetensors")))), []
+    again = "download the model again"
     try:
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return [], [Problem(f"{index} cannot be read", str(error), "download the model again")]
-    missing = [s for s in shards if not (directory / s).is_file()]
-    if missing:
+        listed = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = "it has no weight_map" if isinstance(error, (KeyError, TypeError)) else str(error)
+        return WeightFiles(), [Problem(f"{index} cannot be read", why, again)]
+    files: dict[str, Any] = cast("dict[str, Any]", listed) if isinstance(listed, dict) else {"": None}
+    if wrong := [f for f in files.values() if not isinstance(f, str) or Path(f).name != f]:
+        why = f"its weight_map gives {wrong[0]!r} as a file of this directory"
+        return WeightFiles(), [Problem(f"{index} cannot be used", why, again)]
+    shards = sorted(set(files.values()))
+    if missing := [s for s in shards if not (directory / s).is_file()]:
         what = f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:5])}"
-        return [], [Problem(what, f"{index.name} lists them", "download the model again")]
-    return [directory / s for s in shards], []
+        return WeightFiles(), [Problem(what, f"{index.name} lists them", again)]
+    return WeightFiles(tuple(directory / s for s in shards), files), []
 
 
-def read_tensors(files: list[Path]) -> tuple[dict[str, TensorRange], list[Problem]]:
+def read_tensors(found: WeightFiles) -> tuple[dict[str, TensorRange], list[Problem]]:
     """All tensors of several safetensors files, and every problem met on the way."""
     tensors: dict[str, TensorRange] = {}
     problems: list[Problem] = []
-    for file in files:
+    for file in found.files:
         try:
-            tensors.update(read_header(file))
+            header = read_header(file)
         except HeaderError as error:
             problems.append(Problem(f"{file} {error}", "the weights cannot be read", "download or convert it again"))
+            continue
+        if twice := sorted(tensors.keys() & header.keys()):
+            why = f"{tensors[twice[0]].file.name} and {file.name} hold it, and one of them would be ignored"
+            problems.append(
+                Problem(f"weight {twice[0]} is there twice", why, "remove the file that is not the model's")
+            )
+        tensors |= header
+    if found.listed is not None and not problems:
+        problems += _disagreements(found.listed, tensors)
     return tensors, problems
+
+
+def _disagreements(listed: Mapping[str, str], tensors: Mapping[str, TensorRange]) -> list[Problem]:
+    """Where an index and its shards say different things."""
+    problems: list[Problem] = []
+    lost = sorted(n for n, file in listed.items() if n not in tensors or tensors[n].file.name != file)
+    if lost:
+        what = f"{len(lost)} weights are not where {INDEX} says: {', '.join(lost[:5])}"
+        problems.append(Problem(what, f"{listed[lost[0]]} does not hold {lost[0]}", "download the model again"))
+    unlisted = sorted(n for n in tensors.keys() - listed.keys() if not n.endswith(BUFFERS))
+    if unlisted:
+        what = f"{INDEX} does not list {len(unlisted)} weights: {', '.join(unlisted[:5])}"
+        why = f"{tensors[unlisted[0]].file.name} holds {unlisted[0]}, so one of them is of another version"
+        problems.append(Problem(what, why, "download the model again, or remove the index if the shards are right"))
+    return problems

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ir.errors import Problem, UserError
+from ir.files import alive, remembered
 
 _VERSION = "1"
 """Part of the cache key; raise it when the conversion changes."""
@@ -29,11 +30,19 @@ def cache_directory() -> Path:
 
 def converted(file: Path) -> Path:
     """The safetensors directory made from a GGUF file, converting it if the cache does not have it yet."""
-    target = cache_directory() / _key(file)
+    try:
+        key = remembered(cache_directory() / f"keys-{_VERSION}", file, _key)
+    except OSError as error:
+        raise UserError([Problem(f"{file} cannot be read", str(error), "check its permissions")]) from error
+    target = cache_directory() / key
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".convert-", dir=target.parent))
+    for left in target.parent.glob(".convert-*"):  # by conversions that were killed
+        owner = left.name.removeprefix(".convert-").split("-")[0]
+        if owner.isdecimal() and not alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".convert-{os.getpid()}-", dir=target.parent))
     try:
         _convert(file, work)
         try:
@@ -49,17 +58,14 @@ def converted(file: Path) -> Path:
 
 def _key(file: Path) -> str:
     digest = hashlib.sha256(_VERSION.encode())
-    try:
-        with file.open("rb") as stream:
-            magic = stream.read(4)
-            if magic != b"GGUF":
-                problem = Problem(f"{file} is not a GGUF file", "it does not start with GGUF", "download it again")
-                raise UserError([problem])
-            digest.update(magic)
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError([Problem(f"{file} cannot be read", str(error), "check its permissions")]) from error
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+        if magic != b"GGUF":
+            problem = Problem(f"{file} is not a GGUF file", "it does not start with GGUF", "download it again")
+            raise UserError([problem])
+        digest.update(magic)
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
     return digest.hexdigest()[:40]
 
 

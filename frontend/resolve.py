@@ -17,6 +17,7 @@ from typing import Any, cast
 from frontend import gguf_convert
 from frontend.architectures import REFUSED, SUPPORTED, Architecture, supported_names
 from frontend.checkpoint import TensorRange, find_weight_files, read_tensors
+from frontend.config_check import DTYPES, check_config
 from frontend.quantization import Quantization, read_quantization
 from ir.errors import Problem, UserError
 
@@ -33,7 +34,6 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _SMALL_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
-_DTYPES = {"bfloat16": "bf16", "float16": "f16", "half": "f16", "float32": "f32", "float": "f32", "float64": "f64"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class ModelSource:
     tensors: dict[str, TensorRange] = field(repr=False)
     quantization: Quantization | None = None
     """How the weights of linear layers are stored, if not as numbers of the declared type."""
+    trusted: bool = False
+    """Whether Python code that comes with the model may run."""
 
     @property
     def max_positions(self) -> int | None:
@@ -127,9 +129,10 @@ def _inspect(
         raise UserError(problems)
     model_type = str(config.get("model_type", ""))
     architecture, remote, class_name = _architecture(config, model_type, trust_remote_code, problems)
+    check_config(config, None if architecture is None or remote else architecture.kind, problems)
     declared = _declared_dtype(config, tensors)
     quantization: Quantization | None = None
-    if "quantization_config" in config and gguf_file is None:
+    if isinstance(config.get("quantization_config"), dict) and gguf_file is None:
         quantization = read_quantization(cast("dict[str, Any]", config["quantization_config"]), problems)
     elif declared in ("f16", "f32", "f64") and not auto_bfloat16_cast and compute_dtype is None:
         problems.append(
@@ -161,6 +164,7 @@ def _inspect(
         compute_dtype=compute_dtype or "bf16",
         tensors=tensors,
         quantization=quantization,
+        trusted=trust_remote_code,
     )
 
 
@@ -206,9 +210,9 @@ def _read_weights(
     if not need_weights:
         # A table of shapes is all that is needed, but weights that are there still tell the checkpoint's dtype.
         tensors, broken = read_tensors(files)
-        return ([], {}) if broken or found else (files, tensors)
+        return ([], {}) if broken or found else (list(files.files), tensors)
     problems += found
-    if not files and not found:
+    if not files.files and not found:
         pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in directory.glob(pattern))
         if pickled:
             why = "pickled files can run code and have no readable index"
@@ -219,7 +223,7 @@ def _read_weights(
             problems.append(Problem(f"{directory} has no *.safetensors", "the weights are needed", fix))
     tensors, broken = read_tensors(files)
     problems += broken
-    return files, tensors
+    return list(files.files), tensors
 
 
 def _architecture(
@@ -227,7 +231,7 @@ def _architecture(
 ) -> tuple[Architecture | None, bool, str | None]:
     """(architecture, runs remote code, model class named by the config)."""
     listed = config.get("architectures")
-    classes = [str(c) for c in cast("list[Any]", listed)] if isinstance(listed, list) else []
+    classes = [c for c in cast("list[Any]", listed) if isinstance(c, str)] if isinstance(listed, list) else []
     if len(classes) > 1:
         what = f"config.json lists more than one architecture: {', '.join(classes)}"
         problems.append(Problem(what, "capture would have to guess which model is meant", "keep one of them"))
@@ -260,7 +264,7 @@ def _declared_dtype(config: dict[str, Any], tensors: dict[str, TensorRange]) -> 
     if sizes:
         return sizes.most_common(1)[0][0]
     said = config.get("dtype", config.get("torch_dtype"))
-    return _DTYPES.get(str(said).removeprefix("torch."), "bf16") if said else "bf16"
+    return DTYPES.get(str(said).removeprefix("torch."), "bf16") if said else "bf16"
 
 
 def _download(name: str, revision: str | None, remote_code: bool, need_weights: bool) -> Path:

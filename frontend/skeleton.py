@@ -62,9 +62,11 @@ def build_skeleton(source: ModelSource, num_hidden_layers: int | None = None) ->
         config = AutoConfig.from_pretrained(
             source.directory, trust_remote_code=source.remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
-        problem = Problem(f"config.json of {source.name} is not valid", _first_line(error), "correct the config")
-        raise UserError([problem]) from error
+    except _refusals(source, OSError, StrictDataclassError) as error:
+        what, fix = f"config.json of {source.name} is not valid", "correct the config"
+        if source.remote_code:
+            what, fix = f"the Python code of {source.name} cannot be used", "correct it, or download the model again"
+        raise UserError([Problem(what, _first_line(error), fix)]) from error
     config = copy.deepcopy(config)
     if num_hidden_layers is not None:
         depth = int(config.get_text_config().num_hidden_layers)
@@ -85,7 +87,7 @@ def build_skeleton(source: ModelSource, num_hidden_layers: int | None = None) ->
                 attn_implementation=IMPLEMENTATION,
                 **extra,
             )
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except _refusals(source, ZeroDivisionError, RuntimeError) as error:
         if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
             what = f"{source.model_type} picks its attention from a list of its own, not from AttentionInterface"
             why = "padded buckets and rows of different length would be silently wrong"
@@ -107,6 +109,13 @@ def build_skeleton(source: ModelSource, num_hidden_layers: int | None = None) ->
             if value is not None:
                 module._buffers[name] = value.detach().to("meta")
     return Skeleton(model, model.config, buffers, _aliases(model))
+
+
+def _refusals(source: ModelSource, *more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What a config that is wrong makes transformers raise; code of the model's own may raise anything."""
+    if source.remote_code:
+        return (Exception,)
+    return (ValueError, KeyError, TypeError, ImportError, AttributeError, *more)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -131,7 +140,11 @@ def truncate_config(config: Any, keep: list[int]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"{error.args[0]!r} is not one of the names that it knows"
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if len(lines) > 1 and lines[0].endswith(":"):  # "Validation error for field 'x':" and then what is wrong
         return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: {lines[0]}"

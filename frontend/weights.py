@@ -75,6 +75,10 @@ def weight_table(
         elif stored.shape != tuple(shape):
             why = f"config.json makes it {list(shape)}, {stored.file.name} holds {list(stored.shape)}"
             problems.append(Problem(f"weight {name} has another shape", why, "use the config of this checkpoint"))
+        elif elem in FLOATS and stored.dtype not in (*FLOATS, "f64"):
+            why = f"the model computes with numbers, {stored.file.name} holds {stored.dtype}"
+            fix = "use the checkpoint with the weights as bf16, f16 or f32"
+            problems.append(Problem(f"weight {name} has another type", why, fix))
         else:
             refs[name] = WeightRef(
                 name=name,

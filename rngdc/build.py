@@ -16,8 +16,10 @@ from backend_rngd.artifact import ArtifactError, ArtifactWriter, Manifest, Model
 from backend_rngd.machine import Machine, load_machine
 from ir.errors import Problem, UserError
 from rngdc.buckets import BucketSpec, choose
-from rngdc.model_files import copy_model_files, eos_ids, pooling
+from rngdc.effort import EFFORTS
+from rngdc.model_files import check_model_files, copy_model_files, eos_ids, pooling, read_tokenizer
 from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages, recorded
+from rngdc.places import check_directory, check_space, explained, problem_of
 from rngdc.work import TextWatcher, Watcher
 from rngdc.write import weight_sources, write_programs
 
@@ -106,15 +108,16 @@ def build(
         source, buckets, writer = check_all(options, machine, list(problems or []), notes, progress)
     cache = options.work.open_cache()
     captured = front(options, source, notes, clock, progress, cache)
+    with clock.stage("tokenizer"):
+        tokenizer = read_tokenizer(source, cache)
     with clock.stage("backend"):
         programs = make_programs(options, captured, buckets, machine, notes, watcher or TextWatcher(progress), cache)
     clock.steps.update(programs.seconds)
-    with clock.stage("write"), writer:
+    with clock.stage("write"), explained(f"{options.output} cannot be written"), writer:
         progress("writing the artifact")
         (writer.directory / "ir" / "model.mlir").write_text(captured.captured, "utf-8")
-        has_tokenizer = bool(source.tokenizer_files)
-        notes += copy_model_files(source.directory, writer.directory, has_tokenizer, options.trust_remote_code)
-        weights, linked = weight_sources(captured.weights, options.weights, writer.directory, progress)
+        notes += copy_model_files(source.directory, writer.directory, tokenizer)
+        weights, linked = weight_sources(captured.weights, options.weights, writer.directory, progress, cache)
         model = Model(
             id=source.name,
             architecture=source.architecture_class or source.model_type,
@@ -166,10 +169,11 @@ def front(
     from rngdc import front as fronts
 
     mode = "link" if options.weights == "copy" else options.weights
+    effort = EFFORTS[options.opt_level]
     with clock.stage("capture"):
         name = None
         if cache is not None and options.dump_ir is None:
-            name = fronts.key(source, options.num_hidden_layers, mode, options.auto_bfloat16_cast)
+            name = fronts.key(source, options.num_hidden_layers, mode, options.auto_bfloat16_cast, effort.fuse)
         if cache is not None and name is not None and (known := fronts.load(cache, name)) is not None:
             notes += known.info.notes
             return known
@@ -187,7 +191,7 @@ def front(
         text = print_module(captured.module)
         progress("simplifying")
         dumps = options.dump_ir / "model" if options.dump_ir else None
-        run_pipeline(captured.module, simplify_stage(options.auto_bfloat16_cast), dumps)
+        run_pipeline(captured.module, simplify_stage(options.auto_bfloat16_cast, effort.fuse), dumps)
     info = fronts.ModelInfo(
         captured.info.kind, captured.info.layers, captured.info.vocab_size, list(captured.info.notes)
     )
@@ -264,9 +268,9 @@ def make_programs(
         text=captured.text,
         model=captured.held,
         machine=roomy,
-        lowering=lowering_options(buckets, machine.slices_per_pe),
+        lowering=lowering_options(buckets, machine.slices_per_pe, opt_level=options.opt_level),
         digest=hashlib.sha256(plan.read_bytes()).hexdigest() if plan is not None else "",
-        check=lambda memory: memory_problems(memory, options.parallel, machine),
+        check=lambda memory: memory_problems(memory, options.parallel, machine, options.device),
         dumps=options.dump_ir,
         fast_fail=work.fast_fail,
         workers=(work.builders, work.compilers),
@@ -310,10 +314,15 @@ def compile_modules(
 
 def _writer(options: BuildOptions, problems: list[Problem]) -> ArtifactWriter | None:
     try:
-        return ArtifactWriter(options.output, options.overwrite)
+        writer = ArtifactWriter(options.output, options.overwrite)
     except ArtifactError as error:
         problems += [Problem(p.what, p.why, p.fix) for p in error.problems]
         return None
+    except OSError as error:
+        problems.append(problem_of(error, f"{options.output} cannot be written"))
+        return None
+    check_directory("output", options.output.absolute().parent, problems)
+    return writer
 
 
 def resolve(
@@ -339,6 +348,9 @@ def resolve(
     timing_only = options.weights == "none"
     if source is not None:
         kind, positions = source.architecture.kind, source.max_positions
+        check_model_files(source, problems)
+        if options.weights == "copy":
+            check_space("--weights copy", options.output, sum(f.stat().st_size for f in source.weight_files), problems)
         _check_depth(options, source.text_config, problems)
         return source, choose(options.buckets, kind, positions, problems, notes, timing_only)
     # The model cannot be used, but its buckets may be wrong as well: say so at once.

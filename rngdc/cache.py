@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import time
 import zipfile
@@ -22,17 +23,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from backend_rngd.artifact.store import sha256
+from ir.files import alive, remembered
 from rngdc import __version__
 
 FORMAT = 1
 MAGIC = b"rngdc-cache"
 SUFFIX = ".rngdc"
 META = "meta.json"
+CHECKSUMS = "checksums"
+"""Directory of checksums of weight files."""
+UNFINISHED = "unfinished"
+"""Directory of files that are being written, named by the process that does."""
 DIRECTORY_VARIABLE = "RNGDC_CACHE_DIR"
 STALE_SECONDS = 3600.0
 """Age from which an unfinished file belongs to nobody."""
 COMPILER_PACKAGES = ("ir", "passes", "backend_rngd")
-COMPILER_FILES = ("buckets.py", "estimate.py", "options.py", "tasks.py", "cache.py", "results.py")
+COMPILER_FILES = ("buckets.py", "effort.py", "estimate.py", "tasks.py", "cache.py", "results.py")
 """Files of this package that results depend on."""
 LIBRARIES = ("xdsl", "numpy", "ml-dtypes")
 
@@ -64,6 +71,17 @@ def compiler_digest() -> str:
     return digest.hexdigest()
 
 
+@lru_cache
+def source_digest(package: str) -> str:
+    """Hash of the source of one package of this project."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted((root / package).rglob("*.py")):
+        digest.update(f"\0{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def key_of(inputs: Mapping[str, Any]) -> str:
     """The name of the result of these inputs, which must be JSON."""
     whole = {"format": FORMAT, "compiler": compiler_digest(), "inputs": inputs}
@@ -90,6 +108,7 @@ class Cache:
         self.directory = directory
         self.hits = 0
         self.misses = 0
+        self._looked = False
         self.notes: list[str] = []
         """What was wrong with the cache; a build goes on without it."""
 
@@ -106,7 +125,7 @@ class Cache:
             self.misses += 1
             return None
         except OSError as error:
-            self._note(f"the cache cannot be read: {error}")
+            self._note(f"the cache {self.directory} cannot be read: {error.strerror}")
             self.misses += 1
             return None
         if files is None:
@@ -124,25 +143,36 @@ class Cache:
         """Store a result. A cache that cannot be written is noted and does no harm."""
         path = self.path(kind, key)
         data = _pack({META: json.dumps({**meta, "created": time.time()}).encode(), **files})
+        unfinished = self.directory / UNFINISHED
         temporary: Path | None = None
         try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            self._remove_stale()
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+            descriptor, name = tempfile.mkstemp(prefix=f"{os.getpid()}.", dir=unfinished)
             temporary = Path(name)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
             os.replace(temporary, path)
+            temporary = None
         except OSError as error:
-            self._note(f"the cache cannot be written: {error}")
-        except BaseException:
+            self._note(f"the cache {self.directory} cannot be written: {error.strerror}")
+        finally:
             if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise
-        else:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+    def _remove_stale(self) -> None:
+        """Once: remove what builds left that were killed while they wrote."""
+        if self._looked:
             return
-        if temporary is not None:
+        self._looked = True
+        now = time.time()
+        for path in (self.directory / UNFINISHED).iterdir():
+            owner = path.name.split(".")[0]
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                if (owner.isdecimal() and not alive(int(owner))) or now - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -154,6 +184,10 @@ class Cache:
             with contextlib.suppress(OSError):
                 stat = path.stat()
                 yield Entry(path, path.stem, path.parts[-3], stat.st_size, stat.st_mtime, _meta(path))
+
+    def checksum(self, file: Path) -> str:
+        """Hex SHA-256 of a file, remembered for as long as its size and time stay the same. Raises OSError."""
+        return remembered(self.directory / CHECKSUMS, file, sha256)
 
     def prune(self, older_than: float | None = None, max_bytes: int | None = None) -> list[Entry]:
         """Remove entries unused for `older_than` seconds, then the longest unused until `max_bytes` are left.
@@ -170,10 +204,10 @@ class Cache:
                 entry.path.unlink(missing_ok=True)
                 removed.append(entry)
                 total -= entry.nbytes
-        for path in self.directory.glob("*/??/.*.partial"):
-            with contextlib.suppress(OSError):
-                if now - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
+        with contextlib.suppress(OSError):
+            self._remove_stale()
+        if older_than is None and max_bytes is None:
+            shutil.rmtree(self.directory / CHECKSUMS, ignore_errors=True)
         return removed
 
 

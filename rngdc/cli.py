@@ -61,7 +61,10 @@ def _run(arguments: list[str]) -> None:
         sys.stderr.close()
         raise SystemExit(141) from None
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from rngdc.console import print_problems
+        from rngdc.places import problem_of
+
+        print_problems([problem_of(error)])
         raise SystemExit(2) from None
     except Exception as error:
         from rngdc.work import BuildFailedError

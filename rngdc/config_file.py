@@ -17,6 +17,7 @@ import yaml
 from ir.errors import Problem, UserError
 
 LISTS = ("prefill_buckets", "decode_buckets")
+SETTINGS = "additional_model_config"
 
 
 def read_config(path: Path, names: set[str]) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def read_config(path: Path, names: set[str]) -> dict[str, Any]:
             problems.append(Problem(f"{path}: {key}", "it is given twice", "keep one of them"))
         elif name in LISTS:
             settings[name] = _list(value)
+        elif name == SETTINGS:
+            settings[name] = _settings(value)
         elif isinstance(value, (list, dict)):
             problems.append(Problem(f"{path}: {key}", "the option takes one value", f"write {key}: VALUE"))
         elif value is not None:
@@ -55,6 +58,13 @@ def read_config(path: Path, names: set[str]) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return settings
+
+
+def _settings(value: Any) -> list[str]:
+    """Settings of the model as the command line writes them: `{num_hidden_layers: 2}` -> `["num_hidden_layers=2"]`."""
+    if isinstance(value, dict):
+        return [f"{k}={str(v).lower()}" for k, v in cast("dict[Any, Any]", value).items()]
+    return [str(v) for v in cast("list[Any]", value if isinstance(value, list) else [value])]
 
 
 def _list(value: Any) -> list[str]:

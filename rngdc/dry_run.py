@@ -102,7 +102,7 @@ def dry_run(options: BuildOptions, progress: Progress, problems: list[Problem] |
     for module in modules.values():
         outline(module)
     memory = memory_of(modules.values())
-    if short := memory_problems(memory, options.parallel, machine):
+    if short := memory_problems(memory, options.parallel, machine, options.device):
         raise UserError(short)
     estimates = {b: estimate(work_of(m), machine, options.parallel.tensor) for b, m in modules.items()}
     seconds = clock.total() + SECONDS_AN_OPERATION * sum(operations_of(m) for m in modules.values())

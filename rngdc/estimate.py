@@ -7,8 +7,9 @@ closed forms (`backend_rngd.machine.formulas`). `rngdc simulate` plays the strea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.dialects.func import CallOp, FuncOp
@@ -23,6 +24,7 @@ from ir.errors import Problem
 from ir.interpreter import names_of
 from ir.types import numpy_dtype, shape_of
 from passes.outline import PREPARE
+from rngdc.cards import room_of, stages_of
 from rngdc.options import ParallelOptions
 
 CACHE = "cache."
@@ -74,11 +76,14 @@ class Memory:
         """(weights, caches) of the stage that needs most."""
         return max(self.stages(stages), key=sum)
 
-    def card(self, tensor: int, stages: int, machine: Machine) -> int:
-        """Bytes of the fullest card: units of a layer side by side, and as many stages as a card has room for."""
-        on_card = max(1, machine.pes_per_chip // tensor)
-        needs = [sum(both) * min(tensor, machine.pes_per_chip) for both in self.stages(stages)]
-        return max(sum(needs[i : i + on_card]) for i in range(0, stages, on_card))
+    def card(self, tensor: int, stages: int, machine: Machine, room: Sequence[int] | None = None) -> int:
+        """Bytes of the fullest card: units of a layer side by side, and as many stages as a card has room for.
+
+        `room`: stages that each card has room for, if they are not all whole.
+        """
+        room = room or [max(1, machine.pes_per_chip // tensor)] * stages
+        needs = iter([sum(both) * min(tensor, machine.pes_per_chip) for both in self.stages(stages)])
+        return max(sum(islice(needs, count)) for count in room)
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,14 @@ def memory_of(modules: Iterable[ModuleOp]) -> Memory:
     return Memory(tuple(names), tuple(totals[0]), tuple(totals[1]))
 
 
-def memory_problems(memory: Memory, parallel: ParallelOptions, machine: Machine) -> list[Problem]:
-    """A problem if weights and caches do not fit the cards, with what would."""
-    need, limit = memory.card(parallel.tensor, parallel.pipeline, machine), machine.hbm_usable_bytes
+def memory_problems(
+    memory: Memory, parallel: ParallelOptions, machine: Machine, device: str | None = None
+) -> list[Problem]:
+    """A problem if weights and caches do not fit the cards, with what would. `device`: as `--device` takes it."""
+    room: list[int] | None = None
+    if device is not None and (pes := room_of(device, machine, [])) is not None:
+        room = stages_of(pes, parallel.tensor, machine)
+    need, limit = memory.card(parallel.tensor, parallel.pipeline, machine, room), machine.hbm_usable_bytes
     if need <= limit:
         return []
     layers = max(1, len(memory.calls) - 2)

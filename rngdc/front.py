@@ -1,7 +1,7 @@
 """The front of a build: a model captured and simplified, or what an earlier build found for the same config.
 
-What capture reads is the config, the names, types and places of the weights, and its own source, never their values:
-these are the key in the cache. Models with code of their own and GGUF files are always captured.
+What capture reads is the config, the names, types and places of the weights, its own source and the code that comes
+with the model, never the weights' values: these are the key in the cache. (A GGUF file is a directory by its contents.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ir.weights import WeightTable
 
@@ -64,21 +64,36 @@ class FrontModel:
         return self._module
 
 
-def key(source: ModelSource, layers: int | None, mode: str, cast: bool) -> str | None:
+def key(source: ModelSource, layers: int | None, mode: str, cast: bool, fuse: bool) -> str | None:
     """The name of the model in the cache, None if it is not kept there."""
     from rngdc.cache import key_of
 
-    if source.remote_code or source.gguf_file is not None:
+    code = _code(source)
+    if code is None:
         return None
     files = [(str(p.absolute()), s.st_size, s.st_mtime_ns) for p in source.weight_files if (s := p.stat())]
     inputs = {
         "stage": KIND, "config": source.config, "class": source.architecture_class, "type": source.model_type,
         "declared": source.declared_dtype, "computed": source.compute_dtype,
         "tensors": {name: repr(place) for name, place in source.tensors.items()}, "files": files,
-        "quantization": repr(source.quantization), "layers": layers, "weights": mode, "cast": cast,
+        "quantization": repr(source.quantization), "layers": layers, "weights": mode, "cast": cast, "fuse": fuse,
+        "code": code,
         "directory": str(source.directory.absolute()) if files else "", "frontend": _frontend_digest(),
     }  # fmt: skip
     return key_of(inputs)
+
+
+def _code(source: ModelSource) -> dict[str, str] | None:
+    """Digests of the Python code that comes with a model; None if the config names code of another repository."""
+    if not source.remote_code:
+        return {}
+    named = cast("dict[str, Any]", source.config.get("auto_map") or {})
+    if any("--" in str(name) for name in named.values()):
+        return None
+    files = sorted(source.directory.rglob("*.py"))
+    return {
+        f.relative_to(source.directory).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,10 @@ from backend_rngd.machine import Machine
 from ir.errors import Problem
 from rngdc import defaults
 from rngdc.buckets import BucketRequest
+from rngdc.cards import check_cards
+from rngdc.effort import DEFAULT as DEFAULT_LEVEL
+from rngdc.effort import EFFORTS
+from rngdc.places import check_directory
 from rngdc.work import WorkOptions, check_work
 
 MAX_CARDS_OF_A_LAYER = 4
@@ -50,6 +54,9 @@ class BuildOptions:
     overwrite: bool = False
     dump_ir: Path | None = None
     machine: str = "rngd"
+    opt_level: int = DEFAULT_LEVEL
+    device: str | None = None
+    """Cards that the build is for: a number, or devices; None for as many as it takes."""
     dry_run: bool = False
     work: WorkOptions = field(default_factory=WorkOptions)
 
@@ -74,6 +81,8 @@ def recorded(options: BuildOptions) -> Options:
         trust_remote_code=options.trust_remote_code,
         num_hidden_layers=options.num_hidden_layers,
         name=options.name,
+        opt_level=options.opt_level,
+        device=options.device,
     )
 
 
@@ -87,9 +96,16 @@ def check_options(options: BuildOptions, machine: Machine, problems: list[Proble
     """Append a problem for every option whose value cannot be used whatever the model is."""
     _check_parallel(options.parallel, machine, problems)
     check_work(options.work, options.dump_ir, problems)
+    if not 0 <= options.opt_level < len(EFFORTS):
+        fix = f"use -O0 to -O{len(EFFORTS) - 1}, see docs/cli.md"
+        problems.append(Problem(f"-O{options.opt_level}", "there is no such optimisation level", fix))
+    if options.dump_ir is not None:
+        check_directory("--dump-ir", options.dump_ir, problems)
     if not re.fullmatch(WEIGHT_MODES, options.weights):
         why = "weights are linked, copied, random or left out"
         problems.append(Problem(f"--weights {options.weights!r}", why, "use link, copy, random[:SEED] or none"))
+    if options.device is not None:
+        check_cards(options.device, options.parallel, machine, problems)
     if options.num_hidden_layers is not None and options.num_hidden_layers < 1:
         what = f"--num-hidden-layers {options.num_hidden_layers}"
         problems.append(Problem(what, "a model has layers", "use 1 or more"))
@@ -120,7 +136,7 @@ def _check_parallel(parallel: ParallelOptions, machine: Machine, problems: list[
 
 def check_stages(parallel: ParallelOptions, layers: int | None, problems: list[Problem]) -> None:
     """Append a problem if the model has fewer layers than the pipeline has stages."""
-    if layers is not None and parallel.pipeline > layers:
+    if layers is not None and 0 < layers < parallel.pipeline:
         why = f"the model has {layers} layers, and a stage holds at least one"
         problems.append(Problem(f"-pp {parallel.pipeline}", why, f"use 1 to {layers}"))
 

@@ -22,6 +22,7 @@ from ir.errors import Problem, UserError
 from rngdc.buckets import BucketSpec
 from rngdc.cache import Cache as ResultCache
 from rngdc.cache import key_of
+from rngdc.effort import DEFAULT as DEFAULT_LEVEL
 from rngdc.estimate import Memory
 from rngdc.executor import Executor, Failure, InlineExecutor, Listeners
 from rngdc.results import from_files, to_files
@@ -94,11 +95,15 @@ class Request:
         return list(self.passes)
 
 
-def lowering_options(buckets: Sequence[BucketSpec], slices: int, probes: bool = True) -> LoweringOptions:
+def lowering_options(
+    buckets: Sequence[BucketSpec], slices: int, probes: bool = True, opt_level: int = DEFAULT_LEVEL
+) -> LoweringOptions:
     """The KV cache has room for the largest program."""
     capacity = max((b.attention_size for b in buckets), default=0)
     batch = max((b.batch for b in buckets), default=1)
-    return LoweringOptions(slices=slices, cache_capacity=capacity, cache_batch=batch, probes=probes)
+    return LoweringOptions(
+        slices=slices, cache_capacity=capacity, cache_batch=batch, probes=probes, opt_level=opt_level
+    )
 
 
 def build_programs(

@@ -24,20 +24,25 @@ from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from backend_rngd.artifact import Bucket, Cache, Port
 from backend_rngd.dialect import GlobalOp
 from backend_rngd.emit import Emitted, emit
-from backend_rngd.hoist import hoist, undo
+from backend_rngd.hoist import Moves, hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
 from backend_rngd.machine import Machine
-from backend_rngd.place import place
+from backend_rngd.place import place_in_order
 from backend_rngd.schedule import schedule
 from ir.errors import UserError
 from ir.text import parse_module, print_module
 from rngdc.buckets import BucketSpec
+from rngdc.cache import source_digest
+from rngdc.effort import EFFORTS, Variant
 
 if TYPE_CHECKING:
     from rngdc.estimate import Memory
 
 SPILL_SHARES = (1.0, 0.6, 0.4, 0.25, 0.12)
 """What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM."""
+
+LESS_PREFETCH = 0.78
+"""What is left of the memory for early transfers, if a program does not fit with all of it."""
 
 Listener = Callable[[str], None]
 """Called with the name of each step before it."""
@@ -78,10 +83,11 @@ class BuildTask:
             "machine": _sha256(self.machine.model_dump_json()), "lowering": asdict(self.lowering),
         }  # fmt: skip
 
-    def reproducer(self) -> tuple[str, str]:
+    def reproducer(self, directory: Path) -> tuple[str, str]:
         """(module text, passes) that do the same with `rngdc opt`."""
         low = self.lowering
-        last = f"rngd-lower{{machine={self.machine.name} capacity={low.cache_capacity} batch={low.cache_batch}}}"
+        sizes = f"capacity={low.cache_capacity} batch={low.cache_batch} opt={low.opt_level}"
+        last = f"rngd-lower{{machine={self.machine.name} {sizes}}}"
         return self.text, ",".join(filter(None, [self.passes, "outline", last]))
 
     def run(self, listen: Listener, module: ModuleOp | None = None) -> Built:
@@ -122,13 +128,15 @@ class CompileTask:
             "stage": self.stage, "bucket": asdict(self.bucket), "text": _sha256(self.text),
             "machine": _sha256(self.machine.model_dump_json()), "lowering": asdict(self.lowering),
             "addresses": dict(self.addresses), "hbm_base": self.hbm_base,
+            # Where the simulator chooses between variants, its times count.
+            "simulator": source_digest("runtime_sim") if len(EFFORTS[self.lowering.opt_level].variants) > 1 else "",
         }  # fmt: skip
 
-    def reproducer(self) -> tuple[str, str]:
-        """(module text, passes) that do the same with `rngdc opt`."""
-        low = self.lowering
-        first = f"rngd-lower{{machine={self.machine.name} capacity={low.cache_capacity} batch={low.cache_batch}}}"
-        return self.text, f"{first},rngd-place{{machine={self.machine.name}}},rngd-schedule"
+    def reproducer(self, directory: Path) -> tuple[str, str]:
+        """(module text, passes) that do the same with `rngdc opt`; options and map go to a file in the directory."""
+        from rngdc.reproduce import save_task
+
+        return self.text, f'rngd-compile{{task="{save_task(self, directory)}"}}'
 
     def run(self, listen: Listener, lowered: Lowered | None = None, module: ModuleOp | None = None) -> Compiled:
         """Do it; `lowered` and `module` are what the pipeline builder has made, if it ran in this process."""
@@ -186,7 +194,7 @@ class Built:
 class Compiled:
     """A program: stream and debug information as the artifact stores them. `peak`: bytes used by memory.
 
-    `problems`: why there is none. `emitted` exists only in the process that made it.
+    `problems`: why there is none. `emitted` and `module` exist only in the process that made them.
     """
 
     stream: bytes = b""
@@ -198,6 +206,7 @@ class Compiled:
     problems: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     emitted: Emitted | None = None
+    module: ModuleOp | None = None
 
     @property
     def refused(self) -> bool:
@@ -206,7 +215,7 @@ class Compiled:
 
     def plain(self) -> Compiled:
         """Without the objects of this process."""
-        return replace(self, emitted=None)
+        return replace(self, emitted=None, module=None)
 
 
 Result = Built | Compiled
@@ -343,47 +352,111 @@ def _padded(values: Any, nbytes: int) -> bytes:
 # Compile -------------------------------------------------------------------------------------------------------------
 def _compile(task: CompileTask, listen: Listener, lowered: Lowered | None, module: ModuleOp | None) -> Compiled:
     steps = _Steps(listen)
-    machine = task.machine
     out = Compiled(seconds=steps.seconds)
-    if lowered is None:
-        steps("lower")
-        module = parse_module(task.text, task.name)
-        lowered = lower(module, machine, task.lowering)
-    steps("place")
-    try:
-        lowered, out.peak = _place(task, machine, lowered, module, out.notes)
-    except UserError as error:
+    variants = EFFORTS[task.lowering.opt_level].variants
+    first: UserError | None = None
+    best: tuple[float, _Made] | None = None
+    for variant in variants:
+        try:
+            made = _make(task, steps, variant, lowered, module)
+        except UserError as error:
+            first = first or error
+            continue
+        finally:
+            lowered = None  # a variant changes it
+        if made is None or (best is not None and made.same_as(best[1])):
+            continue
+        cycles = 0.0
+        if len(variants) > 1:
+            steps("time")
+            cycles = _cycles(made, task.machine)
+        if best is None or cycles < best[0]:
+            best = cycles, made
+    if best is None:
+        assert first is not None
         steps.close()
-        out.problems = _triples(error)
+        out.problems = _triples(first)
         return out
-    steps("schedule")
-    schedule(lowered.module)
-    _dump(task.dumps, "schedule", lowered.module)
-    steps("emit")
-    emitted = emit(lowered.module, machine, task.lowering.slices)
-    steps("verify")
-    errors = [v for v in emitted.check(machine) if v.severity == "error"]
-    if errors:
-        listed = "\n".join(f"  {v}" for v in errors[:20])
-        raise IllegalStreamError(f"{task.name}: the compiler made {len(errors)} illegal instructions:\n{listed}")
+    made = best[1]
+    _dump(task.dumps, "schedule", made.lowered.module)
     steps("encode")
-    out.record = _record(task.bucket, lowered, emitted)
-    out.caches = _caches(task.lowering, lowered, emitted)
-    out.stream, out.debug = _encoded(emitted), _debug(emitted)
-    out.emitted = emitted
+    out.peak, out.notes = made.peak, made.notes
+    out.record = _record(task.bucket, made.lowered, made.emitted)
+    out.caches = _caches(task.lowering, made.lowered, made.emitted)
+    out.stream, out.debug = _encoded(made.emitted), _debug(made.emitted)
+    out.emitted, out.module = made.emitted, made.lowered.module
     steps.close()
     return out
 
 
+@dataclass
+class _Made:
+    """A program that was placed, scheduled, emitted and verified."""
+
+    lowered: Lowered
+    emitted: Emitted
+    peak: dict[str, int]
+    notes: list[str]
+
+    def same_as(self, other: _Made) -> bool:
+        """Whether both are the same instructions."""
+        return self.emitted.streams[0] == other.emitted.streams[0]
+
+
+def _make(
+    task: CompileTask, steps: _Steps, variant: Variant, lowered: Lowered | None, module: ModuleOp | None
+) -> _Made | None:
+    """One variant of the program. None: it needs images that the map does not have. Raises UserError."""
+    machine, notes = task.machine, list[str]()
+    spill = int(task.lowering.spill_bytes * variant.spill)
+    if lowered is None or variant.spill != 1:
+        steps("lower")
+        module = module if module is not None else parse_module(task.text, task.name)
+        lowered = lower(module, machine, replace(task.lowering, spill_bytes=spill))
+    if any(image.key not in task.addresses for _, image in shared_images(lowered)):
+        return None
+    steps("place")
+    lowered, peak = _place(task, variant, lowered, module, notes)
+    steps("schedule")
+    schedule(lowered.module)
+    steps("emit")
+    emitted = emit(lowered.module, machine, task.lowering.slices)
+    steps("verify")
+    return _Made(lowered, verified(task.name, emitted, machine), peak, notes)
+
+
+def verified(name: str, emitted: Emitted, machine: Machine) -> Emitted:
+    """The program, after every static check. Raises IllegalStreamError."""
+    errors = [v for v in emitted.check(machine) if v.severity == "error"]
+    if errors:
+        listed = "\n".join(f"  {v}" for v in errors[:20])
+        raise IllegalStreamError(f"{name}: the compiler made {len(errors)} illegal instructions:\n{listed}")
+    return emitted
+
+
+def _cycles(made: _Made, machine: Machine) -> float:
+    """How long the program takes by the documented formulas, on as many units as it is for."""
+    from runtime_sim.timing import simulate
+    from runtime_sim.topology import Topology
+
+    launch = made.emitted.launch
+    units = max((len(values) for values in launch.values()), default=1)
+    stream = made.emitted.streams[0]
+    if units == 1:
+        return simulate(stream, machine).cycles
+    return simulate([stream], machine, topology=Topology.of(machine, units), launch=launch).cycles
+
+
 def _place(
-    task: CompileTask, machine: Machine, lowered: Lowered, module: ModuleOp | None, notes: list[str]
+    task: CompileTask, variant: Variant, lowered: Lowered, module: ModuleOp | None, notes: list[str]
 ) -> tuple[Lowered, dict[str, int]]:
     """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
+    machine = task.machine
     first: UserError | None = None
     for share in SPILL_SHARES:
         if first is not None:
             module = module if module is not None else parse_module(task.text, task.name)
-            spill = int(task.lowering.spill_bytes * share)
+            spill = int(task.lowering.spill_bytes * variant.spill * share)
             try:
                 lowered = lower(module, machine, replace(task.lowering, spill_bytes=spill))
             except UserError:
@@ -394,17 +467,14 @@ def _place(
             continue  # another form of a weight, or a literal, that the map of all programs does not have
         for op, image in images:
             op.address = IntegerAttr(task.addresses[image.key], i64)
-        moves = hoist(lowered.module, machine)
-        _dump(task.dumps, "hoist", lowered.module)
-        try:
-            return lowered, place(lowered.module, machine, task.hbm_base)
-        except UserError as error:
-            first = first or error
-        undo(moves)  # early transfers keep buffers alive for longer
-        try:
-            return lowered, place(lowered.module, machine, task.hbm_base)
-        except UserError:
-            continue
+        for prefetch in (variant.prefetch, variant.prefetch * LESS_PREFETCH, 0.0) if variant.prefetch else (0.0,):
+            moves = hoist(lowered.module, machine, prefetch) if prefetch else Moves()
+            _dump(task.dumps, "hoist", lowered.module)
+            try:
+                return lowered, place_in_order(lowered.module, machine, task.hbm_base)
+            except UserError as error:
+                first = first or error
+            undo(moves)  # early transfers keep buffers alive for longer
     assert first is not None
     raise first
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ir.errors import Problem
+from rngdc.places import check_directory
 
 if TYPE_CHECKING:
     from rngdc.cache import Cache
@@ -68,8 +69,8 @@ def check_work(work: WorkOptions, dumps: Path | None, problems: list[Problem]) -
         problems.append(Problem(f"--ray-address {work.ray_address}", why, "add --executor ray, or leave it out"))
     if work.executor == "ray":
         _check_ray(dumps, problems)
-    if work.cache_dir is not None and work.cache_dir.exists() and not work.cache_dir.is_dir():
-        problems.append(Problem(f"--cache-dir {work.cache_dir}", "it is no directory", "choose another"))
+    if work.cache_dir is not None and work.cache:
+        check_directory("--cache-dir", work.cache_dir, problems)
     if work.cache_dir is not None and not work.cache:
         why = "the one names a cache and the other turns it off"
         problems.append(Problem("--cache-dir with --no-cache", why, "leave one of them out"))
@@ -130,7 +131,7 @@ class FailedTask:
 
     def save(self, directory: Path) -> None:
         """Write the module with the command that reproduces the failure, and everything known about it."""
-        text, passes = self.task.reproducer()
+        text, passes = self.task.reproducer(directory)
         file = directory / f"{self.task.name}.mlir"
         self.command = f"rngdc opt -p '{passes}' {file}"
         file.write_text(f"// {self.task.stage}: {self.failure.what}\n// {self.command}\n{text}", "utf-8")

@@ -25,6 +25,7 @@ from rngdc.copy_weights import copy_weights
 
 if TYPE_CHECKING:
     from ir.weights import WeightTable
+    from rngdc.cache import Cache
     from rngdc.program import Programs
 
 Progress = Callable[[str], None]
@@ -68,7 +69,7 @@ def write_programs(
 
 
 def weight_sources(
-    table: WeightTable, mode: str, directory: Path, progress: Progress
+    table: WeightTable, mode: str, directory: Path, progress: Progress, cache: Cache | None = None
 ) -> tuple[list[WeightSource], list[LinkedFile]]:
     """Where the artifact finds every weight of the model; mode `copy` writes them into it."""
     if mode == "copy":
@@ -92,5 +93,5 @@ def weight_sources(
     linked: list[LinkedFile] = []
     for file in files:
         progress(f"checksum of {Path(file).name}")
-        linked.append(link(Path(file)))
+        linked.append(link(Path(file)) if cache is None else link(Path(file), cache.checksum))
     return sources, linked

@@ -7,12 +7,15 @@ with ArtifactWriter(out) as writer:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -27,6 +30,7 @@ from backend_rngd.isa.descriptors import Stream
 from backend_rngd.isa.tables import TableError, load_npz
 
 MANIFEST = "artifact.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h> and <linux/fs.h>
 REBUILD = "build it again"
 
 
@@ -36,9 +40,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def link(path: Path) -> LinkedFile:
-    """A reference to a file outside of the artifact, with size and checksum."""
-    return LinkedFile(path=str(path), bytes=path.stat().st_size, sha256=sha256(path))
+def link(path: Path, checksum: Callable[[Path], str] = sha256) -> LinkedFile:
+    """A reference to a file outside of the artifact, with size and checksum (which somebody may know already)."""
+    return LinkedFile(path=str(path), bytes=path.stat().st_size, sha256=checksum(path))
 
 
 class ArtifactWriter:
@@ -46,7 +50,10 @@ class ArtifactWriter:
 
     def __init__(self, target: Path, overwrite: bool = False) -> None:
         """Raises ArtifactError if the target exists (and is no artifact that may be overwritten)."""
-        self.target = target
+        self.target = target.resolve() if target.is_symlink() and overwrite else target
+        self.overwrite = overwrite
+        self._work: Path | None = None
+        self._parents: list[Path] = []
         if target.exists() or target.is_symlink():
             if not overwrite:
                 fix = "choose another directory, or pass --overwrite"
@@ -56,23 +63,42 @@ class ArtifactWriter:
                 raise ArtifactError([ArtifactProblem(f"{target} exists", why, "choose another directory")])
         self._finished = False
 
+    @property
+    def directory(self) -> Path:
+        """Where the files go until the artifact is finished."""
+        assert self._work is not None, "the writer was not entered"
+        return self._work
+
     def __enter__(self) -> ArtifactWriter:
         parent = self.target.absolute().parent
+        self._parents = [p for p in (parent, *parent.parents) if not p.exists()]
+        prefix = f".{self.target.name}.{os.getpid()}."
         try:
             parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(parent, self.target.name)
-            prefix = f".{self.target.name}.{os.getpid()}."
-            self.directory = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+            self._work = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+            for name in ("streams", "ir", "debug"):
+                (self.directory / name).mkdir()
         except OSError as error:
+            self._clean()
             what = f"{self.target} cannot be written"
             raise ArtifactError([ArtifactProblem(what, str(error), "choose another directory")]) from error
-        for name in ("streams", "ir", "debug"):
-            (self.directory / name).mkdir()
+        except BaseException:
+            self._clean()
+            raise
         return self
+
+    def _clean(self) -> None:
+        """Remove what was made, with the directories above it that were made for it and hold nothing else."""
+        if self._work is not None:
+            shutil.rmtree(self._work, ignore_errors=True)
+        for path in self._parents:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if not self._finished:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self._clean()
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Checksum every file, write the manifest, and move the directory to its place. Returns the final manifest."""
@@ -85,16 +111,50 @@ class ArtifactWriter:
         for name in (*names, MANIFEST):
             _sync(self.directory / name)
         os.chmod(self.directory, 0o777 & ~_umask())
-        if self.target.exists():
-            suffix, parent = ".partial", self.target.absolute().parent
-            old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.{os.getpid()}.", suffix=suffix, dir=parent))
-            os.rename(self.target, old / "old")
-            os.rename(self.directory, self.target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(self.directory, self.target)
+        self._publish()
         self._finished = True
         return manifest
+
+    def _publish(self) -> None:
+        """Move the directory to its place in one step, so that whoever looks sees the old artifact or the new one.
+
+        Raises ArtifactError if another build has put something there that this one may not replace.
+        """
+        if self.overwrite and exchange(self.directory, self.target):
+            shutil.rmtree(self.directory, ignore_errors=True)  # it holds the old artifact now
+            return
+        try:
+            os.rename(self.directory, self.target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            why = "another build has made it meanwhile"
+            fix = "use that one, choose another directory, or pass --overwrite"
+            raise ArtifactError([ArtifactProblem(f"{self.target} exists", why, fix)]) from error
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; False, with nothing changed, if the second is not there. Raises OSError.
+
+    Where the system cannot (renameat2 is Linux, and not of every file system), there is a moment without the second.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    swap = getattr(library, "renameat2", None)
+    if swap is not None and swap(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno() if swap is not None else errno.ENOSYS
+    if number == errno.ENOENT:
+        return False
+    if number not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(number, os.strerror(number), str(other))
+    aside = other.parent / f".{other.name}.{os.getpid()}.old.partial"
+    try:
+        os.rename(other, aside)
+    except FileNotFoundError:
+        return False
+    os.rename(one, other)
+    os.rename(aside, one)
+    return True
 
 
 def _umask() -> int:

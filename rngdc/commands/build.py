@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rngdc import defaults
-from rngdc.commands.app import Json, app, refuse, step_texts
+from rngdc.commands.app import app, refuse, step_texts
+from rngdc.effort import DEFAULT as DEFAULT_LEVEL
+from rngdc.effort import EFFORTS
 
 if TYPE_CHECKING:
     from ir.errors import Problem
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from rngdc.options import BuildOptions, ParallelOptions
 
 _NOT_SETTINGS = {"config", "json", "help"}
+_NONE = "none"
+
+
+def _levels() -> str:
+    return ", ".join(f"{i}: {effort.help}" for i, effort in enumerate(EFFORTS))
 
 
 def _configure(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -53,6 +60,8 @@ def build(
     max_seq_len_to_capture: Annotated[
         int | None,
         typer.Option(
+            "--max-seq-len-to-capture",
+            "--max-model-len",
             metavar="N",
             help="Longest sequence, prompt and answer together.",
             show_default="2048, or the model's positions if there are fewer; with buckets, the longest",
@@ -110,6 +119,26 @@ def build(
             "--sequence-parallel", help="Norms and residuals on a part of the tokens each.", show_default="off"
         ),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            "--devices",
+            metavar="N|DEVICES",
+            help="Cards that the artifact is for: their number, or devices such as npu:0:*,npu:1:0-3. "
+            "What does not fit them is refused; loading may choose others.",
+            show_default="as many cards as -tp and -pp take",
+        ),
+    ] = None,
+    opt_level: Annotated[
+        int,
+        typer.Option(
+            "-O",
+            "--opt-level",
+            metavar="0-3",
+            help=f"Time spent to make programs faster. {_levels()}.",
+        ),
+    ] = DEFAULT_LEVEL,
     weights: Annotated[
         str,
         typer.Option(
@@ -136,6 +165,15 @@ def build(
             "--num-hidden-layers", "--num-layers", metavar="N", help="Only the first N layers.", show_default="all"
         ),
     ] = None,
+    additional_model_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--additional-model-config",
+            metavar="KEY=VALUE",
+            help="A setting of the model: num_hidden_layers, seed_for_random_weight. Repeatable.",
+            show_default=_NONE,
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(metavar="TEXT", help="Name of the artifact.", show_default="the model's")] = "",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is an artifact.", show_default="off")
@@ -147,7 +185,7 @@ def build(
             help="Options from a YAML file, `option: value` a line; the command line wins.",
             callback=_configure,
             is_eager=True,
-            show_default=False,
+            show_default=_NONE,
         ),
     ] = None,
     dry_run: Annotated[
@@ -160,14 +198,14 @@ def build(
     ] = False,
     build_report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write where the time and memory went: .json, or text.", show_default=False),
+        typer.Option(metavar="FILE", help="Write where the time and memory went: .json, or text.", show_default=_NONE),
     ] = None,
     suggest_buckets: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.csv",
             help="Print buckets for requests of these lengths (prompt,output a line), and exit.",
-            show_default=False,
+            show_default=_NONE,
         ),
     ] = None,
     num_pipeline_builder_workers: Annotated[
@@ -196,13 +234,24 @@ def build(
     dump_ir: Annotated[
         Path | None,
         typer.Option(
-            "--dump-ir", metavar="DIR", help="Write the IR after every pass to numbered files.", show_default=False
+            "--dump-ir", metavar="DIR", help="Write the IR after every pass to numbered files.", show_default=_NONE
         ),
     ] = None,
     print_pipeline: Annotated[
         bool, typer.Option("--print-pipeline", help="Print the passes that would run, and exit.", show_default="off")
     ] = False,
-    json: Json = None,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE|-", help="Write the report as JSON to FILE, or to stdout for -.", show_default=_NONE
+        ),
+    ] = None,
+    quantization_artifact_path: Annotated[str | None, typer.Option(hidden=True)] = None,
+    kv_cache_sharing_across_beams_config: Annotated[str | None, typer.Option(hidden=True)] = None,
+    bundle_binaries: Annotated[bool | None, typer.Option("--bundle-binaries/--no-bundle-binaries", hidden=True)] = None,
+    data_parallel_size: Annotated[str | None, typer.Option("--data-parallel-size", "-dp", hidden=True)] = None,
+    model_id: Annotated[str | None, typer.Option(hidden=True)] = None,
+    paged_attention_num_blocks: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compile a model: one capture, one program a bucket, an artifact in OUT.
 
@@ -212,6 +261,8 @@ def build(
     from rngdc.buckets import BucketRequest, parse_pairs
     from rngdc.console import out as stdout
     from rngdc.options import BuildOptions, ParallelOptions
+    from rngdc.places import check_file
+    from rngdc.reference_options import apply_additional, refuse_replaced
     from rngdc.work import WorkOptions
 
     problems: list[Problem] = []
@@ -228,8 +279,19 @@ def build(
     if print_pipeline:
         if problems:
             raise UserError(problems)
-        stdout.print(_pipeline_text(auto_bfloat16_cast, parallel), markup=False)
+        stdout.print(_pipeline_text(auto_bfloat16_cast, parallel, opt_level), markup=False)
         return
+    replaced = {
+        "--quantization-artifact-path": quantization_artifact_path,
+        "--kv-cache-sharing-across-beams-config": kv_cache_sharing_across_beams_config,
+        "--bundle-binaries": "" if bundle_binaries else None,
+        "--data-parallel-size": data_parallel_size,
+        "--model-id": model_id,
+        "--paged-attention-num-blocks": paged_attention_num_blocks,
+    }
+    refuse_replaced({flag: value for flag, value in replaced.items() if value is not None}, problems)
+    if model is None and problems:
+        raise UserError(problems)
     if model is None:
         refuse("no model was given", "there is nothing to build", "rngdc build MODEL OUT, see `rngdc build --help`")
     if output is None:
@@ -251,10 +313,16 @@ def build(
         name=name,
         overwrite=overwrite,
         dump_ir=dump_ir,
+        opt_level=opt_level,
+        device=device,
         work=WorkOptions(
             num_pipeline_builder_workers, num_compile_workers, executor, ray_address, cache, cache_dir, fast_fail
         ),
     )
+    options = apply_additional(options, additional_model_config or [], problems)
+    for flag, path in (("--build-report", build_report), ("--json", Path(json) if json not in (None, "-") else None)):
+        if path is not None:
+            check_file(flag, path, problems)
     if dry_run:
         _dry_run(options, problems, json)
         return
@@ -314,20 +382,25 @@ def _suggest(path: Path, json: str | None) -> None:
             stdout.print(line, markup=False)
 
 
-def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions) -> str:
+def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions, opt_level: int) -> str:
     from passes.pipeline import shard_stage, simplify_stage, spec, specialise_stage
 
+    if not 0 <= opt_level < len(EFFORTS):
+        refuse(f"-O{opt_level}", "there is no such optimisation level", f"use -O0 to -O{len(EFFORTS) - 1}")
+    effort = EFFORTS[opt_level]
     plan = str(parallel.plan) if parallel.plan is not None else None
     shard = spec(shard_stage(parallel.tensor, parallel.sequence, plan))
     lines = [
         "capture      frontend.capture",
-        f"simplify     {spec(simplify_stage(auto_bfloat16_cast))}",
+        f"simplify     {spec(simplify_stage(auto_bfloat16_cast, effort.fuse))}",
         f"specialise   {spec(specialise_stage(1, 512, 512))}  (for each bucket)",
         *([f"shard        {shard}"] if shard else []),
         "outline      outline",
-        "map          rngd-lower",
-        "place        rngd-hoist,rngd-place",
+        f"map          rngd-lower{{opt={opt_level}}}",
+        f"place        {'rngd-hoist,' if effort.variants[0].prefetch else ''}rngd-place{{prefetch=false}}",
         "schedule     rngd-schedule",
-        "emit         backend_rngd.emit, isa.legality",
+        "emit         rngd-emit",
     ]
+    if len(effort.variants) > 1:
+        lines.append(f"             map to emit in {len(effort.variants)} variants; the simulator chooses")
     return "\n".join(lines)

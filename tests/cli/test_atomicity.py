@@ -53,7 +53,7 @@ def test_a_killed_build(rngdc: Command, model: Path, tmp_path: Path, how: signal
         assert [p.name for p in out.parent.iterdir()] == ["out"]
         open_artifact(out)
     else:
-        assert list(out.parent.iterdir()) == []
+        assert not out.parent.exists()  # the build had made it
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:

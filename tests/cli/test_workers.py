@@ -46,7 +46,7 @@ class Sum:
             time.sleep(120)
         return Plain(self.name, os.getpid())
 
-    def reproducer(self) -> tuple[str, str]:
+    def reproducer(self, directory: Path) -> tuple[str, str]:
         return "builtin.module {\n}\n", "simplify"
 
 
