@@ -12,11 +12,12 @@ from rngdc.commands.app import app
 from rngdc.commands.build import build
 from rngdc.commands.cache import cache
 from rngdc.commands.compare import compare
+from rngdc.commands.diff import diff
 from rngdc.commands.execute import check, run, simulate
 from rngdc.commands.look import disasm, inspect, opt
 from rngdc.guard import foreign_packages
 
-__all__ = ["app", "build", "cache", "check", "compare", "disasm", "inspect", "main", "opt", "run", "simulate"]
+__all__ = ["app", "build", "cache", "check", "compare", "diff", "disasm", "inspect", "main", "opt", "run", "simulate"]
 
 
 def _terminated(number: int, frame: object) -> None:

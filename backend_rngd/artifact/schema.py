@@ -306,7 +306,7 @@ class Bucket(_Record):
     debug: str
     """File that says where every value lies and when it is complete."""
     instructions: int
-    """Instructions that a unit executes."""
+    """Instructions of the stream, those of each function once."""
     inputs: tuple[Port, ...]
     """What the host writes before a run."""
     outputs: tuple[Port, ...]
