@@ -11,9 +11,11 @@ from xdsl.passes import ModulePass
 
 from passes.bind_quantized import BindQuantized
 from passes.cast_bf16 import CastBf16
+from passes.chunk_tokens import ChunkTokens
 from passes.drop_logits import DropLogits
 from passes.fuse_elementwise import FuseElementwise
 from passes.last_token import LastToken
+from passes.outline import Outline
 from passes.partition import Partition
 from passes.plan_tp import PlanTp
 from passes.simplify import Simplify
@@ -59,6 +61,11 @@ def shard_stage(tensor: int, sequence_parallel: bool = False, plan: str | None =
     place = PlanTp(size=tensor, sequence_parallel=sequence_parallel, plan=plan)
     # A plan for one unit is only checked.
     return [place, Partition()] if tensor > 1 else [place]
+
+
+def outline_stage() -> list[ModulePass]:
+    """Once per bucket, last: nothing but calls in `@main`, and no more tokens at once than data memory has room for."""
+    return [Outline(), ChunkTokens()]
 
 
 def spec(passes: Sequence[ModulePass]) -> str:

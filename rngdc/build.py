@@ -286,13 +286,13 @@ def make_programs(
 
 def bucket_passes(options: BuildOptions, kind: str, bucket: BucketSpec) -> str:
     """The passes that make a bucket of the simplified model, as `rngdc opt -p` takes them."""
-    from passes.pipeline import shard_stage, spec, specialise_stage
+    from passes.pipeline import outline_stage, shard_stage, spec, specialise_stage
 
     spread = options.parallel
     kv = None if kind == "encoder" else bucket.attention_size
     plan = str(spread.plan) if spread.plan is not None else None
     stage = specialise_stage(bucket.batch, bucket.input_length, kv, bucket.logits)
-    return spec([*stage, *shard_stage(spread.tensor, spread.sequence, plan)])
+    return spec([*stage, *shard_stage(spread.tensor, spread.sequence, plan), *outline_stage()])
 
 
 def compile_modules(

@@ -90,7 +90,8 @@ class Plan:
 
 def dry_run(options: BuildOptions, progress: Progress, problems: list[Problem] | None = None) -> Plan:
     """Check everything and estimate. Raises UserError with every problem found; writes nothing but `--dump-ir`."""
-    from passes.outline import outline
+    from passes.opt import run_pipeline
+    from passes.pipeline import outline_stage
 
     clock, notes, machine = Clock(), list[str](), load_machine(options.machine)
     found = list(problems or [])
@@ -100,7 +101,7 @@ def dry_run(options: BuildOptions, progress: Progress, problems: list[Problem] |
     modules = shard_modules(options, modules, notes, progress)
     progress("estimating")
     for module in modules.values():
-        outline(module)
+        run_pipeline(module, outline_stage())
     memory = memory_of(modules.values())
     if short := memory_problems(memory, options.parallel, machine, options.device):
         raise UserError(short)

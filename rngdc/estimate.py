@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from xdsl.dialects.func import CallOp, FuncOp
 from xdsl.ir import BlockArgument, Operation, SSAValue
 
-from backend_rngd.artifact.stages import balance
+from backend_rngd.artifact.stages import EMBED, HEAD, LAYER, balance, role
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import CollectiveKind, best_collective
 from ir.axes import Rule
@@ -23,7 +23,7 @@ from ir.dialects import tc
 from ir.errors import Problem
 from ir.interpreter import names_of
 from ir.types import numpy_dtype, shape_of
-from passes.outline import PREPARE
+from passes.chunk_tokens import CHUNK
 from rngdc.cards import room_of, stages_of
 from rngdc.options import ParallelOptions
 
@@ -161,14 +161,15 @@ def _nbytes(value: SSAValue) -> int:
 def memory_of(modules: Iterable[ModuleOp]) -> Memory:
     """What the programs of an artifact hold in HBM beside activations; the modules must be outlined.
 
-    A cache is as large as the largest program needs. A weight counts once, with the call that reads it first.
+    A cache is as large as the largest program needs. A weight counts once, with the call that reads it first. A program
+    that is walked in chunks reads its weights and caches again in every chunk.
     """
     weights: dict[str, tuple[int, int]] = {}
     caches: dict[str, tuple[int, int]] = {}
     names: list[str] = []
     for module in modules:
         main = next(op for op in module.ops if isinstance(op, FuncOp) and op.sym_name.data == "main")
-        calls = [op for op in main.body.block.ops if isinstance(op, CallOp) and op.callee.string_value() != PREPARE]
+        calls = [op for op in main.body.block.ops if isinstance(op, CallOp) and _holds(op)]
         names = names if len(names) >= len(calls) else [c.callee.string_value() for c in calls]
         arguments = names_of(main, "arg_names", len(main.body.block.args))
         for number, call in enumerate(calls):
@@ -183,6 +184,12 @@ def memory_of(modules: Iterable[ModuleOp]) -> Memory:
         for number, nbytes in table.values():
             total[number] += nbytes
     return Memory(tuple(names), tuple(totals[0]), tuple(totals[1]))
+
+
+def _holds(call: CallOp) -> bool:
+    """Whether a call is part of a stage: embedding, a layer, or the head; of several chunks only the first."""
+    chunk = call.attributes.get(CHUNK)
+    return role(call.callee.string_value()) in (EMBED, LAYER, HEAD) and (chunk is None or chunk == IntegerAttr(0, i64))
 
 
 def memory_problems(

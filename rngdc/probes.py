@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.artifact import Artifact, Bucket
-from backend_rngd.artifact.stages import PREPARE
+from backend_rngd.artifact.stages import CUT, PREPARE, passes_of, role
 from backend_rngd.artifact.weights import DTYPES
 from backend_rngd.isa.descriptors import Call, Stream
 from runtime_sim.functional import Executed, Unit
@@ -115,22 +115,28 @@ class ProbeReader:
 def _call_names(streams: Sequence[Stream], stage: int) -> dict[tuple[int, int], str]:
     """(routine, index) of each call in a stage -> callee and its number among the calls of that callee in the routine.
 
-    Calls of the entry are counted through the stages, so that layers have the numbers of the whole program; every stage
-    prepares for itself.
+    Calls of the entry are counted chunk by chunk through the stages, so they have the numbers of the whole program;
+    every stage cuts and prepares for itself.
     """
     names: dict[tuple[int, int], str] = {}
-    before: Counter[str] = Counter()
-    for earlier in streams[:stage]:
-        before.update(name for name, _ in _callees(earlier, 0) if name != PREPARE)
-    for number in range(len(streams[stage].routines)):
-        seen = Counter(before) if number == 0 else Counter[str]()
-        for callee, index in _callees(streams[stage], number):
-            names[number, index] = f"{callee}[{seen[callee]}]"
-            seen[callee] += 1
+    parts = [passes_of(stream) for stream in streams]
+    seen: Counter[str] = Counter()
+    for chunk in range(len(parts[stage])):
+        for other, stream in enumerate(streams):
+            for callee, index in _callees(stream, 0, parts[other][chunk]):
+                if other == stage:
+                    names[0, index] = f"{callee}[{seen[callee]}]"
+                if other == stage or role(callee) not in (CUT, PREPARE):
+                    seen[callee] += 1
+    for number, routine in enumerate(streams[stage].routines):
+        inner: Counter[str] = Counter()
+        for callee, index in _callees(streams[stage], number, range(len(routine.instructions))) if number else ():
+            names[number, index] = f"{callee}[{inner[callee]}]"
+            inner[callee] += 1
     return names
 
 
-def _callees(stream: Stream, routine: int) -> list[tuple[str, int]]:
-    """(callee, index) of every call of a routine."""
-    items = enumerate(stream.routines[routine].instructions)
+def _callees(stream: Stream, routine: int, part: range) -> list[tuple[str, int]]:
+    """(callee, index) of every call among the instructions `part` of a routine."""
+    items = ((i, stream.routines[routine].instructions[i]) for i in part)
     return [(stream.routines[x.what.routine].name, i) for i, x in items if isinstance(x.what, Call)]

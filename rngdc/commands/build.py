@@ -383,7 +383,7 @@ def _suggest(path: Path, json: str | None) -> None:
 
 
 def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions, opt_level: int) -> str:
-    from passes.pipeline import shard_stage, simplify_stage, spec, specialise_stage
+    from passes.pipeline import outline_stage, shard_stage, simplify_stage, spec, specialise_stage
 
     if not 0 <= opt_level < len(EFFORTS):
         refuse(f"-O{opt_level}", "there is no such optimisation level", f"use -O0 to -O{len(EFFORTS) - 1}")
@@ -395,7 +395,7 @@ def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions, opt_leve
         f"simplify     {spec(simplify_stage(auto_bfloat16_cast, effort.fuse))}",
         f"specialise   {spec(specialise_stage(1, 512, 512))}  (for each bucket)",
         *([f"shard        {shard}"] if shard else []),
-        "outline      outline",
+        f"outline      {spec(outline_stage())}",
         f"map          rngd-lower{{opt={opt_level}}}",
         f"place        {'rngd-hoist,' if effort.variants[0].prefetch else ''}rngd-place{{prefetch=false}}",
         "schedule     rngd-schedule",
