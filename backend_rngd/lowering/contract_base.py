@@ -137,9 +137,9 @@ class ContractionMapping:
         self.em.execute(self.em.fetch(0, [(count, 4)], Dtype.F32, packet), source, commit, target, vector=vector)
 
 
-def compact(count: int, dtype: Dtype) -> Commit:
+def compact(count: int, dtype: Dtype, base: int = 0) -> Commit:
     """Commit of `count` consecutive elements a slice."""
-    return Commit(0, ((count, dtype.bytes),), dtype, 8 if count % 8 == 0 else 4)
+    return Commit(base, ((count, dtype.bytes),), dtype, 8 if count % 8 == 0 else 4)
 
 
 def needs_own_pass(vector: Sequence[VectorOp]) -> bool:

@@ -31,6 +31,7 @@ from backend_rngd.machine import Machine
 
 Loops = tuple[tuple[int, int], ...]
 MAX_LOOP = 65536
+HBM_LINE = 256
 
 
 class Place(NamedTuple):
@@ -341,9 +342,9 @@ def _fit_packet(entries: list[tuple[int, int, int, int]], packet: int) -> tuple[
         packet *= entries[-1][0]
         entries = entries[:-1]
     if packet > limit:
-        size = limit
-        while packet % size or size % 8:
-            size -= 8
+        # Whole lines where they divide it: a request that ends inside a line of HBM writes part of it.
+        whole = [n for n in range(HBM_LINE, limit + 1, HBM_LINE) if packet % n == 0]
+        size = max(whole) if whole else max(n for n in range(8, limit + 1, 8) if packet % n == 0)
         entries = [*entries, (packet // size, size, size, 0)]
         packet = size
     out: list[tuple[int, int, int, int]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from xdsl.ir import SSAValue
 
@@ -40,6 +41,13 @@ class Tile:
     start: int
     per_slice: int
     slices: int
+
+
+class _Final(NamedTuple):
+    """Where a tile's results go in every slice."""
+
+    buffer: SSAValue
+    base: int
 
 
 class WeightsStream(ContractionMapping):
@@ -79,11 +87,17 @@ class WeightsStream(ContractionMapping):
         apart = split or (packed is not None and bool(vector))
         own_epilogue = apart and (needs_own_pass(vector) or not split)
         parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if apart else []
-        finals = [em.alloc(t.per_slice * lanes * dtype.bytes, "channels") for t in tiles]
+        sizes = [t.per_slice * lanes * dtype.bytes for t in tiles]
+        if output is None:
+            finals = [_Final(em.alloc(size, "channels"), 0) for size in sizes]
+        else:  # side by side, so that few transfers store them
+            whole = em.alloc(sum(sizes), "channels")
+            finals = [_Final(whole, sum(sizes[:i])) for i in range(len(tiles))]
         for i, t in enumerate(tiles):
             if t.slices < em.slices:  # the ring and the sums read every slice, also those without channels
-                for buffer, width in ((finals[i], dtype.bytes), *((p[i], 4) for p in parts)):
-                    em.memset(buffer, 0, t.per_slice * lanes * width)
+                em.memset(finals[i].buffer, finals[i].base, sizes[i])
+                for part in parts:
+                    em.memset(part[i], 0, t.per_slice * lanes * 4)
         jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
 
         def fetch_tile(i: int) -> None:
@@ -116,7 +130,7 @@ class WeightsStream(ContractionMapping):
                 scales.load_channels(tile.start, tile.per_slice, tile.slices, em.slices)
                 # The sums over chunks run in every slice, a pass over weights only where there are channels.
                 after = (*scales.few(tile.per_slice, lanes, em.slices if split else tile.slices), *vector)
-            where = finals[t] if not apart else parts[0 if c == 0 else 1][t]
+            where = finals[t] if not apart else _Final(parts[0 if c == 0 else 1][t], 0)
             self._weights_pass(
                 buffers[i % 2],
                 tile,
@@ -133,29 +147,30 @@ class WeightsStream(ContractionMapping):
             count = tile.per_slice * lanes
             if split and c > 0:
                 done = last and not own_epilogue
-                self._add(
-                    parts[0][t],
-                    parts[1][t],
-                    tile.per_slice * lanes,
-                    compact(tile.per_slice * lanes, dtype if done else Dtype.F32),
-                    finals[t] if done else parts[0][t],
-                    after if done else (),
-                )
+                goal = finals[t] if done else _Final(parts[0][t], 0)
+                commit = compact(count, dtype if done else Dtype.F32, goal.base)
+                self._add(parts[0][t], parts[1][t], count, commit, goal.buffer, after if done else ())
             if last and own_epilogue:
-                count = tile.per_slice * lanes
-                self._apply(parts[0][t], count, compact(count, dtype), finals[t], after)
+                self._apply(parts[0][t], count, compact(count, dtype, finals[t].base), finals[t].buffer, after)
         if output is not None:
-            for tile, final in zip(tiles, finals, strict=True):
-                run = tile.per_slice * lanes * dtype.bytes
-                em.dma(
-                    dm(final), hbm(output, tile.start * lanes * dtype.bytes), [(tile.slices, DM_SLICE_STRIDE, run)], run
-                )
+            self._store(tiles, finals, lanes * dtype.bytes, output)
             return Tensor(output, Space.HBM, dtype, channel_major(dims, lanes * dtype.bytes), x.rows, 0, dtype.bytes)
         width = max(t.start + em.slices * t.per_slice for t in tiles)
         result = self.result(dims, dtype, x.rows, width)
         for tile, final in zip(tiles, finals, strict=True):
-            self._spread(final, tile, lanes, local, dtype, result)
+            self._spread(final.buffer, tile, lanes, local, dtype, result)
         return result
+
+    def _store(self, tiles: Sequence[Tile], finals: Sequence[_Final], row: int, output: SSAValue) -> None:
+        """`[channel][lane]` of all tiles to HBM, `row` bytes a channel; equal tiles in one transfer."""
+        first = 0
+        while first < len(tiles):
+            tile = tiles[first]
+            same = sum((t.per_slice, t.slices) == (tile.per_slice, tile.slices) for t in tiles[first:])
+            run = tile.per_slice * row
+            loops = [(same, run, tile.slices * run), (tile.slices, DM_SLICE_STRIDE, run)]
+            self.em.dma(dm(*finals[first]), hbm(output, tile.start * row), loops, run)
+            first += same
 
     def _tokens_to_trf(self, x: Tensor, k0: int, k: int, lanes: int, base: int) -> None:
         """TRF lane l holds token l (tokens repeat when there are fewer than lanes)."""
@@ -184,7 +199,7 @@ class WeightsStream(ContractionMapping):
         packet: int,
         lanes: int,
         base: int,
-        target: SSAValue,
+        target: _Final,
         dtype: Dtype,
         vector: Sequence[VectorOp],
         multiplied: Dtype,
@@ -195,8 +210,8 @@ class WeightsStream(ContractionMapping):
         self.em.execute(
             self.em.fetch(0, [(tile.per_slice, k * width), (k, width)], multiplied, packet),
             weights,
-            Commit(0, ((tile.per_slice, lanes * dtype.bytes), (lanes, dtype.bytes)), dtype, lanes),
-            target,
+            Commit(target.base, ((tile.per_slice, lanes * dtype.bytes), (lanes, dtype.bytes)), dtype, lanes),
+            target.buffer,
             slices=tile.slices,
             contract=Contract(
                 lanes,
