@@ -107,7 +107,7 @@ class LLM:
         tensor_parallel_size: int | None = None,
         prefill_chunk_size: int | None = None,
         dtype: str | None = None,
-        mode: Literal["documented", "silicon"] = "documented",
+        mode: Literal["documented", "silicon"] = "silicon",
         strict: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> LLM:

@@ -52,6 +52,23 @@ def add_what_if(report: dict[str, Any], what_if: WhatIf, before: dict[str, float
         b["unchanged_cycles"] = before[b["name"]]
 
 
+def _bounds_table(report: dict[str, Any]) -> Table:
+    """What no schedule of these instructions can leave, and the energy of a token."""
+    table = Table(title="bounds of the time, and board energy", title_justify="left")
+    table.add_column("bucket")
+    for name in ("at least", "cycles", "at most", "power", "a token"):
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    for b in report["buckets"]:
+        limits = b["bounds"]
+        table.add_row(
+            b["name"], f"{limits['lower']:,.0f}", f"{b['cycles']:,.0f}", f"{limits['upper']:,.0f}",
+            "{:.0f} to {:.0f} W".format(*b["power_watts"]),
+            "{:.3g} to {:.3g} mJ".format(*(1e3 * x for x in b["energy_per_token_joules"])), limits["binds"],
+        )  # fmt: skip
+    return table
+
+
 def _what_if_tables(report: dict[str, Any]) -> list[RenderableType]:
     changed = report.get("what_if")
     if changed is None:
@@ -72,6 +89,7 @@ def _what_if_tables(report: dict[str, Any]) -> list[RenderableType]:
 def _bucket(bucket: Bucket, analysis: Analysis) -> dict[str, Any]:
     result, number = analysis.result, analysis.slowest
     slowest = result.slowest
+    tokens = bucket.batch * bucket.input_length
     account = shortened(analysis.charges(number), MOST_CAUSES)
     return {
         "name": bucket.name,
@@ -99,6 +117,9 @@ def _bucket(bucket: Bucket, analysis: Analysis) -> dict[str, Any]:
         "memory": analysis.memory(number),
         "units": [{key: row[key] for key in PER_UNIT if key in row} for row in result.per_unit],
         "energy_joules": result.energy_joules(),
+        "power_watts": list(result.power),
+        "energy_per_token_joules": [watts * result.seconds / tokens for watts in result.power],
+        "bounds": result.bounds.to_json() if result.bounds is not None else None,
     }
 
 
@@ -124,7 +145,7 @@ def simulate_tables(report: dict[str, Any]) -> list[RenderableType]:
             f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB",
             *shares, *([f"{b['collective_share']:.1%}"] if several else []),
         )  # fmt: skip
-    out: list[RenderableType] = [table, *_what_if_tables(report)]
+    out: list[RenderableType] = [table, _bounds_table(report), *_what_if_tables(report)]
     return out + _explanation(report["buckets"][0]) if len(report["buckets"]) == 1 else out
 
 

@@ -292,12 +292,26 @@ class TimingResult:
         first = self.classes.members[self.classes.of_unit[self.slowest if unit is None else unit]][0]
         return [layer for layer in self.layers if layer.unit == first]
 
+    @cached_property
+    def power(self) -> tuple[float, float]:
+        """Board power in W, (low, high), of the fit of measured power over loaded PEs (hardware.md 1.6).
+
+        high: every PE in use counts as loaded all the time. low: only while its main context works. Serving measured
+        between the two, at 140 to 152 W (reference-product.md 9.3).
+        """
+        loaded: dict[int, list[float]] = {}
+        for unit, place in enumerate(self.topology.places):
+            pes = max(1, self.flat.streams[self.classes.of_unit[unit]].slices // self.machine.slices_per_pe)
+            card = loaded.setdefault(place.card, [0.0, 0.0])
+            card[0] += pes * self.utilisation(unit)["main"]
+            card[1] += pes
+        idle, each, most = (getattr(self.machine, f"power_{name}_watts") for name in ("idle", "pe", "card"))
+        low, high = (sum(min(most, idle + each * card[side]) for card in loaded.values()) for side in (0, 1))
+        return float(low), float(high)
+
     def energy_joules(self) -> float:
-        """Board energy: idle power of every card plus the measured power of a loaded PE for every PE in use
-        (hardware.md 1.6)."""
-        pes = sum(max(1, self.flat.streams[c].slices // self.machine.slices_per_pe) for c in self.classes.of_unit)
-        watts = self.topology.cards * self.machine.power_idle_watts + pes * self.machine.power_pe_watts
-        return watts * self.seconds
+        """Board energy with every PE in use loaded all the time: the high end of `power`."""
+        return self.power[1] * self.seconds
 
     def to_json(self, instructions: bool = False) -> dict[str, Any]:
         """JSON object; with `instructions` also one row an executed instruction of the represented units."""

@@ -188,6 +188,7 @@ def to_json(result: TimingResult, instructions: bool = False) -> dict[str, Any]:
         "hbm_write_bytes": result.hbm_write_bytes,
         "hbm_utilisation": result.hbm_utilisation,
         "energy_joules": result.energy_joules(),
+        "power_watts": list(result.power),
         "collective_share": result.collective_share,
         "stalls": result.stalls,
         "critical_path": {"instructions": len(path), "cycles_by_context": on_path},

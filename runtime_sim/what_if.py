@@ -25,7 +25,8 @@ CHANGEABLE = frozenset(
         "dmn_bytes_per_cycle", "dmn_window_bytes", "hbm_channel_bytes_per_cycle", "hbm_efficiency",
         "hbm_row_switch_cycles", "hbm_unaligned_write_factor",
         "lookup_keys_per_cycle", "lookup_load_cycles", "notify_cluster_cycles", "notify_issue_cycles",
-        "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle", "power_idle_watts", "power_pe_watts",
+        "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle", "power_card_watts", "power_idle_watts",
+        "power_pe_watts",
         "switch_configuration_cycles", "switch_fill_cycles_per_hop", "vector_alu_cycles",
     }
 )  # fmt: skip
@@ -37,11 +38,18 @@ ALIASES = {
     "card.latency": "pcie_latency_cycles",
     "cluster.bandwidth": "dm_cross_cluster_bytes_per_cycle",
 }
+# What an engine gets out of HBM is in proportion to what HBM gives.
+LINKED = {"hbm.bandwidth": "dma_hbm_bytes_per_cycle"}
 ENOUGH = 1e6  # times a bandwidth: what it limits then takes no time worth naming
 _SYNC = ("notify_issue_cycles", "notify_cluster_cycles", "cluster_sync_cycles", "pcie_latency_cycles")
 IDEALS: dict[str, dict[str, float]] = {  # factors by parameter
     "collectives": dict.fromkeys(_SYNC, 0.0),  # and `free_collectives`
-    "hbm": {"hbm_channel_bytes_per_cycle": ENOUGH},
+    "hbm": {
+        "hbm_channel_bytes_per_cycle": ENOUGH,
+        "dma_hbm_bytes_per_cycle": ENOUGH,
+        "hbm_row_switch_cycles": 0.0,
+        "hbm_unaligned_write_factor": 0.0,
+    },
     "sync": dict.fromkeys(_SYNC, 0.0),
 }
 
@@ -112,7 +120,11 @@ def parse(settings: Sequence[str], ideals: Sequence[str], machine: Machine) -> W
         if name in named or name in values:
             raise WhatIfError(f"--set {text}", f"{name} is changed already", "give every parameter one value")
         named.add(name)
-        values[name] = _value(text, number.strip(), float(getattr(machine, name)), name)
+        before = float(getattr(machine, name))
+        values[name] = _value(text, number.strip(), before, name)
+        linked = LINKED.get(given.strip())
+        if linked is not None and linked not in values:
+            values[linked] = float(getattr(machine, linked)) * values[name] / before
     changes = tuple(
         Change(name, machine.parameters[name].unit, float(getattr(machine, name)), value)
         for name, value in values.items()

@@ -145,6 +145,7 @@ class Machine(BaseModel):
 
     power_idle_watts: float
     power_pe_watts: float
+    power_card_watts: float
 
     @property
     def hbm_bytes_per_cycle(self) -> float:

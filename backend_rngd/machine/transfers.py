@@ -228,7 +228,8 @@ def dma_time(desc: Dma, machine: Machine, engines: int = 1, reach: Reach = OWN) 
 
 def engine_bytes_per_cycle(work: DmaWork, machine: Machine) -> float:
     """Bytes a cycle of one engine: less when requests wait for HBM."""
-    return machine.dma_hbm_bytes_per_cycle if work.read or work.write else machine.dma_engine_bytes_per_cycle
+    from_hbm = machine.dma_hbm_bytes_per_cycle if work.read or work.write else machine.dma_engine_bytes_per_cycle
+    return min(from_hbm, machine.dma_engine_bytes_per_cycle)
 
 
 def _far(desc: Dma, work: DmaWork, machine: Machine, engines: int, reach: Reach, near: float) -> float:

@@ -29,7 +29,7 @@ def compare(
     ],
     b: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.", show_default=False)],
     bucket: BucketNames = None,
-    mode: ModeOption = "documented",
+    mode: ModeOption = "silicon",
     json: Json = None,
 ) -> None:
     """Name the operations, causes and layers that made B faster or slower than A.

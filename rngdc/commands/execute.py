@@ -62,7 +62,7 @@ def run(
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub artifact.", show_default="main")
     ] = None,
-    mode: ModeOption = "documented",
+    mode: ModeOption = "silicon",
     strict: Annotated[
         bool, typer.Option("--strict", help="Also find reads of memory that nothing wrote (slower).")
     ] = False,
@@ -180,7 +180,7 @@ def simulate(
         list[str] | None,
         typer.Option("--ideal", metavar="PART", help="What if collectives, hbm or sync took no time. Repeatable."),
     ] = None,
-    mode: ModeOption = "documented",
+    mode: ModeOption = "silicon",
     json: Json = None,
 ) -> None:
     """Tell how long each program takes and where the time goes. Needs no weights."""

@@ -127,7 +127,7 @@ def test_no_weights_is_for_timing_only(rngdc: Command, tmp_path: Path) -> None:
 
 
 def test_simulate_report(rngdc: Command, artifact: Path) -> None:
-    report = rngdc("simulate", artifact, "--json", "-").json
+    report = rngdc("simulate", artifact, "--json", "-", "--mode", "documented").json
     assert report["mode"] == "documented"
     assert report["clock_ghz"] == 1.0
     assert [b["name"] for b in report["buckets"]] == ["prefill_b1_s16_kv16", "decode_b2_kv32"]
@@ -144,8 +144,13 @@ def test_simulate_report(rngdc: Command, artifact: Path) -> None:
         assert [layer["name"] for layer in b["layers"]] == names
         assert sum(layer["cycles"] for layer in b["layers"]) == pytest.approx(b["cycles"])
         assert b["collective_share"] == 0
-    silicon = rngdc("simulate", artifact, "--json", "-", "--mode", "silicon", "--bucket", "decode_b2_kv32").json
-    assert silicon["mode"] == "silicon"
+        assert b["bounds"]["lower"] <= b["cycles"] <= b["bounds"]["upper"]
+        low, high = b["energy_per_token_joules"]
+        assert (
+            0 < 38 * b["time_us"] / 1e6 <= low * b["batch"] * b["input_length"] < high * b["batch"] * b["input_length"]
+        )
+    silicon = rngdc("simulate", artifact, "--json", "-", "--bucket", "decode_b2_kv32").json
+    assert silicon["mode"] == "silicon"  # the default
     assert silicon["buckets"][0]["cycles"] > report["buckets"][1]["cycles"]  # issue and start-up cost time
 
 

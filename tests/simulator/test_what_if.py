@@ -44,6 +44,7 @@ def test_factors_are_of_the_mode_and_reported(mode: str) -> None:
     assert changes["dma_startup_cycles"] == ((1100, 550) if mode == "silicon" else (500, 250))
     assert changes["hbm_channel_bytes_per_cycle"] == (48, 72)
     assert changes["cluster_sync_cycles"] == ((200 if mode == "silicon" else 600), 0)
+    assert changes["dma_hbm_bytes_per_cycle"] == ((177, 265.5) if mode == "silicon" else (256, 384))
     assert what_if.machine.hbm_bytes_per_cycle == 32 * 72
     assert what_if.machine.mode == mode
     assert what_if.machine.digest() != machine.digest()
