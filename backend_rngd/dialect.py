@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from xdsl.dialects.builtin import IntegerAttr, StringAttr, SymbolRefAttr
+from xdsl.dialects.builtin import ArrayAttr, IntAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from xdsl.ir import Attribute, Block, Dialect, Region, SSAValue
 from xdsl.irdl import (
     IRDLOperation,
@@ -274,22 +274,30 @@ class RoutineOp(IRDLOperation):
 
 @irdl_op_definition
 class CallOp(IRDLOperation):
-    """Run a routine with HBM buffers. A barrier: what follows waits for the whole call.
+    """Run a routine with HBM buffers, from byte `offsets` of each. A barrier: what follows waits for the whole call.
 
     ```mlir
-    rngd.call @block_0(%w, %k) : !rngd.buffer<hbm, 64>, !rngd.buffer<hbm, 64>
+    rngd.call @block_0(%w, %k)
+    rngd.call @keys(%k, %v) offsets [4096, 4096]
     ```
     """
 
     name = "rngd.call"
     callee = prop_def(SymbolRefAttr)
     where = prop_def(StringAttr, prop_name="location")  # Operation.location is the IR location
+    offsets = opt_prop_def(ArrayAttr[IntAttr])
     arguments = var_operand_def(BufferType)
 
-    def __init__(self, name: str, args: Sequence[SSAValue], location: str = ""):
-        super().__init__(
-            operands=[list(args)], properties={"callee": SymbolRefAttr(name), "location": shared_string(location)}
-        )
+    def __init__(self, name: str, args: Sequence[SSAValue], location: str = "", offsets: Sequence[int] = ()):
+        properties: dict[str, Attribute] = {"callee": SymbolRefAttr(name), "location": shared_string(location)}
+        if any(offsets):
+            properties["offsets"] = ArrayAttr([IntAttr(n) for n in offsets])
+        super().__init__(operands=[list(args)], properties=properties)
+
+    @property
+    def offset_list(self) -> list[int]:
+        """Bytes from the start of every buffer."""
+        return [0] * len(self.arguments) if self.offsets is None else [n.data for n in self.offsets]
 
     def verify_(self) -> None:
         """The callee exists and takes these buffers."""
@@ -300,13 +308,17 @@ class CallOp(IRDLOperation):
         found = [a.type for a in self.arguments]
         if wanted != found:
             raise VerifyException(f"{self.callee.string_value()} takes other buffers than it is called with")
+        if len(self.offset_list) != len(found):
+            raise VerifyException("an offset for every buffer, or none")
 
     def print(self, printer: Printer) -> None:
-        """`@callee(%a, ...) [at "location"]`."""
+        """`@callee(%a, ...) [offsets [...]] [at "location"]`."""
         printer.print_string(" ")
         printer.print_symbol_name(self.callee.string_value())
         with printer.in_parens():
             printer.print_list(self.arguments, printer.print_ssa_value)
+        if self.offsets is not None:
+            printer.print_string(f" offsets {self.offset_list}")
         if self.where.data:
             printer.print_string(" at ")
             printer.print_string_literal(self.where.data)
@@ -316,8 +328,11 @@ class CallOp(IRDLOperation):
         """Inverse of `print`."""
         name = parser.parse_symbol_name()
         args = parser.parse_comma_separated_list(parser.Delimiter.PAREN, lambda: parse_buffer(parser))
+        offsets: list[int] = []
+        if parser.parse_optional_keyword("offsets"):
+            offsets = parser.parse_comma_separated_list(parser.Delimiter.SQUARE, parser.parse_integer)
         location = parser.parse_str_literal() if parser.parse_optional_keyword("at") else ""
-        return cls(name.data, args, location)
+        return cls(name.data, args, location, offsets)
 
 
 @irdl_op_definition

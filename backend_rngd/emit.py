@@ -180,9 +180,9 @@ def _routine(
             out.append(Instruction(CONTEXTS[item.context.data], item.after.data, book.absolute(item), where))
         elif isinstance(item, CallOp):
             moves: list[tuple[int, int, int]] = []
-            for i, value in enumerate(item.arguments):
+            for i, (value, offset) in enumerate(zip(item.arguments, item.offset_list, strict=True)):
                 at = book.of(value)
-                moves.append((FIRST_ARGUMENT_REGISTER + i, at.register, at.offset))
+                moves.append((FIRST_ARGUMENT_REGISTER + i, at.register, at.offset + offset))
             call = Call(numbers[item.callee.string_value()], tuple(moves))
             out.append(Instruction(Context.CONTROL, After(), call, locations.number(item.where.data)))
         elif isinstance(item, ProbeOp):

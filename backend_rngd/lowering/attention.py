@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backend_rngd.isa.descriptors import Commit, Dtype, Space
-from backend_rngd.lowering.attention_few import FewTokens, Iota
+from backend_rngd.lowering.attention_few import FewTokens, Host
 from backend_rngd.lowering.attention_head import AttentionParams, Cache
 from backend_rngd.lowering.attention_many import ManyTokens
 from backend_rngd.lowering.emitter import Emitter
@@ -22,10 +22,10 @@ from ir.errors import UnsupportedError
 class AttentionLowering:
     """Lowers one attention op."""
 
-    def __init__(self, em: Emitter, iota: Iota, spill: int) -> None:
-        """iota: see `FewTokens`. spill: bytes a slice from which on a value lies in HBM."""
+    def __init__(self, em: Emitter, host: Host, spill: int) -> None:
+        """spill: bytes a slice from which on a value lies in HBM."""
         self.em = em
-        self.iota = iota
+        self.host = host
         self.spill = spill
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, p: AttentionParams) -> Tensor:
@@ -46,7 +46,7 @@ class AttentionLowering:
         if k.padded != k.width and (q.space == Space.DM or few):
             q = self._pad_heads(q if q.space == Space.DM else load_rows(self.em, q, rows.local), rows.local, k.padded)
         if few:
-            return FewTokens(self.em, p, self.iota, self.spill).run(q, k, v, limit, lambda: self._output(q, v, p))
+            return FewTokens(self.em, p, self.host, self.spill).run(q, k, v, limit, lambda: self._output(q, v, p))
 
         def queries(head: int, first: int, count: int) -> Tensor:
             at = q.base + first * q.pitch
@@ -57,7 +57,7 @@ class AttentionLowering:
             loaded = load_rows(self.em, replace(part, base=part.base + first * q.pitch), count)
             return loaded if k.padded == k.width else self._pad_heads(loaded, count, k.padded)
 
-        many = ManyTokens(self.em, p, self.iota)
+        many = ManyTokens(self.em, p, self.host)
         return many.run(queries, k, v, limit, self._output(q, v, p), not p.causal)
 
     def _pad_heads(self, q: Tensor, rows: int, padded: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Attention of few tokens a batch row: every (batch row, KV head) pair has slices of its own.
 
-Pairs are taken in rounds that fill the slices. Where there are more slices than pairs, the keys of a pair are split into
-parts, one a slice, and added up afterwards (`attention_parts.py`).
+Pairs are taken in rounds that fill the slices. Where there are more slices than pairs, the keys of a pair are split
+into parts, one a slice, and added up afterwards (`attention_parts.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from xdsl.ir import SSAValue
 
@@ -32,7 +33,17 @@ WEIGHT_BYTES = 2048  # weights of the parts in VRF
 LOAD_BYTES = 64 * 1024  # K or V a slice that one transfer brings: 4 MB over 64 slices, behind which its start-up hides
 TILE_BYTES = 160 * 1024  # scores, probabilities and mask of a tile of keys a slice
 
-Iota = Callable[[int, int, int], SSAValue]
+
+class Host(Protocol):
+    """What attention needs of the program around it."""
+
+    def iota(self, em: Emitter, count: int, parts: int = 1, step: int = 0) -> SSAValue:
+        """DM buffer with the positions of `count` keys as f32; the slices of part i hold those from i * step on."""
+        ...
+
+    def subroutine(self, key: Hashable, like: Sequence[SSAValue], location: str) -> tuple[str, Emitter, bool]:
+        """The routine of that key, which takes HBM buffers like these: name, writer, and whether it is still empty."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,16 +145,12 @@ class _Source:
 class FewTokens:
     """Lowers one attention op."""
 
-    def __init__(
-        self, em: Emitter, p: AttentionParams, iota: Iota, ring_bytes: int, tile_bytes: int = TILE_BYTES
-    ) -> None:
-        """iota(count, parts, step): DM buffer with the positions of `count` keys as f32; the slices of a part hold
-        those behind part * step. ring_bytes: the largest result that all slices hold."""
-        self.ring_bytes = ring_bytes
+    def __init__(self, em: Emitter, p: AttentionParams, host: Host, ring_bytes: int) -> None:
+        """ring_bytes: the largest result that all slices hold."""
         self.em = em
         self.p = p
-        self.iota = iota
-        self.tile_bytes = tile_bytes
+        self.host = host
+        self.ring_bytes = ring_bytes
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, out: Callable[[], Tensor]) -> Tensor:
         """q `b h s d`; limit: f32 per token (8 B apart); result `b s h e` with heads and values contiguous, in a
@@ -153,9 +160,9 @@ class FewTokens:
         parts = key_parts(rows, p, k.keys, v.width)
         each, count = k.keys // parts, rows.length * p.group
         sub = sub_tile(k.padded, self.em.machine.trf_bytes_per_slice)
-        tile = tile_of(count, rows.length, round_up(each, KEY_MULTIPLE), sub, self.tile_bytes)
+        tile = tile_of(count, rows.length, round_up(each, KEY_MULTIPLE), sub, TILE_BYTES)
         chunk = max(sub, LOAD_BYTES // (k.padded * 2) // sub * sub)
-        iota = self.iota(tile, parts, each)
+        iota = self.host.iota(self.em, tile, parts, each)
         todo = rounds(rows, p.kv_heads, parts)
         by_ring = len(todo) == 1 and rows.replicated and self._ring_bytes(rows, v.width, parts) <= self.ring_bytes
         target = None if by_ring else self._clean(out())
@@ -249,7 +256,7 @@ class FewTokens:
         return batches, across, max(pitch, across * run)
 
     def _ring_bytes(self, rows: RowSpace, width: int, parts: int) -> int:
-        """Bytes of the result if it goes round the ring; more than fits anywhere if the ring enumerates no whole rows."""
+        """Bytes of the result if it goes round the ring; too many if the ring does not enumerate whole rows."""
         if rows.batch > 1 and power_of_two(self.p.kv_heads) != self.p.kv_heads:
             return 1 << 40
         batches, _, pitch = self._ring(rows, width, parts)

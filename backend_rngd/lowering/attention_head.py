@@ -126,6 +126,7 @@ class State:
 
     sums: SSAValue
     stats: SSAValue
+    rows: int
 
 
 def sub_tile(padded: int, trf_bytes: int) -> int:
@@ -174,7 +175,7 @@ class HeadLowering:
             state.sums,
             Commit(base, ((r.tokens, token), (self.p.group, head), (width, 2)), Dtype.BF16, packet),
             target,
-            vector=(self._by_row(Alu.FP_DIV, Op.DIV, state.stats, rows * 8, rows, width),),
+            vector=(self._by_row(Alu.FP_DIV, Op.DIV, state.stats, state.rows * 8, rows, width),),
             slices=self.slices,
         )
 
@@ -211,7 +212,7 @@ class HeadLowering:
         assert sums is not None
         if before is not None:
             self._add(before.stats, rows * 8, total, stats, rows, 2, decay)
-        return State(sums, stats)
+        return State(sums, stats, rows)
 
     # Scores ------------------------------------------------------------
     def _mask(self, r: Rows, start: int, count: int) -> SSAValue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ class Program:
         self._semaphores = 0
         self._offsets: set[str] = set()
         self._iotas: set[str] = set()
+        self._subroutines: dict[Hashable, str] = {}
         self._launch: dict[tuple[int, ...], int] = {}
         self.prepared: dict[str, str] = {}
         """Buffers of a chunk's part of the program's inputs, with the routine that prepares for the chunk's layers."""
@@ -60,6 +62,17 @@ class Program:
         made = RoutineOp(name, [])
         self.out.module.body.block.add_op(made)
         return made
+
+    def subroutine(self, key: Hashable, like: Sequence[SSAValue], location: str) -> tuple[str, Emitter, bool]:
+        """The routine of that key, which takes HBM buffers like these: name, writer, and whether it is still empty."""
+        new = key not in self._subroutines
+        name = self._subroutines.setdefault(key, f"tiles_{len(self._subroutines)}")
+        routine = self.routine(name)
+        if new:
+            for i, value in enumerate(like):
+                routine.block.insert_arg(value.type, i)
+        em = Emitter(self.out.module, routine.block, self.machine, self.options.slices, location, probes=False)
+        return name, em, new
 
     def _prologue(self) -> RoutineOp:
         """The routine that runs before all others: `prepare` if the entry is made of calls, else the entry."""

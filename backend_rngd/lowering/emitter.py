@@ -255,9 +255,9 @@ class Emitter:
             )
         )
 
-    def memset(self, target: SSAValue, base: int, nbytes: int) -> None:
-        """Zero `nbytes` bytes of a DM buffer in every slice."""
-        self.add(MemsetOp(Memset(self.slices, base, nbytes), target, context="sub", location=self.location))
+    def memset(self, target: SSAValue, base: int, nbytes: int, value: int = 0) -> None:
+        """Fill `nbytes` bytes of a DM buffer in every slice with a 32-bit pattern."""
+        self.add(MemsetOp(Memset(self.slices, base, nbytes, value), target, context="sub", location=self.location))
 
     def dma(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
@@ -117,7 +115,7 @@ class Indexed(FunctionBase):
             kv_heads,
         )
         limit = self._limit(op, q.rows, causal)
-        attention = AttentionLowering(self.em, partial(self.parent.iota, self.em), self.spill)
+        attention = AttentionLowering(self.em, self.parent, self.spill)
         if q.dims[3].kind == "feature" and q.dims[3].stride != 2:
             q = self.copy(q)
         self.env[op.results[0]] = attention.run(q, keys, values, limit, params)
