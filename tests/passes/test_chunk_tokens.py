@@ -1,0 +1,123 @@
+"""Tokens in chunks: the chunks cover all tokens, results are those of the whole, what cannot be cut stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.func import CallOp
+
+from frontend.capture import Captured, capture
+from frontend.resolve import resolve_model
+from ir import kernels
+from ir.interpreter import find_function, names_of, run
+from ir.types import numpy_dtype, shape_of
+from passes.chunk_tokens import VALUE_BYTES, ChunkTokens, chunk_size
+from passes.notes import notes
+from passes.opt import run_pipeline
+from passes.outline import Outline
+from passes.pipeline import shard_stage, simplify_stage, specialise_stage
+from tests.frontend.tiny import save_model
+
+BUCKETS = [(1, 24, 40, 8), (1, 23, 23, 8), (2, 12, 30, 7), (3, 10, 16, 3)]
+"""Batch, tokens, cache slots, tokens of a chunk: equal chunks, a shorter last one, several rows, single tokens."""
+
+
+@given(st.integers(1, 64), st.integers(1, 9000), st.integers(1, 40_000), st.one_of(st.none(), st.integers(1, 2048)))
+def test_chunks_are_few_and_equal(batch: int, length: int, token_bytes: int, tokens: int | None) -> None:
+    size = chunk_size(batch, length, token_bytes, tokens)
+    assert 1 <= size <= length
+    count = -(-length // size)
+    assert count == 1 or size == -(-length // count)  # equal but for the last
+    if tokens is not None and tokens >= batch:
+        assert batch * size <= tokens or size == 1
+        fewer = count - 1
+        assert fewer == 0 or batch * -(-length // fewer) > tokens
+    if tokens is None and size < length:
+        assert batch * size * token_bytes <= VALUE_BYTES
+
+
+def test_default_sizes() -> None:
+    assert chunk_size(1, 1024, 2 * 4096) == 512  # 8B
+    assert chunk_size(1, 512, 2 * 4096) == 512
+    assert chunk_size(1, 8192, 2 * 5120) == 512  # 32B
+    assert chunk_size(1, 1024, 2 * 8192) == 256  # 70B
+    assert chunk_size(4, 1024, 2 * 4096) == 128
+    assert chunk_size(1, 2048, 2 * 576) == 2048  # 135M
+
+
+def model(case: str, directory: Path) -> Captured:
+    save_model(case, directory, torch.bfloat16)
+    captured = capture(resolve_model(str(directory)))
+    run_pipeline(captured.module, simplify_stage())
+    return captured
+
+
+def inputs(module: ModuleOp, past: int) -> dict[str, np.ndarray]:
+    """Rows with different last tokens, behind `past` tokens in the caches."""
+    rng = np.random.default_rng(1)
+    main = find_function(module, "main")
+    found: dict[str, np.ndarray] = {}
+    for name, value in zip(names_of(main, "arg_names", 0), main.body.block.args, strict=True):
+        shape = shape_of(value)
+        if name == "input_ids":
+            found[name] = rng.integers(3, 97, shape).astype(np.int32)
+        elif name == "position_ids":
+            found[name] = np.broadcast_to(past + np.arange(shape[1]), shape).astype(np.int32)
+        elif name == "last":
+            length = shape_of(main.body.block.args[0])[1]
+            found[name] = np.array([length - 1, 0, length // 2], np.int32)[: shape[0]]
+        else:
+            found[name] = rng.standard_normal(shape).astype(np.float32).astype(numpy_dtype(value))
+    return found
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2-window", "gemma2", "gpt2"])
+def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, if sums do not depend on the order in which a matrix product of fewer rows adds."""
+
+    def wide(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float64)
+
+    monkeypatch.setattr(kernels, "to_f32", wide)
+    captured = model(case, tmp_path)
+    for batch, length, kv, tokens in BUCKETS:
+        whole = captured.module.clone()
+        run_pipeline(whole, [*specialise_stage(batch, length, kv), Outline()])
+        cut = whole.clone()
+        run_pipeline(cut, [ChunkTokens(tokens)])
+        calls = [op.callee.string_value() for op in find_function(cut, "main").body.block.ops if isinstance(op, CallOp)]
+        size = chunk_size(batch, length, 1, tokens)
+        assert sum(name.startswith("cut_") for name in calls) == -(-length // size) > 1
+        args = inputs(whole, kv - length)
+        want, got = (run(m, args, captured.weights.load) for m in (whole, cut))
+        for name, value in want.items():
+            np.testing.assert_array_equal(got[name], value, f"{name} of {length} tokens")
+
+
+def test_programs_that_stay_whole(tmp_path: Path) -> None:
+    encoder = model("bert", tmp_path / "bert").module
+    run_pipeline(encoder, [*specialise_stage(1, 24, None), Outline()])
+    assert notes_after(encoder) == ["1 x 24 tokens are not computed in chunks: @block_0: attention sees later tokens"]
+    captured = model("llama", tmp_path / "llama")
+    parallel = captured.module.clone()
+    run_pipeline(parallel, [*specialise_stage(1, 24, 24), *shard_stage(2, sequence_parallel=True), Outline()])
+    [note] = [n for n in notes_after(parallel) if "chunks" in n]
+    assert "tc.reduce_scatter" in note
+    assert "mixes tokens" in note
+    decode = captured.module.clone()
+    run_pipeline(decode, [*specialise_stage(8, 1, 24), Outline()])
+    assert notes_after(decode) == []
+
+
+def notes_after(module: ModuleOp) -> list[str]:
+    """The notes of a program that chunks of 8 tokens were asked for, which must not change."""
+    before = str(find_function(module, "main"))
+    run_pipeline(module, [ChunkTokens(8)])
+    assert str(find_function(module, "main")) == before
+    return notes(module)
