@@ -31,6 +31,7 @@ from ir.errors import UnsupportedError
 KEYS_A_SLICE = 64  # with fewer keys a slice the fixed cost of a pass outweighs the work that is saved
 WEIGHT_BYTES = 2048  # weights of the parts in VRF
 LOAD_BYTES = 64 * 1024  # K or V a slice that one transfer brings: 4 MB over 64 slices, behind which its start-up hides
+BANKS_BYTES = 128  # of data memory, from a bank to the same one
 TILE_BYTES = 160 * 1024  # scores, probabilities and mask of a tile of keys a slice
 
 
@@ -164,7 +165,7 @@ class FewTokens:
         chunk = max(sub, LOAD_BYTES // (k.padded * 2) // sub * sub)
         iota = self.host.iota(self.em, tile, parts, each)
         todo = rounds(rows, p.kv_heads, parts)
-        by_ring = len(todo) == 1 and rows.replicated and self._ring_bytes(rows, v.width, parts) <= self.ring_bytes
+        by_ring = len(todo) == 1 and rows.replicated and self._by_ring(rows, v.width, parts)
         target = None if by_ring else self._clean(out())
         for r in todo:
             head = HeadLowering(self.em, p, iota, r.used, sub)
@@ -255,12 +256,18 @@ class FewTokens:
         _, pitch = feature_dims([self.p.kv_heads * self.p.group, width], 2)
         return batches, across, max(pitch, across * run)
 
-    def _ring_bytes(self, rows: RowSpace, width: int, parts: int) -> int:
-        """Bytes of the result if it goes round the ring; too many if the ring does not enumerate whole rows."""
-        if rows.batch > 1 and power_of_two(self.p.kv_heads) != self.p.kv_heads:
-            return 1 << 40
-        batches, _, pitch = self._ring(rows, width, parts)
-        return max(rows.local, batches * rows.length) * pitch
+    def _by_ring(self, rows: RowSpace, width: int, parts: int) -> bool:
+        """Whether one ring over all slices enumerates whole rows, whose result then fits, without hitting one bank all
+        the time (see `ring_packet`)."""
+        heads = self.p.kv_heads
+        if rows.batch > 1 and power_of_two(heads) != heads:
+            return False
+        batches, across, pitch = self._ring(rows, width, parts)
+        run = self.p.group * width * 2
+        step = run if across > 1 else rows.length * pitch  # from a slice to the next one
+        if parts == 1 and step % BANKS_BYTES == 0 and ring_packet(run // 2, 16) * 2 < BANKS_BYTES:
+            return False
+        return max(rows.local, batches * rows.length) * pitch <= self.ring_bytes
 
     def _everywhere(self, values: SSAValue, q: Tensor, v: Cache, share: int, parts: int) -> Tensor:
         """The columns of all pairs as `b s h e` in every slice. Slices that hold no pair write behind the result."""
@@ -274,27 +281,28 @@ class FewTokens:
         if tokens_used < rows.local:  # rows that no token uses take part in what follows
             em.memset(out, tokens_used * pitch, (rows.local - tokens_used) * pitch)
         # Long packets keep consecutive writes on different banks, see `ring_packet`.
-        packet = ring_packet(share, 16)
-        blocks = share // packet
+        group, piece = (1, p.group * share) if parts == 1 else (p.group, share)
+        packet = ring_packet(piece, 16)
+        blocks = piece // packet
         em.execute(
-            em.fetch(0, [(rows.length * p.group * share, 2)], Dtype.BF16, packet),
+            em.fetch(0, [(rows.length * group * piece, 2)], Dtype.BF16, packet),
             values,
             Commit(
                 0,
                 (
                     (rows.length, pitch),
-                    (p.group, v.width * 2),
+                    (group, v.width * 2),
                     (blocks, packet * 2),
                     (batches, rows.length * pitch),
                     (across, run),
-                    (parts, share * 2),
+                    (parts, piece * 2),
                     (packet, 2),
                 ),
                 Dtype.BF16,
                 min(packet, 16),
             ),
             out,
-            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.length * p.group * blocks),
+            switch=Switch(SwitchKind.BROADCAST01, 1, em.slices, rows.length * group * blocks),
         )
         dims = (
             q.dims[0],

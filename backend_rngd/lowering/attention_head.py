@@ -138,6 +138,8 @@ def sub_tile(padded: int, trf_bytes: int) -> int:
             f"{KEY_MULTIPLE} keys of a head must fit half of the {trf_bytes} B of a slice's tensor registers",
             "use a model with smaller heads",
         )
+    if padded == KEY_MULTIPLE:  # a lane's keys, a flit each, lie in one bank: 64 in a row can starve DMA
+        keys = min(keys, 63 * 8)
     return min(keys // KEY_MULTIPLE * KEY_MULTIPLE, MASK_ELEMENTS)
 
 
