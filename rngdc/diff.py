@@ -13,15 +13,19 @@ from typing import Any, cast
 from backend_rngd.artifact import Artifact, ArtifactError, Bucket, WeightSource
 from backend_rngd.artifact.stages import touched
 from backend_rngd.isa.descriptors import (
+    UNIT_STRIDE,
     Call,
     Context,
+    Descriptor,
     Dma,
+    Endpoint,
     Exec,
     Instruction,
     LoadTrf,
     LoadVrf,
     Memset,
     Notify,
+    Space,
     Stream,
     Wait,
 )
@@ -75,7 +79,16 @@ def _fields(a: object, b: object, at: str = "") -> list[dict[str, Any]]:
         for key in dict.fromkeys((*one, *two)):
             found += _fields(one.get(key), two.get(key), f"{at}.{key}" if at else key)
         return found
+    if isinstance(a, list) and isinstance(b, list):
+        one, two = cast("list[Any]", a), cast("list[Any]", b)
+        if (names := _item_names(one)) and names == _item_names(two):
+            return [f for name, x, y in zip(names, one, two, strict=True) for f in _fields(x, y, f"{at}.{name}")]
     return [] if a == b else [{"field": at, "a": a, "b": b}]
+
+
+def _item_names(items: Sequence[Any]) -> list[str]:
+    """Names of the objects of a list; none if they have no names."""
+    return [x["name"] for x in items] if all(isinstance(x, dict) and "name" in x for x in items) else []
 
 
 def _sets(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -129,7 +142,12 @@ def _streams(a: Artifact, before: Bucket, b: Artifact, after: Bucket) -> dict[st
     first, second = functions_of(one), functions_of(two)
     names: dict[str, list[Any]] = {**_sets(first, second)}
     names["changed"] = [
-        {"name": name, "instructions": _pairs(_static(first[name]), _static(second[name]))} for name in names["changed"]
+        {
+            "name": name,
+            "only_hbm_addresses": _without_addresses(first[name]) == _without_addresses(second[name]),
+            "instructions": _pairs(_static(first[name]), _static(second[name])),
+        }
+        for name in names["changed"]
     ]
     return {
         "functions": names,
@@ -198,6 +216,25 @@ def functions_of(stream: Stream) -> dict[str, Function]:
 def _plain(item: Instruction) -> Instruction:
     what = replace(item.what, routine=0) if isinstance(item.what, Call) else item.what
     return replace(item, what=what, location=0)
+
+
+def _without_addresses(function: Function) -> Function:
+    """The function with all HBM addresses 0, to tell whether it only moved."""
+    return tuple((replace(item, what=_unplaced(item.what)), names) for item, names in function)
+
+
+def _unplaced(what: Descriptor) -> Descriptor:
+    if isinstance(what, Call):
+        return replace(what, moves=tuple((target, source, 0) for target, source, _ in what.moves))
+    if not isinstance(what, Dma):
+        return what
+    index = None if what.index is None else replace(what.index, base=0)
+    return replace(what, source=_anywhere(what.source), destination=_anywhere(what.destination), index=index)
+
+
+def _anywhere(end: Endpoint) -> Endpoint:
+    """The same memory, of the same unit, at its beginning."""
+    return end if end.space in (Space.DM, Space.PEER_DM) else replace(end, base=end.base - end.base % UNIT_STRIDE)
 
 
 def _names(stream: Stream, item: Instruction) -> Hashable:
@@ -310,7 +347,10 @@ def _program(entry: Mapping[str, Any]) -> list[str]:
     if "functions" not in entry:
         return out
     out += [f"    {line} (function)" for line in _only(entry["functions"])]
-    for function in entry["functions"]["changed"]:
+    moved = [function["name"] for function in entry["functions"]["changed"] if function["only_hbm_addresses"]]
+    if moved:
+        out.append(f"    ~ other HBM addresses only: {', '.join(moved[:MOST])}{', ...' if len(moved) > MOST else ''}")
+    for function in (function for function in entry["functions"]["changed"] if not function["only_hbm_addresses"]):
         out.append(f"    ~ {function['name']} (function): {_counts(function['instructions'])}")
     out.append(f"    instructions: {_counts(entry['instructions'])}")
     for name, (before, after) in entry["memory_per_pe"].items():

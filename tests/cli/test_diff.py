@@ -87,7 +87,7 @@ def test_a_changed_operation_is_found_in_its_function(rngdc: Command, artifact: 
     assert (program["name"], program["changed_files"], program["fields"]) == (bucket.name, ["stream"], [])
     functions = program["functions"]
     assert (functions["removed"], functions["added"]) == ([], [])
-    assert [f["name"] for f in functions["changed"]] == ["block_0"], "its callers call it by name"
+    assert [(f["name"], f["only_hbm_addresses"]) for f in functions["changed"]] == [("block_0", False)]
     assert all(before == after for before, after in program["instructions"].values())
     assert "~ block_0 (function): as many of each kind" in rngdc("diff", artifact, other).out
 
@@ -158,6 +158,19 @@ def test_options_and_programs(rngdc: Command, model: Path, artifact: Path, tmp_p
     text = rngdc("diff", artifact, out).out
     for part in ("~ parallel.tensor: 1 -> 2", "- prefill_b1_s16_kv16", "+ prefill_b1_s8_kv8", "hbm bytes touched"):
         assert part in text
+
+
+def test_programs_that_only_moved(rngdc: Command, model: Path, artifact: Path, tmp_path: Path) -> None:
+    """A bucket of more rows needs larger caches, so that what is behind them lies elsewhere; nothing else changes."""
+    assert rngdc("build", model, tmp_path / "out", *BUCKETS, "-db", "64,32").status == 0
+    report = diff(rngdc, artifact, tmp_path / "out")
+    assert report["programs"]["added"] == ["decode_b64_kv32"]
+    changed = report["programs"]["changed"]
+    assert [p["name"] for p in changed] == ["prefill_b1_s16_kv16", "decode_b2_kv32"]
+    for program in changed:
+        assert program["functions"]["changed"] and all(f["only_hbm_addresses"] for f in program["functions"]["changed"])
+        assert "inputs.input_ids.address" in {f["field"] for f in program["fields"]}
+    assert "other HBM addresses only: main" in rngdc("diff", artifact, tmp_path / "out").out
 
 
 def test_no_field_of_the_manifest_is_overlooked(artifact: Path, other: Path) -> None:
