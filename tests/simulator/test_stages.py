@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend_rngd.artifact import ArtifactError, Cache, HbmMap, Placement
-from backend_rngd.artifact.stages import Cuts, balance, block_costs, blocks_of, needs, stage_stream, touched
+from backend_rngd.artifact.stages import Cuts, balance, block_costs, blocks_of, needs, passes_of, stage_stream, touched
 from backend_rngd.isa.descriptors import After, Call, Context, Dma, Endpoint, Instruction, Routine, Space, Stream
 
 NAMES = ("main", "prepare", "embed", "block", "head", "receive", "send")
@@ -62,6 +62,42 @@ def test_entries_of_stages():
     moves = [call.moves for stage in found for call in calls(stage) if call.routine == 3]
     assert moves == [call.moves for call in calls(stream) if call.routine == 3]
     assert stage_stream(stream, Cuts(((0, 4),)), 0) is stream
+
+
+def test_stages_of_chunks():
+    """Every stage runs its blocks chunk by chunk; the shorter last chunk is handed over by routines of its own."""
+    names_ = (
+        "main",
+        "cut_0",
+        "cut_1",
+        "prepare",
+        "embed",
+        "block",
+        "pick_first",
+        "pick_tail",
+        "head",
+        "receive",
+        "send",
+    )
+    names_ += ("prepare_tail", "embed_tail", "block_tail", "receive_tail", "send_tail")
+    order = ["cut_0", "prepare", "embed", "block", "block", "pick_first"]
+    order += ["cut_1", "prepare_tail", "embed_tail", "block_tail", "block_tail", "pick_tail", "head"]
+    entry = [Instruction(Context.CONTROL, After(call=i), Call(names_.index(n), ())) for i, n in enumerate(order)]
+    stream = Stream(0, 64, tuple(Routine(n, tuple(entry) if n == "main" else ()) for n in names_), ("x",))
+    assert [len(part) for part in passes_of(stream)] == [6, 7]
+    assert len(blocks_of(stream)) == 2
+    cuts = Cuts(((0, 1), (1, 2)))
+    first, second = (stage_stream(stream, cuts, s) for s in range(2))
+    assert names(first) == [
+        *["cut_0", "prepare", "embed", "block", "send"],
+        *["cut_1", "prepare_tail", "embed_tail", "block_tail", "send_tail"],
+    ]
+    assert names(second) == [
+        *["cut_0", "prepare", "receive", "block", "pick_first"],
+        *["cut_1", "prepare_tail", "receive_tail", "block_tail", "pick_tail", "head"],
+    ]
+    for stage in (first, second):
+        assert [i.after.call for i in stage.routines[0].instructions] == list(range(len(names(stage))))
 
 
 def test_what_a_stage_holds():

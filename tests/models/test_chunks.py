@@ -1,0 +1,69 @@
+"""Prompts whose programs walk the tokens in chunks: tokens and logits of the whole, on any number of stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from xdsl.passes import ModulePass
+
+import passes.pipeline
+from backend_rngd.artifact import Artifact
+from backend_rngd.artifact.stages import passes_of
+from passes.chunk_tokens import ChunkTokens
+from passes.outline import Outline
+from rngdc.buckets import BucketRequest
+from rngdc.check import check
+from runtime_sim.generate import generate
+from tests.frontend.tiny import save_model
+from tests.models.parallel import built, loaded
+
+PROMPTS = [[int(t) for t in np.random.default_rng(n).integers(3, 90, n)] for n in (37, 12, 47)]
+CASES = [
+    ("gemma2", 1, BucketRequest([], [(3, 64)], chunk=32), 16, 2),  # windows; programs without logits
+    ("gpt2", 2, BucketRequest([(3, 48)], [(3, 64)]), 36, 4),  # several rows; no rotary tables to prepare
+    ("llama", 1, BucketRequest([(1, 47)], [(3, 64)]), 14, 4),  # a shorter last chunk
+]
+"""Model, units, buckets, tokens of a chunk, chunks of the largest program."""
+
+
+def tokens_of(artifact: Artifact, stages: int) -> list[tuple[list[int], np.ndarray]]:
+    logits: list[list[np.ndarray]] = [[] for _ in PROMPTS]
+    device = loaded(artifact, stages, checks=True)
+    rows = generate(device, PROMPTS, 4, listener=lambda row, _, values: logits[row].append(values))
+    return [(row.token_ids, np.array(seen)) for row, seen in zip(rows, logits, strict=True)]
+
+
+@pytest.mark.parametrize(("case", "tensor", "request_", "size", "chunks"), CASES)
+def test_tokens_do_not_depend_on_chunks(
+    case: str,
+    tensor: int,
+    request_: BucketRequest,
+    size: int,
+    chunks: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_model(case, tmp_path / "model", torch.bfloat16, **({} if case == "gpt2" else {"hidden_size": 64}))
+
+    def build(name: str, tokens: int | None) -> Artifact:
+        def stage() -> list[ModulePass]:
+            return [Outline(), ChunkTokens(tokens)]
+
+        monkeypatch.setattr(passes.pipeline, "outline_stage", stage)
+        return built(tmp_path / "model", tmp_path / name, tensor, request_)
+
+    whole, cut = build("whole", None), build("cut", size)
+    parts = {len(passes_of(cut.stream(b))) for b in cut.buckets}
+    assert max(parts) == chunks
+    assert min(parts) == 1  # decoding
+    want = tokens_of(whole, 1)
+    for stages in (1, 3):
+        for (tokens, logits), (expected, exact) in zip(tokens_of(cut, stages), want, strict=True):
+            assert tokens == expected, stages
+            np.testing.assert_array_equal(logits, exact)
+    prefill = [b for b in cut.buckets if b.phase != "decode"]
+    report = check(loaded(cut, 2), prefill)
+    assert all(bucket.agrees for bucket in report.buckets), report
