@@ -24,6 +24,8 @@ def report_artifact(artifact: Artifact, buckets: Sequence[Bucket]) -> dict[str, 
         "machine": m.machine.model_dump(),
         "model": m.model.model_dump(mode="json"),
         "parallel": m.parallel.model_dump(),
+        "options": m.options.model_dump(mode="json") if m.options is not None else None,
+        "rebuild": artifact.rebuild(),
         "weights": {"mode": m.weights_mode, "tensors": len(m.weights), "images": len(m.placements)},
         "hbm_bytes": m.hbm.model_dump(),
         "buckets": [
@@ -54,6 +56,7 @@ def inspect_tables(artifact: Artifact, buckets: Sequence[Bucket]) -> list[Render
         "weights": f"{m.weights_mode}: {len(m.weights)} tensors, {m.hbm.weights / 1e6:,.1f} MB in HBM{each}",
         "caches": f"{m.hbm.caches / 1e6:,.1f} MB{each}",
         "HBM": f"{m.hbm.total / 1e6:,.1f} MB{each}",
+        "build again": artifact.rebuild(),
     }
     for name, text in rows.items():
         head.add_row(name, text)

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from backend_rngd.artifact import ArtifactError, Manifest, open_artifact
+from backend_rngd.artifact import ArtifactError, Manifest, Options, open_artifact
 from backend_rngd.artifact.json_schema import FILE, schema_text
 from backend_rngd.artifact.rebuild import rebuild_command
 from backend_rngd.artifact.store import _digest
+from ir.errors import UserError
+from rngdc.options import recorded
 from tests.cli.conftest import Command
 from tests.cli.small_models import tensors, write_model
 from tests.cli.test_build_problems import refused
@@ -132,6 +134,34 @@ def test_the_command_of_an_older_manifest_is_read_off_its_programs(artifact: Pat
     assert text == (
         "rngdc build a/b x -pb 1,8 -db 2,20 --max-seq-len-to-capture 20 --prefill-chunk-size 8 -tp 1 --overwrite"
     )
+
+
+@pytest.mark.parametrize("model", ["acme/some-model", "/models/with space"])
+@pytest.mark.parametrize("level", [0, 2])
+def test_the_command_asks_for_every_option_again(
+    rngdc: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, level: int
+) -> None:
+    """Every field of the record is set, goes through the command line, and comes back."""
+    wanted = Options(
+        model=model, revision="v1", prefill_buckets=((1, 16), (2, 32)), decode_buckets=((4, 64),),
+        max_seq_len_to_capture=64, prefill_chunk_size=8, tensor_parallel_size=8, pipeline_parallel_size=2,
+        tensor_parallel_plan=str(tmp_path / "plan.yaml"), sequence_parallel=True, weights="random:3",
+        auto_bfloat16_cast=True, trust_remote_code=True, num_hidden_layers=3, name="mine + yours", opt_level=level,
+        device="npu:0,npu:1",
+    )  # fmt: skip
+    assert {name for name in Options.model_fields if getattr(wanted, name) == getattr(Options(model="x"), name)} <= {
+        "opt_level"
+    }
+    found: list[Any] = []
+
+    def capture(options: Any, *_: Any) -> None:
+        found.append((recorded(options), options.output, options.overwrite))
+        raise UserError([])
+
+    monkeypatch.setattr("rngdc.build.build", capture)
+    words = shlex.split(rebuild_command({"options": wanted.model_dump(mode="json")}, tmp_path / "out"))
+    assert rngdc(*words[1:]).status == 2
+    assert found == [(wanted, tmp_path / "out", True)]
 
 
 def test_a_machine_that_changed_names_the_command(rngdc: Command, artifact: Path, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
-from backend_rngd.artifact import ArtifactError, open_artifact
+from backend_rngd.artifact import Artifact, ArtifactError, open_artifact
+from backend_rngd.artifact.json_schema import FILE
 from backend_rngd.machine import load_machine
 from ir.errors import UserError
 from rngdc import LLM
@@ -120,6 +122,26 @@ def test_units_sit_on_the_chosen_devices(pair: Path) -> None:
     near = LLM.load_artifact(pair, devices="npu:0:0-3")
     bucket = near.artifact.bucket("decode_b1_kv32")
     assert near.device.time(bucket).seconds < llm.device.time(bucket).seconds, "the second stage is on another card"
+
+
+def test_a_layer_over_several_cards_takes_whole_cards(pair: Path) -> None:
+    """The rule alone: what is loaded here was not built for sixteen."""
+    opened = open_artifact(pair)
+    parallel = opened.manifest.parallel.model_copy(update={"units": 16, "tensor": 16, "pipeline": 1})
+    wide = Artifact(opened.directory, opened.manifest.model_copy(update={"parallel": parallel}))
+    plan = plan_load(wide, LoadRequest("npu:4,npu:2"), load_machine())
+    assert [p.card for p in plan.topology.places] == [4] * 8 + [2] * 8
+    with pytest.raises(
+        ArtifactError, match="neighbours on a card, from a multiple of 8 on; give for example npu:0:0-7"
+    ):
+        plan_load(wide, LoadRequest("npu:0:4-7,npu:1,npu:2:0-3"), load_machine())
+
+
+def test_what_is_loaded_is_valid(pair: Path, chunked: Path) -> None:
+    for path in (pair, chunked):
+        jsonschema.validate(
+            json.loads((path / "artifact.json").read_text("utf-8")), json.loads(FILE.read_text("utf-8"))
+        )
 
 
 def test_replicas_follow_from_the_devices(pair: Path) -> None:
