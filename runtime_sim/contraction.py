@@ -49,7 +49,7 @@ class Contraction:
         if source.cast is not None or source.dtype in (Dtype.F32, Dtype.I32):
             raise illegal(f"contraction of a {source.dtype.name} stream", "operands are bf16, f8 or i8")
         if contract.lanes not in (1, 2, 4, 8) or contract.pack not in (1, 2):
-            raise illegal(f"lanes {contract.lanes}, pack {contract.pack}")
+            raise illegal(f"{contract.lanes} lanes (1, 2, 4 or 8), packets of {contract.pack} flits (1 or 2)")
         self.dtype = source.dtype
         self.integer = source.dtype in (Dtype.I8, Dtype.I16)
         self.result = Dtype.I32 if self.integer else Dtype.F32

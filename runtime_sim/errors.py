@@ -1,4 +1,4 @@
-"""Errors of the simulator: every one names the routine, the instruction and the source location."""
+"""Errors of the simulator: every one names the instruction, the source operation and the layer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Site:
-    """Where in a stream something happened."""
+    """Where in a stream something happened. layer: the call of the entry routine that led there, if one did; routines
+    of blocks are the same for all their layers."""
 
     routine: str
     index: int
     location: str
+    layer: str = ""
 
     def __str__(self) -> str:
-        return f"routine {self.routine}, instruction {self.index}, {self.location or 'no location'}"
+        where = f"routine {self.routine}, instruction {self.index}, {self.location or 'no location'}"
+        return f"{where}, in {self.layer}" if self.layer else where
+
+
+def layer_name(location: str) -> str:
+    """Layer of a call's location, such as `model.layers.3|func.call`."""
+    return location.split("|")[0]
 
 
 class SimulationError(Exception):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend_rngd.isa.descriptors import Call, Context, Routine, Stream
-from runtime_sim.errors import SimulationError, Site
+from runtime_sim.errors import SimulationError, Site, layer_name
 
 Counts = tuple[int, int, int]
 
@@ -56,7 +56,19 @@ class Flat:
         stream = self.streams[int(self.unit[i])]
         routine = stream.routines[int(self.routine[i])]
         instruction = routine.instructions[int(self.index[i])]
-        return Site(routine.name, int(self.index[i]), stream.locations[instruction.location])
+        layer = layer_of(stream, self.calls, int(self.call[i]))
+        return Site(routine.name, int(self.index[i]), stream.locations[instruction.location], layer)
+
+
+def layer_of(stream: Stream, calls: Sequence[CallSite], call: int) -> str:
+    """Layer that an executed call belongs to: the location of the entry routine's call, empty in the entry itself."""
+    while calls[call].depth > 1:
+        call = calls[call].parent
+    site = calls[call]
+    if site.depth == 0:
+        return ""
+    caller = stream.routines[calls[site.parent].routine]
+    return layer_name(stream.locations[caller.instructions[site.index].location])
 
 
 class _Leaf:
@@ -108,7 +120,7 @@ class _Unroller:
             if leaf.future is not None:
                 index, what = leaf.future
                 raise SimulationError(
-                    SimulationError.DEADLOCK, what, "a wait may not refer to the future", self._site(routine, index)
+                    SimulationError.DEADLOCK, what, "a wait may not refer to the future", self._site(routine, index, me)
                 )
         n = len(leaf.context)
         base = np.array(self.counts, np.int64)
@@ -139,7 +151,7 @@ class _Unroller:
                         SimulationError.DEADLOCK,
                         f"waits for {wanted} {Context(c).name.lower()} instructions, {len(own[c])} come before it",
                         "a wait may not refer to the future",
-                        self._site(routine, index),
+                        self._site(routine, index, me),
                     )
                 if wanted:
                     need[c] = max(need[c], own[c][wanted - 1])
@@ -151,7 +163,7 @@ class _Unroller:
                             SimulationError.DEADLOCK,
                             f"waits for {after.call} calls, {len(after_call)} come before it",
                             "a wait may not refer to the future",
-                            self._site(routine, index),
+                            self._site(routine, index, me),
                         )
                     need[c] = max(need[c], after_call[after.call - 1][c])
             if isinstance(item.what, Call):
@@ -163,9 +175,10 @@ class _Unroller:
             self.counts[item.context] += 1
             own[item.context].append(self.counts[item.context])
 
-    def _site(self, routine: int, index: int) -> Site:
+    def _site(self, routine: int, index: int, call: int) -> Site:
         body = self.stream.routines[routine]
-        return Site(body.name, index, self.stream.locations[body.instructions[index].location])
+        location = self.stream.locations[body.instructions[index].location]
+        return Site(body.name, index, location, layer_of(self.stream, self.calls, call))
 
 
 Unrolled = tuple[NDArray[np.int64], list[CallSite]]

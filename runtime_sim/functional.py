@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from backend_rngd.isa.descriptors import Call, Dma, Instruction, Stream
+from backend_rngd.isa.legality import check
+from backend_rngd.isa.rules import CANONICAL, RULES
 from backend_rngd.machine import Machine
-from runtime_sim.errors import SimulationError, Site
+from runtime_sim.context_races import check_contexts
+from runtime_sim.errors import SimulationError, Site, layer_name
 from runtime_sim.memory import Card, Hbm, RowMemory
 from runtime_sim.plans import Plan, plan_of
 from runtime_sim.topology import Place
@@ -27,6 +30,7 @@ from runtime_sim.workers import single_threaded_blas
 __all__ = ["Card", "Executed", "Program", "SimulationError", "Unit"]
 
 REGISTERS = 64
+Path = tuple[tuple[int, int], ...]  # calls (routine, index), outermost first
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Executed:
 
     routine: int
     index: int
-    path: tuple[tuple[int, int], ...]
+    path: Path
     instruction: Instruction
 
 
@@ -54,9 +58,14 @@ class Program:
         """The decoded instruction."""
         plan = self.plans[routine][index]
         if plan is None:
-            what = self.stream.routines[routine].instructions[index].what
+            instruction = self.stream.routines[routine].instructions[index]
+            what = instruction.what
             assert not isinstance(what, Call)
-            plan = self.plans[routine][index] = plan_of(what, unit)
+            plan = plan_of(what, unit)
+            for broken in check(what, unit.machine, instruction.context, absolute=True) if unit.legal else ():
+                if broken.severity == "error" and broken.rule not in CANONICAL:
+                    raise SimulationError(SimulationError.ILLEGAL, f"{broken.message} ({RULES[broken.rule]})")
+            self.plans[routine][index] = plan
         return plan
 
     def peer_transfers(self, routine: int) -> list[tuple[int, Dma]]:
@@ -69,22 +78,28 @@ class Program:
             self._peer_transfers[routine] = found
         return found
 
-    def site(self, routine: int, index: int) -> Site:
-        """Place of an instruction, for errors."""
-        instruction = self.stream.routines[routine].instructions[index]
+    def site(self, routine: int, index: int, path: Path = ()) -> Site:
+        """Place of an instruction, for errors. path: the calls that led there."""
+        layer = layer_name(self._location(*path[0])) if path else ""
+        return Site(self.stream.routines[routine].name, index, self._location(routine, index), layer)
+
+    def _location(self, routine: int, index: int) -> str:
         locations = self.stream.locations
-        location = locations[instruction.location] if 0 <= instruction.location < len(locations) else ""
-        return Site(self.stream.routines[routine].name, index, location)
+        number = self.stream.routines[routine].instructions[index].location
+        return locations[number] if 0 <= number < len(locations) else ""
 
 
 class Unit:
     """One PE (64 slices) or several fused PEs: DM, TRF, VRF, 64 registers, and a window of the card's HBM.
 
-    `checks` turns on the detection of uninitialised reads; bounds and legality are always checked. `peers` are the
+    `checks` turns on the detection of uninitialised reads; bounds, and whatever has no meaning, are always refused.
+    `legal` also refuses what has a meaning but breaks a documented limit of the hardware (`isa.rules`). `peers` are the
     units that peer addresses name, by their numbers (`isa.descriptors`); `place.rank` is the unit's own.
     """
 
-    def __init__(self, window: Hbm, slices: int, checks: bool = True, place: Place | None = None) -> None:
+    def __init__(
+        self, window: Hbm, slices: int, checks: bool = True, place: Place | None = None, legal: bool = False
+    ) -> None:
         machine: Machine = window.machine
         self.window = window
         self.place = place or Place(0, 0, 0, 0, 0)
@@ -92,12 +107,14 @@ class Unit:
         self.machine = machine
         self.slices = slices
         self.checks = checks
+        self.legal = legal
         self.dm = RowMemory("DM", slices, machine.dm_slice_bytes)
         self.trf = RowMemory("TRF", slices, machine.trf_bytes_per_slice)
         self.vrf = RowMemory("VRF", slices, machine.vrf_bytes)
         self.registers = [0] * REGISTERS
         self.generation = 0
         self._programs: dict[int, Program] = {}
+        self._ordered: dict[tuple[int, int], Stream] = {}
 
     def reset(self) -> None:
         """Treat DM, TRF and VRF as uninitialised again (their bytes stay)."""
@@ -116,6 +133,13 @@ class Unit:
             known = self._programs[id(stream)] = Program(stream)
         return known
 
+    def ordered(self, stream: Stream, routine: int = 0) -> None:
+        """Raise SimulationError (race) if contexts may overtake each other; a stream is looked at once."""
+        key = (id(stream), routine)
+        if key not in self._ordered:
+            check_contexts(stream, routine)
+            self._ordered[key] = stream  # which keeps the id taken
+
     def run(
         self,
         stream: Stream,
@@ -125,9 +149,11 @@ class Unit:
     ) -> None:
         """Execute a routine of a stream. `registers` sets registers before the start (register 0 stays 0).
 
-        Raises SimulationError (illegal, out of bounds, uninitialised) naming routine, instruction and location.
+        Raises SimulationError (illegal, out of bounds, uninitialised, race) naming instruction, operation and layer.
         """
         program = self.program(stream)
+        if self.checks and self.legal:
+            self.ordered(stream, routine)
         for register, value in (registers or {}).items():
             if not 0 < register < REGISTERS:
                 raise SimulationError(SimulationError.ILLEGAL, f"register {register} cannot be set")
@@ -135,20 +161,20 @@ class Unit:
         with np.errstate(all="ignore"), single_threaded_blas():
             self._routine(program, routine, (), after_instruction)
 
-    def _routine(
-        self, program: Program, routine: int, path: tuple[tuple[int, int], ...], observer: Observer | None
-    ) -> None:
+    def _routine(self, program: Program, routine: int, path: Path, observer: Observer | None) -> None:
         for index, instruction in enumerate(program.stream.routines[routine].instructions):
             if isinstance(instruction.what, Call):
                 self._call(program, instruction.what, (*path, (routine, index)), observer)
             else:
-                self.step(program, routine, index)
+                self.step(program, routine, index, path)
             if observer is not None:
                 observer(Executed(routine, index, path, instruction))
 
-    def _call(self, program: Program, call: Call, path: tuple[tuple[int, int], ...], observer: Observer | None) -> None:
+    def _call(self, program: Program, call: Call, path: Path, observer: Observer | None) -> None:
         if len(path) > 64:
-            raise SimulationError(SimulationError.ILLEGAL, "calls nested deeper than 64", site=program.site(*path[-1]))
+            raise SimulationError(
+                SimulationError.ILLEGAL, "calls nested deeper than 64", site=program.site(*path[-1], path)
+            )
         saved = self.registers
         self.registers = moved(saved, call)
         try:
@@ -156,15 +182,15 @@ class Unit:
         finally:
             self.registers = saved
 
-    def step(self, program: Program, routine: int, index: int) -> None:
-        """Execute one instruction with the current registers."""
+    def step(self, program: Program, routine: int, index: int, path: Path = ()) -> None:
+        """Execute one instruction with the current registers. path: the calls that led there, for errors."""
         try:
             plan = program.plan(self, routine, index)
             if self.checks:
                 plan.check(self)
             plan.run(self)
         except SimulationError as error:
-            raise error.at(program.site(routine, index)) from None
+            raise error.at(program.site(routine, index, path)) from None
 
 
 def moved(registers: list[int], call: Call) -> list[int]:

@@ -57,7 +57,8 @@ class Group:
         """Run the launches of every unit, one after the other on each, all units at once.
 
         Without a seed a unit runs until it must wait, then the next one; with a seed the units take turns at random
-        after every instruction. races: look for accesses that no notify and wait put in order. Raises SimulationError,
+        after every instruction. races: look for accesses that no wait (contexts of a unit) and no notify and wait
+        (units) put in order. Raises SimulationError,
         also for a deadlock (naming who waits for whom) and for notifications that nobody waited for.
         """
         if len(work) != len(self.units):
@@ -68,6 +69,9 @@ class Group:
                 run.all()
         finally:
             run.close()
+        if races:
+            for launch in (launch for launches in work for launch in launches):
+                self.units[0].ordered(launch.stream, launch.routine)
 
 
 class _Run:
@@ -218,7 +222,7 @@ class _Runner:
             try:
                 need = frame.need(instruction.after) if frame is not None else START
             except SimulationError as error:
-                raise error.at(program.site(routine, index)) from None
+                raise error.at(program.site(routine, index, path)) from None
             if isinstance(what, Call):
                 yield from self._call(program, what, (*path, (routine, index)), observer, need)
                 if frame is not None:
@@ -229,11 +233,11 @@ class _Runner:
                 if self.clocks is not None:
                     self.clocks.require(instruction.context, need)
                 if isinstance(what, Wait):
-                    yield from self._wait(what, instruction.context, program.site(routine, index))
+                    yield from self._wait(what, instruction.context, program.site(routine, index, path))
                 elif isinstance(what, Notify):
-                    self._notify(what, instruction.context, program.site(routine, index))
+                    self._notify(what, instruction.context, program.site(routine, index, path))
                 else:
-                    self._step(program, routine, index, instruction)
+                    self._step(program, routine, index, instruction, path)
                 if frame is not None:
                     frame.executed(instruction.context)
             if observer is not None:
@@ -241,7 +245,9 @@ class _Runner:
 
     def _call(self, program: Program, call: Call, path: Path, observer: Observer | None, gate: Counts) -> Steps:
         if len(path) > 64:
-            raise SimulationError(SimulationError.ILLEGAL, "calls nested deeper than 64", site=program.site(*path[-1]))
+            raise SimulationError(
+                SimulationError.ILLEGAL, "calls nested deeper than 64", site=program.site(*path[-1], path)
+            )
         saved = self.unit.registers
         self.unit.registers = moved(saved, call)
         try:
@@ -269,26 +275,26 @@ class _Runner:
                 )
             self.run.notify(self.me, receiver, what.semaphore, clock)
 
-    def _step(self, program: Program, routine: int, index: int, instruction: Instruction) -> None:
+    def _step(self, program: Program, routine: int, index: int, instruction: Instruction, path: Path) -> None:
         races, clocks = self.run.races, self.clocks
         if races is not None and clocks is not None:
             try:
                 touches = races.touches(self.unit, program.plan(self.unit, routine, index), instruction.what)
             except SimulationError as error:
-                raise error.at(program.site(routine, index)) from None
+                raise error.at(program.site(routine, index, path)) from None
             if touches:
                 context = int(instruction.context)
-                me = Instance(self.me, program.stream, routine, index)
+                me = Instance(self.me, program.stream, routine, index, path)
                 count = len(clocks.history[context])
                 conflict = races.check(touches, clocks.first + context, count, clocks.known[context], me)
                 if conflict is not None:
                     raise self._race(conflict.earlier, conflict.earlier_writes, conflict.owner, conflict.space, me)
-        self.unit.step(program, routine, index)
+        self.unit.step(program, routine, index, path)
 
     def _race(self, other: Instance, other_writes: bool, owner: int, space: str, me: Instance) -> SimulationError:
         names = self.run.group.names
-        there = self.run.group.units[other.unit].program(other.stream).site(other.routine, other.index)
-        here = self.unit.program(me.stream).site(me.routine, me.index)
+        there = self.run.group.units[other.unit].program(other.stream).site(other.routine, other.index, other.path)
+        here = self.unit.program(me.stream).site(me.routine, me.index, me.path)
         verb = "writes" if other_writes else "reads"
         what = (
             f"{names[me.unit]} touches {space.upper()} of {names[owner]} that {names[other.unit]} {verb} at {there}, "
@@ -297,26 +303,29 @@ class _Runner:
         return SimulationError(SimulationError.UNIT_RACE, what, "add the missing notify, wait or `after`", here)
 
     # What the programs can do ----------------------------------------------------------------------------------------
-    def _visits(self) -> Iterable[tuple[Launch, int, tuple[int, ...]]]:
-        """Every call of every launch: (launch, routine, registers inside)."""
+    def _visits(self) -> Iterable[tuple[Launch, int, tuple[int, ...], Path]]:
+        """Every call of every launch: (launch, routine, registers inside, calls that led there)."""
         for launch in self.launches:
             registers = list(self.unit.registers)
             for register, value in launch.registers.items():
                 registers[register] = int(value)
-            stack = [(launch.routine, registers)]
+            stack: list[tuple[int, list[int], Path]] = [(launch.routine, registers, ())]
             while stack:
-                routine, inside = stack.pop()
-                yield launch, routine, tuple(inside)
-                for instruction in launch.stream.routines[routine].instructions:
-                    if isinstance(instruction.what, Call):
-                        stack.append((instruction.what.routine, moved(inside, instruction.what)))
+                routine, inside, path = stack.pop()
+                yield launch, routine, tuple(inside), path
+                calls = [
+                    (what.routine, moved(inside, what), (*path, (routine, index)))
+                    for index, what in enumerate(x.what for x in launch.stream.routines[routine].instructions)
+                    if isinstance(what, Call)
+                ]
+                stack += reversed(calls)  # in the order of the program
 
     def announce(self, races: Races) -> None:
         """Tell which bytes of other units the programs touch."""
         seen: set[tuple[object, ...]] = set()
         saved = self.unit.registers
         try:
-            for launch, routine, registers in self._visits():
+            for launch, routine, registers, path in self._visits():
                 program = self.unit.program(launch.stream)
                 for index, operation in program.peer_transfers(routine):
                     pair = (registers[operation.source.register], registers[operation.destination.register])
@@ -329,14 +338,14 @@ class _Runner:
                         assert isinstance(plan, PeerDmaPlan)
                         races.announce(plan, self.unit)
                     except SimulationError as error:
-                        raise error.at(program.site(routine, index)) from None
+                        raise error.at(program.site(routine, index, path)) from None
         finally:
             self.unit.registers = saved
 
     def notifies(self, receiver: int, semaphore: int) -> bool:
         """Whether any program of this unit ever notifies a semaphore of another unit."""
         target = self.run.group.units[receiver]
-        for launch, routine, registers in self._visits():
+        for launch, routine, registers, _ in self._visits():
             for instruction in launch.stream.routines[routine].instructions:
                 what = instruction.what
                 if isinstance(what, Notify) and what.semaphore == semaphore:

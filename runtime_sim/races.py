@@ -33,12 +33,13 @@ HBM_ROW = (0, 1, 1)
 
 @dataclass(frozen=True)
 class Instance:
-    """An executed instruction: unit of the group, stream, routine, index."""
+    """An executed instruction: unit of the group, stream, routine, index, and the calls that led there."""
 
     unit: int
     stream: Stream
     routine: int
     index: int
+    path: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class System:
             key = (place.card, place.stage, place.rank)
             window = Hbm(machine, hbm_bytes or machine.hbm_bytes, first.get(key), shared_bytes)
             first.setdefault(key, window)
-            self.units.append(Unit(window, slices, checks, place))
+            self.units.append(Unit(window, slices, checks, place, legal=True))
         for unit in self.units:
             unit.peers = self._peers(unit)
         self._groups = [Group(self.replica(r), self._names(r)) for r in range(replicas)]

@@ -23,7 +23,7 @@ from backend_rngd.machine.address_map import CHANNELS, HbmUse
 from backend_rngd.machine.formulas import Reach, dma_work
 from runtime_sim.costs import Cost
 from runtime_sim.errors import SimulationError, Site
-from runtime_sim.flatten import CallSite, Unrolled
+from runtime_sim.flatten import CallSite, Unrolled, layer_of
 from runtime_sim.topology import Distance, Topology
 
 Launch = Mapping[int, Sequence[int]]
@@ -31,6 +31,7 @@ HBM, DM, OUT, IN, CARD_OUT, CARD_IN, CHANNEL = range(7)
 KIND_OF = (0, 1, 2, 2, 3, 3, 0)  # of contention: HBM, DM port, link between clusters, link between cards
 Resource = tuple[int, int]  # one of the above, and a card (HBM, CHANNEL, CARD_*) or a unit (DM, OUT, IN)
 UNEVEN = 1.1  # times the mean: from here on a transfer's busiest channel counts
+FEW = 8  # lines of a channel
 
 
 class Value(NamedTuple):
@@ -79,6 +80,7 @@ class Special:
             site = SiteKey(routine, index, (values[0], values[1]))
             key.append(numbers.setdefault(site, len(numbers)))
         self.keys = list(numbers)
+        self._calls, self._call = calls, table[self.rows, 3]
         self.key: NDArray[np.int64] = np.array(key, np.int64)
 
     def what(self, key: int) -> Descriptor:
@@ -87,10 +89,11 @@ class Special:
         return self.stream.routines[site.routine].instructions[site.index].what
 
     def site(self, key: int) -> Site:
-        """Where it stands."""
+        """Where it stands, in the first layer that executes it."""
         routine = self.stream.routines[self.keys[key].routine]
         index = self.keys[key].index
-        return Site(routine.name, index, self.stream.locations[routine.instructions[index].location])
+        layer = layer_of(self.stream, self._calls, int(self._call[int(np.argmax(self.key == key))]))
+        return Site(routine.name, index, self.stream.locations[routine.instructions[index].location], layer)
 
     @cached_property
     def waits(self) -> list[tuple[int, Wait]]:
@@ -223,7 +226,7 @@ def uses(
             moved = share * side.lines * line
             add(HBM, where, moved)
             # All channels wait for the busiest one. A few lines never spread evenly, and are over before it matters.
-            uneven = side.lines >= 8 * CHANNELS and side.busiest * CHANNELS > UNEVEN * side.lines
+            uneven = side.busiest >= FEW and side.busiest * CHANNELS > UNEVEN * side.lines
             add(CHANNEL, where, share * side.busiest * CHANNELS * line if uneven else moved)
 
     if flow is None:

@@ -136,7 +136,7 @@ def check_dma(report: Report, desc: Dma, context: Context | None, absolute: bool
     if columns and columns[-1][1:] == (packet, packet, 0):
         run = packet * columns[-1][0]
         if run <= machine.dma_packet_max_bytes:
-            report.add("dma-packet", f"packets of {packet} B in a run of {run} B")
+            report.add("dma-run", f"packets of {packet} B in a run of {run} B")
     mixed = sides[0][2].space != sides[1][2].space
     for what, endpoint, within, loops in sides:
         if endpoint.space.is_peer:

@@ -346,7 +346,7 @@ BROKEN: list[tuple[str, str | None, Descriptor]] = [
     ("memset", None, Memset(SLICES, 0, 8, 1 << 32)),
     ("dma-packet", None, put(load(), packet=8192, loops=((SLICES, 8192, DM_SLICE_STRIDE),))),
     ("dma-packet", None, put(load(), packet=0)),
-    ("dma-packet", None, put(load(), loops=((SLICES, 1024, DM_SLICE_STRIDE), (2, 512, 512)), packet=512)),
+    ("dma-run", None, put(load(), loops=((SLICES, 1024, DM_SLICE_STRIDE), (2, 512, 512)), packet=512)),
     ("dma-alignment", None, load(source=4)),
     ("dma-alignment", None, load(target=4)),
     ("dma-alignment", None, put(load(), packet=1020)),

@@ -69,7 +69,7 @@ def scale(source: int, target: int, factor: float) -> Exec:
 def total(source: int, target: int, units: int) -> Exec:
     """target[i] = sum over u of source[u, i]: the engine reduces the innermost axis, so fetch with units inside."""
     fetch = Fetch(source, ((WORDS // 8, 32), (units, ROW), (8, 4)), Dtype.F32, 8)
-    add = VectorOp(Alu.REDUCE, Op.ADD, count=units, inner=8)
+    add = VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=units, inner=8)
     return Exec(SLICES, fetch, Commit(target, ((WORDS, 4),), Dtype.F32, 8), None, None, (add,))
 
 
