@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from backend_rngd.artifact import Bucket
+from ir.errors import Problem, UserError
 from runtime_sim.analysis import Analysis
 from runtime_sim.engines import KINDS, shortened
+from runtime_sim.hbm_requests import WindowError, hbm_requests
 from runtime_sim.runtime import Device
+from runtime_sim.timing_result import TimingResult
 from runtime_sim.what_if import WhatIf
 
 MOST_CAUSES = 40  # named for an engine; the rest is summed
@@ -123,6 +127,37 @@ def _bucket(bucket: Bucket, analysis: Analysis) -> dict[str, Any]:
     }
 
 
+def add_hbm_requests(report: dict[str, Any], result: TimingResult, window: str) -> None:
+    """Play the window START:END request by request, on every card. Raises UserError for a window that is none."""
+    flag = f"--hbm-requests {window}"
+    try:
+        start, end = (float(part) for part in window.split(":"))
+    except ValueError:
+        start = end = 0.0
+    if not 0 <= start < end < math.inf:
+        raise UserError([Problem(flag, "a window is two cycles, the first one smaller", "write START:END, as 0:50000")])
+    try:
+        cards = [hbm_requests(result, start, end, card) for card in range(result.topology.cards)]
+    except WindowError as error:
+        raise UserError([Problem(flag, f"{error.what}: {error.why}", error.fix)]) from None
+    report["hbm_requests"] = [c.to_json(result.machine) for c in cards]
+
+
+def _request_tables(report: dict[str, Any]) -> list[RenderableType]:
+    if "hbm_requests" not in report:
+        return []
+    table = Table(title="HBM request by request, and as the result has it", title_justify="left")
+    table.add_column("card")
+    for name in ("transfers", "lines", "cycles", "as fluid", "difference", "of the engines' time", "of a transfer"):
+        table.add_column(name, justify="right")
+    for c in report["hbm_requests"]:
+        table.add_row(
+            str(c["card"]), f"{c['transfers']:,}", f"{c['lines']:,}", f"{c['requests']:,.0f}", f"{c['fluid']:,.0f}",
+            f"{c['difference']:+.1%}", f"{c['busy_difference']:+.1%}", f"{c['median']:+.1%}",
+        )  # fmt: skip
+    return [table]
+
+
 def simulate_tables(report: dict[str, Any]) -> list[RenderableType]:
     """The report for people."""
     several = report["tensor"] * report["pipeline"] * report["replicas"] > 1
@@ -145,7 +180,7 @@ def simulate_tables(report: dict[str, Any]) -> list[RenderableType]:
             f"{b['mac_utilization']:.1%}", f"{b['hbm_utilization']:.1%}", f"{b['hbm_bytes_read'] / 1e6:,.1f} MB",
             *shares, *([f"{b['collective_share']:.1%}"] if several else []),
         )  # fmt: skip
-    out: list[RenderableType] = [table, _bounds_table(report), *_what_if_tables(report)]
+    out: list[RenderableType] = [table, _bounds_table(report), *_what_if_tables(report), *_request_tables(report)]
     return out + _explanation(report["buckets"][0]) if len(report["buckets"]) == 1 else out
 
 

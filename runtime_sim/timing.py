@@ -91,7 +91,7 @@ def simulate(
         _deadlock(result, queue_start, queue, program.wakes)
     limits = bounds(program, resources, queue_start, queue, rates, jit)
     limits.check(result.cycles)
-    return replace(result, bounds=limits)
+    return replace(result, bounds=limits, launch=program.launch)
 
 
 def _queues(flat: Flat, units: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,7 @@ from runtime_sim.flatten import Flat
 from runtime_sim.symmetry import Classes
 from runtime_sim.timing_tables import CONTEXTS, Layer, Operation, layers, operations, per_card, per_unit, to_json
 from runtime_sim.topology import Topology
-from runtime_sim.traffic import Resource
+from runtime_sim.traffic import Launch, Resource
 
 STALLS = (
     "busy",  # data moves or is computed
@@ -46,7 +47,7 @@ class TimingResult:
     start, ready (dependencies met and context free), finish; cause: instruction whose completion made it ready (-1:
     none); waker: the notify that ended a wait (-1). `number` says which of `costs` an instruction has; lost: cycles a
     transfer lost to each kind of shared resource. Units of a class do the same at the same time: `flat` holds one unit
-    of each class, `flat.unit` is the class. load: bytes through the resources of the cards and represented units.
+    of each class, `flat.unit` is the class. load: bytes through the resources of the cards and represented units. launch: values of launch registers by rank.
     """
 
     machine: Machine
@@ -63,6 +64,7 @@ class TimingResult:
     classes: Classes
     load: dict[Resource, float]
     bounds: Bounds | None = None
+    launch: Launch = field(default_factory=dict[int, Sequence[int]])
 
     def column(self, name: str) -> NDArray[Any]:
         return np.array([getattr(c, name) for c in self.costs])[self.number] if len(self.flat) else np.zeros(0)

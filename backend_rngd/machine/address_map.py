@@ -21,6 +21,7 @@ Addresses = NDArray[np.int64]
 CHANNELS = 32
 BANKS = 64  # of a channel: 16 banks in 3 of 4 SIDs
 QUEUE = 64  # requests a channel holds
+IN_FLIGHT = 256  # requests of an engine on the way (simulators.md 5; no figure is published)
 ENUMERATED = 8192  # lines looked at, at most: what comes later repeats the pattern
 _EVEN = CHANNELS * 8  # lines of a dense transfer from which its ends no longer matter
 
@@ -96,9 +97,8 @@ def _use(base: int, loops: tuple[tuple[int, int], ...], packet: int, timing: Tim
     if _dense(loops, packet) and (aligned or packets * packet > _EVEN * line):
         lines = _lines(base, loops, packets, packet, line)
         partial = 0 if whole else packets * -(-packet // line)
-        weighted = lines if whole else lines * timing.factor
-        busiest = float(math.ceil(weighted / CHANNELS))
-        waits = _row_cycles_of(loops, packet, timing)
+        uneven, waits = _in_order(loops, packet, timing)
+        busiest = math.ceil((lines if whole else lines * timing.factor) / CHANNELS) * uneven
         return HbmUse(lines, busiest, waits if waits > busiest * timing.per_line else 0.0, partial)
     (starts, ends), kept = _enumerate(base, loops, packet, line)
     channel = channels(starts)
@@ -108,7 +108,7 @@ def _use(base: int, loops: tuple[tuple[int, int], ...], packet: int, timing: Tim
         incomplete = (starts % granule != 0) | (ends % granule != 0)
         weight[incomplete] = timing.factor
     scale = packets / kept
-    busiest = float(np.bincount(channel, weight, CHANNELS).max()) * scale
+    busiest = _busiest(channel, weight) * scale
     waits = _row_cycles(starts, channel, timing) * scale
     return HbmUse(
         round(len(starts) * scale),
@@ -158,13 +158,23 @@ def _enumerate(
 
 
 @lru_cache(maxsize=1 << 12)
-def _row_cycles_of(loops: tuple[tuple[int, int], ...], packet: int, timing: Timing) -> float:
-    """`_row_cycles` of a transfer wherever it begins: 0 for one in the order of its addresses."""
+def _in_order(loops: tuple[tuple[int, int], ...], packet: int, timing: Timing) -> tuple[float, float]:
+    """Of a dense transfer wherever it begins: lines of the busiest channel for each that is its share, and
+    `_row_cycles`. (1, 0) for one in the order of its addresses."""
     if list(loops) == sorted(loops, key=lambda loop: -abs(loop[1])):
-        return 0.0
+        return 1.0, 0.0
     base = sum(-s * (n - 1) for n, s in loops if s < 0)
     (starts, _), kept = _enumerate(base, loops, packet, timing.line)
-    return _row_cycles(starts, channels(starts), timing) * math.prod(n for n, _ in loops) / kept
+    channel = channels(starts)
+    uneven = _busiest(channel, np.ones(len(starts))) * CHANNELS / len(starts)
+    return max(1.0, uneven), _row_cycles(starts, channel, timing) * math.prod(n for n, _ in loops) / kept
+
+
+def _busiest(channel: Addresses, weight: NDArray[np.float64]) -> float:
+    """Lines that a transfer waits for: of the busiest channel in every group of requests on the way at once."""
+    group = np.arange(len(channel)) // IN_FLIGHT
+    groups = int(group[-1]) + 1
+    return float(np.bincount(group * CHANNELS + channel, weight, groups * CHANNELS).reshape(groups, -1).max(1).sum())
 
 
 def _row_cycles(addresses: Addresses, channel: Addresses, timing: Timing) -> float:

@@ -170,6 +170,14 @@ def simulate(
         Path | None,
         typer.Option("--report", metavar="FILE.html", help="Write a page with drawings (needs one bucket)."),
     ] = None,
+    hbm_window: Annotated[
+        str | None,
+        typer.Option(
+            "--hbm-requests",
+            metavar="START:END",
+            help="Also play HBM request by request between two cycles (needs one bucket).",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -187,7 +195,7 @@ def simulate(
     from rngdc.console import err, write_json
     from rngdc.console import out as stdout
     from rngdc.llm import place
-    from rngdc.report import add_what_if, simulate_report, simulate_tables
+    from rngdc.report import add_hbm_requests, add_what_if, simulate_report, simulate_tables
     from runtime_sim.analysis import analyse
     from runtime_sim.load import LoadRequest
     from runtime_sim.what_if import WhatIfError, parse
@@ -197,6 +205,7 @@ def simulate(
         buckets = named_buckets(opened, bucket)
         for name, file, shows in (
             ("--trace", trace, "a trace"), ("--report", report_file, "a page"), ("--profile", profile, "a profile"),
+            ("--hbm-requests", hbm_window, "a window"),
         ):  # fmt: skip
             if file is not None and len(buckets) != 1:
                 fix = f"add --bucket {buckets[0].name}"
@@ -226,6 +235,8 @@ def simulate(
         report = simulate_report(device, buckets, analyses, micro_batches)
         if what_if.asked:
             add_what_if(report, what_if, before)
+        if hbm_window is not None:
+            add_hbm_requests(report, analyses[0].result, hbm_window)
         if trace is not None:
             from runtime_sim.trace import write_trace
 

@@ -159,3 +159,17 @@ def test_report_of_a_program(rngdc: Command, artifact: Path, tmp_path: Path) -> 
     assert "dma_startup_cycles 1100 -&gt; 0 cycles" in text
     assert text.count("<circle") >= 8  # the matrix products of the model
     refused(rngdc("simulate", artifact, "--report", path), "--report with 2 buckets", "--bucket")
+
+
+def test_hbm_requests(rngdc: Command, artifact: Path) -> None:
+    report = rngdc("simulate", artifact, *DECODE, "--hbm-requests", "0:1e9", "--json", "-").json
+    (card,) = report["hbm_requests"]
+    b = report["buckets"][0]
+    assert card["lines"] * 256 >= b["hbm_bytes_read"] + b["hbm_bytes_written"]
+    assert card["fluid"] <= b["cycles"]
+    assert abs(card["difference"]) < 0.12
+    assert "request by request" in rngdc("simulate", artifact, *DECODE, "--hbm-requests", "0:20000").out
+    refused(rngdc("simulate", artifact, *DECODE, "--hbm-requests", "5"), "two cycles", "0:50000")
+    refused(rngdc("simulate", artifact, *DECODE, "--hbm-requests", "9:3"), "the first one smaller")
+    refused(rngdc("simulate", artifact, *DECODE, "--hbm-requests", "1e12:2e12"), "no transfer", "the program takes")
+    refused(rngdc("simulate", artifact, "--hbm-requests", "0:5"), "--hbm-requests with 2 buckets")
