@@ -47,7 +47,8 @@ class TimingResult:
     start, ready (dependencies met and context free), finish; cause: instruction whose completion made it ready (-1:
     none); waker: the notify that ended a wait (-1). `number` says which of `costs` an instruction has; lost: cycles a
     transfer lost to each kind of shared resource. Units of a class do the same at the same time: `flat` holds one unit
-    of each class, `flat.unit` is the class. load: bytes through the resources of the cards and represented units. launch: values of launch registers by rank.
+    of each class, `flat.unit` is the class. load: bytes through the resources of the cards and represented units.
+    launch: values of launch registers by rank.
     """
 
     machine: Machine
