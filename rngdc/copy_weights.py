@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 """Largest file, unless a single tensor is larger: what transformers writes."""
-PIECE = 1 << 24
+PIECE = 1 << 20
+"""Bytes copied at a time: a buffer that stays in the processor's cache."""
 FOLDER = "weights"
 
 
@@ -73,9 +74,10 @@ def _write(table: WeightTable, refs: Sequence[WeightRef], path: Path) -> list[in
 
 def _copy(file: Any, first: int, nbytes: int, target: BinaryIO, name: str, source: Path) -> None:
     file.seek(first)
+    buffer = memoryview(bytearray(PIECE))
     while nbytes:
-        piece: bytes = file.read(min(PIECE, nbytes))
-        if not piece:
+        count: int = file.readinto(buffer[: min(PIECE, nbytes)])
+        if not count:
             raise UserError([Problem(f"weight {name}", f"{source} is cut off", f"restore {source}")])
-        target.write(piece)
-        nbytes -= len(piece)
+        target.write(buffer[:count])
+        nbytes -= count
