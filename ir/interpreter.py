@@ -97,6 +97,8 @@ class TcFunctions(InterpreterFunctions):
         optional = iter(args[4:])
         lengths, bias, sinks = (None if o is None else next(optional) for o in (op.lengths, op.bias, op.sinks))
         q, k, v, positions = args[:4]
+        if op.keys is not None:
+            k, v, bias = kernels.first_keys(op.key_count, k, v, positions, bias)
         result = kernels.attention(
             q,
             k,

@@ -193,6 +193,16 @@ def attention(
     return result
 
 
+def first_keys(
+    count: int, k: Array, v: Array, positions: Array, bias: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """The keys, values and bias of the first `count` keys. Raises KernelError if a position is not below them."""
+    _check_index(positions, count, "position")
+    if bias is not None and bias.shape[3] != 1:
+        bias = bias[..., :count]
+    return k[:, :, :count], v[:, :, :count], bias
+
+
 def visibility(positions: Array, keys: int, lengths: Array | None, causal: bool, window: int) -> Array:
     """Which key each query sees: bool `b s t`."""
     t = np.arange(keys, dtype=np.int32)

@@ -27,7 +27,8 @@ After (tokens=512):
     }
 
 Values between operations are then as small as a chunk, however long the prompt. The functions are those of before with
-fewer tokens, each once; if the chunks cannot be equal, the last one is shorter and has its own (`block_0_tail`).
+fewer tokens, each once; if the chunks cannot be equal, the last one is shorter and has its own (`block_0_tail`). Chunks
+before the last ones have layers that read fewer keys (`block_0_keys512`), at most four variants in all.
 A program is cut only where that changes no result (`passes.token_flow`); others stay whole, with a note.
 """
 
@@ -59,6 +60,11 @@ CHUNK = "chunk"
 
 CUT, PICK, PICK_FIRST, TAIL = "cut_", "pick", "pick_first", "_tail"
 
+KEY_LIMITS = 4
+"""Most variants of a layer's function, which differ in the number of keys that their tokens can see."""
+
+KEY_MULTIPLE = 128
+
 VALUE_BYTES = 5 << 20
 """Largest value that layers hand on: 80 KB in each of 64 slices of 512 KB, so that those of a layer fit beside it."""
 
@@ -73,6 +79,22 @@ def chunk_size(batch: int, length: int, token_bytes: int, tokens: int | None = N
         tokens = 1 << max(0, (VALUE_BYTES // max(1, token_bytes)).bit_length() - 1)
     most = tokens // batch
     return -(-length // -(-length // most)) if 0 < most < length else length
+
+
+def key_limits(keys: int, length: int, size: int) -> list[int]:
+    """For each chunk how many of `keys` keys its attention reads: what the last of its group of chunks can see.
+
+    Slots grow along the tokens and end before `keys`, so token i stands at `keys - length + i` or before.
+    """
+    count = -(-length // size)
+    groups = min(KEY_LIMITS, count)
+    limits: list[int] = []
+    for chunk in range(count):
+        group = chunk * groups // count
+        last = -(-(group + 1) * count // groups)  # the first chunk of the next group
+        end = keys - length + min(length, last * size)
+        limits.append(min(keys, -(-end // KEY_MULTIPLE) * KEY_MULTIPLE))
+    return limits
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,8 @@ class ChunkTokens(ModulePass):
         except MixedTokensError as error:
             add_notes(op, [f"{batch} x {length} tokens are not computed in chunks: {error}"])
             return
-        _Chunker(op, main, functions, program, size).run()
+        keys = [shape_of(v)[2] for v, role in program.roles.items() if role == STATE]
+        _Chunker(op, main, functions, program, size, max(keys, default=0)).run()
 
 
 def _sizes(main: FuncOp) -> tuple[int, int, int] | None:
@@ -126,6 +149,7 @@ class _Chunker:
     functions: dict[str, FuncOp]
     program: Program
     size: int
+    keys: int
     made: dict[str, FuncOp] = field(default_factory=dict[str, FuncOp])
     carried: dict[SSAValue, SSAValue] = field(default_factory=dict[SSAValue, SSAValue])
     """Caches as the chunk before left them, by the argument of `@main`; in the end also the results of `@main`."""
@@ -136,6 +160,7 @@ class _Chunker:
         old = [op for op in block.ops if isinstance(op, CallOp)]
         returned = block.last_op
         assert isinstance(returned, ReturnOp)
+        limits = key_limits(self.keys, self.program.length, self.size)
         cut: list[SSAValue] = [a for a in block.args if has_tokens(roles[a]) and a.first_use is not None]
         picked: SSAValue | None = None
         for number, start in enumerate(range(0, self.program.length, self.size)):
@@ -146,7 +171,7 @@ class _Chunker:
             now = dict(zip(cut, pieces, strict=False))
             for call in old:
                 if row is None or call is not row.call:
-                    self._layer(call, now, number, count, tail)
+                    self._layer(call, now, number, count, tail, limits[number])
             if row is not None:
                 operands = [now[row.call.operands[row.tokens]], pieces[-1], *([picked] if picked is not None else [])]
                 picked = self._call(self._pick(operands, tail), operands, number, PICK)[0]
@@ -175,7 +200,7 @@ class _Chunker:
         self.main.body.block.insert_op_before(call, last)
         return list(call.results)
 
-    def _layer(self, call: CallOp, now: dict[SSAValue, SSAValue], chunk: int, count: int, tail: str) -> None:
+    def _layer(self, call: CallOp, now: dict[SSAValue, SSAValue], chunk: int, count: int, tail: str, keys: int) -> None:
         """A call of before for one chunk; `now`: the values of this chunk by those of before."""
         name = call.callee.string_value()
         flow = self.program.flows[name]
@@ -185,7 +210,10 @@ class _Chunker:
         ]
         path = call.attributes.get(PATH)
         results = self._call(
-            self._resized(name, flow, count, tail), operands, chunk, path.data if isinstance(path, StringAttr) else ""
+            self._resized(name, flow, count, tail, keys),
+            operands,
+            chunk,
+            path.data if isinstance(path, StringAttr) else "",
         )
         for i, (before, after) in enumerate(zip(call.results, results, strict=True)):
             now[before] = after
@@ -224,21 +252,26 @@ class _Chunker:
         dims[dim] = (old[0], size) if isinstance(old, tuple) else size
         return tensor_type(tensor(value).element_type, dims)
 
-    def _resized(self, name: str, flow: Flow, count: int, tail: str) -> FuncOp:
-        """The function with `count` tokens."""
-        if name + tail in self.made:
-            return self.made[name + tail]
+    def _resized(self, name: str, flow: Flow, count: int, tail: str, keys: int) -> FuncOp:
+        """The function with `count` tokens that see the first `keys` keys."""
         old = self.functions[name]
+        full = keys == self.keys or not flow.caches
+        given = name + ("" if full else f"_keys{keys}") + tail
+        if given in self.made:
+            return self.made[given]
         new = old.clone()
-        new.properties["sym_name"] = StringAttr(name + tail)
+        new.properties["sym_name"] = StringAttr(given)
         pairs: list[tuple[SSAValue, SSAValue]] = list(zip(old.body.block.args, new.body.block.args, strict=True))
         for before, after in zip(old.body.block.ops, new.body.block.ops, strict=True):
             pairs += zip(before.results, after.results, strict=True)
         for before, after in pairs:
             if has_tokens(role := flow.roles[before]):
                 Rewriter.replace_value_with_new_type(after, self._part(before, role, count))
+        for op in new.body.block.ops:
+            if isinstance(op, tc.AttentionOp) and shape_of(op.k)[2] == self.keys != keys:
+                op.keys = IntegerAttr(keys, i64)
         _set_type(new, _argument_names(new))
-        self.made[name + tail] = new
+        self.made[given] = new
         return new
 
     def _cut(

@@ -134,9 +134,9 @@ def _operation(op: Operation, stored: set[SSAValue]) -> Work:
         work.weight_bytes = sum(_nbytes(v) for v in (op.lhs, op.rhs) if v in stored)
     elif isinstance(op, tc.AttentionOp):
         batch, heads, rows, width = shape_of(op.q)
-        keys, out = shape_of(op.k)[2], shape_of(op.v)[3]
+        keys, out = op.key_count, shape_of(op.v)[3]
         work.macs = batch * heads * rows * keys * (width + out)
-        work.cache_bytes = _nbytes(op.k) + _nbytes(op.v)
+        work.cache_bytes = (_nbytes(op.k) + _nbytes(op.v)) * keys // shape_of(op.k)[2]
     elif isinstance(op, (tc.AllReduceOp, tc.AllGatherOp, tc.ReduceScatterOp)):
         kind: CollectiveKind = "all_reduce"
         if not isinstance(op, tc.AllReduceOp):

@@ -8,6 +8,7 @@ in the end `head`. The number of stages is chosen when an artifact is loaded; th
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,11 @@ def role(name: str) -> str:
     """What a routine that the entry calls is for: prepare, embed, head, receive, send, cut, pick, or layer."""
     name = name.removesuffix(TAIL)
     return CUT if name.startswith(f"{CUT}_") else _ROLES.get(name, LAYER)
+
+
+def family(name: str) -> str:
+    """The name that variants of a layer for fewer keys share: `block_0` of `block_0_keys512`."""
+    return re.sub(r"_keys\d+", "", name)
 
 
 def passes_of(stream: Stream) -> list[range]:

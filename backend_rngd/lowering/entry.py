@@ -39,8 +39,7 @@ class EntryLowering(FunctionLowering):
         for name, arg, shard in zip(names, f.body.block.args, shards, strict=True):
             self._argument(name, arg, shard)
         outputs = {v: n for v, n in returned if not n.startswith("cache.")}
-        caches = [arg for arg in f.body.block.args if isinstance(self.env[arg], Stored)]
-        self.slots = Slots(f, outputs, self._inputs(f), caches)
+        self.slots = Slots(f, outputs, self._inputs(f), self._caches(f))
         if not self.slots.calls:
             self.outputs = {v: n for v, n in returned}
         values = self.walk()
@@ -56,6 +55,17 @@ class EntryLowering(FunctionLowering):
         ports = {port.buffer for port in self.parent.out.inputs}
         named = {arg: self._global_of(self.env[arg]) for arg in f.body.block.args}
         return {arg: name for arg, name in named.items() if name in ports}
+
+    def _caches(self, f: func.FuncOp) -> list[SSAValue]:
+        """Arguments and results of blocks that are caches."""
+        found: list[SSAValue] = [arg for arg in f.body.block.args if isinstance(self.env[arg], Stored)]
+        for op in f.body.block.ops:
+            if isinstance(op, func.CallOp):
+                returned = self.parent.functions[op.callee.string_value()].body.block.last_op
+                assert isinstance(returned, func.ReturnOp)
+                pairs = zip(returned.operands, op.results, strict=True)
+                found += [result for value, result in pairs if isinstance(value.owner, tc.KvUpdateOp)]
+        return found
 
     def _returned(self, f: func.FuncOp) -> list[tuple[SSAValue, str]]:
         op = f.body.block.last_op

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
@@ -104,6 +106,8 @@ class Indexed(FunctionBase):
         causal = bool(op.causal.value.data)
         keys = self._cache(k) if isinstance(k, Stored) else as_keys(self.em, self._keys(op.k))
         values = self._cache(v) if isinstance(v, Stored) else as_keys(self.em, self._keys(op.v))
+        if op.keys is not None:
+            keys, values = replace(keys, keys=op.key_count), replace(values, keys=op.key_count)
         heads = shape_of(op.q)[1]
         kv_heads = shape_of(op.k)[1]
         params = AttentionParams(

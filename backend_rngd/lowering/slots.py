@@ -1,7 +1,8 @@
 """Where the activations lie that `@main` passes between its calls: one buffer for all values that take the same place.
 
 The result of layer i and the operand of layer i + 1 are the same operand of one routine, so they share a buffer: a
-layer reads its input there and leaves its result there, and `@main` copies nothing.
+layer reads its input there and leaves its result there, and `@main` copies nothing. So do the same layers of all
+chunks, whatever number of keys they read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from xdsl.dialects import func
 from xdsl.ir import SSAValue
 
-from backend_rngd.artifact.stages import LAYER, TAIL, role
+from backend_rngd.artifact.stages import LAYER, TAIL, family, role
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.tensor import Tensor
 from backend_rngd.lowering.values import in_global
@@ -30,15 +31,15 @@ class Slots:
         inputs: Mapping[SSAValue, str],
         caches: Sequence[SSAValue] = (),
     ) -> None:
-        """`outputs`: values that the program returns; `inputs`: its arguments that calls read in place; `caches`: its
-        arguments that calls update in place, and get by address."""
+        """`outputs`: values that the program returns; `inputs`: its arguments that calls read in place; `caches`:
+        values that calls get by address and update in place."""
         self.calls = [op for op in main.body.block.ops if isinstance(op, func.CallOp)]
         self.outputs = dict(outputs)
         self._parent: dict[Key, Key] = {}
         self._names: dict[Key, str] = {}
         self._layout: dict[str, Tensor] = {}
         for call in self.calls:
-            name = call.callee.string_value()
+            name = family(call.callee.string_value())
             for i, value in enumerate(call.operands):
                 self._join(value, (name, "operand", i))
             for i, value in enumerate(call.results):

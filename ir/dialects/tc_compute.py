@@ -20,6 +20,7 @@ from xdsl.irdl import (
     irdl_op_definition,
     operand_def,
     opt_operand_def,
+    opt_prop_def,
     prop_def,
     result_def,
     traits_def,
@@ -232,6 +233,7 @@ class AttentionOp(TcOp):
     k_count). Scores are q.k * scale; softcap c > 0 makes them tanh(x / c) * c; the bias `b h s t` (sizes 1 broadcast)
     is added. Key t is visible if not causal or t <= position; if window > 0, position - t < window (its absolute value
     if not causal); and t < lengths[b]. Sinks `h` add exp(sink) to the denominator. A row without visible key is 0.
+    `keys` promises that all positions are below it, so that later keys need not be read.
 
     ```mlir
     %o = tc.attention (%q, %k, %v, %pos) lengths(%n) scale 0.125 causal false window 0 softcap 0.0
@@ -251,10 +253,11 @@ class AttentionOp(TcOp):
     causal = prop_def(BoolAttr)
     window = prop_def(IntegerAttr)
     softcap = prop_def(FloatAttr)
+    keys = opt_prop_def(IntegerAttr)
     result = result_def(TensorType)
     irdl_options = (AttrSizedOperandSegments(as_property=True),)
     traits = traits_def(Pure())
-    SYNTAX: ClassVar[str] = "operands scale:number causal:bool window:int softcap:number"
+    SYNTAX: ClassVar[str] = "operands scale:number causal:bool window:int softcap:number keys:count"
 
     def __init__(
         self,
@@ -288,6 +291,11 @@ class AttentionOp(TcOp):
     def group(self) -> int:
         """Query heads per key-value head."""
         return shape_of(self.q)[1] // shape_of(self.k)[1]
+
+    @property
+    def key_count(self) -> int:
+        """Keys that may be visible to a row; -1 if their number is symbolic."""
+        return shape_of(self.k)[2] if self.keys is None else self.keys.value.data
 
     @override
     def rule(self) -> Rule:
@@ -326,6 +334,9 @@ class AttentionOp(TcOp):
             raise VerifyException("attention gives floating-point numbers")
         if self.window.value.data < 0 or self.softcap.value.data < 0:
             raise VerifyException("window and softcap must not be negative (0 turns them off)")
+        if self.keys is not None and not (self.causal.value.data and 0 < self.key_count <= shape_of(self.k)[2]):
+            why = "not causal" if not self.causal.value.data else f"{shape_of(self.k)[2]} keys"
+            raise VerifyException(f"keys {self.key_count} of an attention that is {why}")
 
 
 @irdl_op_definition

@@ -2,8 +2,8 @@
 
 A `SYNTAX` string lists what an operation prints, in order, between its name and `: type`:
 `operands` is `(%a, %b)` followed by optional operands as `name(%x)`; `x` is the only operand; `name:kind` is a property
-(text kinds stand alone, numbers follow their name, `option` is a text behind its name, or absent); any other word is
-printed as it is. Operand types are not printed: values are defined above their use.
+(text kinds stand alone, numbers follow their name, `option` is a text and `count` an integer behind its name, or
+absent); any other word is printed as it is. Operand types are not printed: values are defined above their use.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ class TcSyntax(IRDLOperation):
             elif kind == "option":
                 if parser.parse_optional_keyword(name) is not None:
                     properties[name] = StringAttr(parser.parse_str_literal())
+            elif kind == "count":
+                if parser.parse_optional_keyword(name) is not None:
+                    properties[name] = IntegerAttr(parser.parse_integer(), i64)
             else:
                 properties[name] = _parse_property(parser, name, kind)
                 if kind == "typed":
@@ -80,7 +83,7 @@ class TcSyntax(IRDLOperation):
         typed: Attribute | None = None
         for word in self.SYNTAX.split():
             name, _, kind = word.partition(":")
-            if kind == "option" and name not in self.properties:
+            if kind in ("option", "count") and name not in self.properties:
                 continue
             printer.print_string(" ")
             if word == "operands":

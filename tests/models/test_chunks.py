@@ -12,6 +12,7 @@ from xdsl.passes import ModulePass
 import passes.pipeline
 from backend_rngd.artifact import Artifact
 from backend_rngd.artifact.stages import passes_of
+from passes import chunk_tokens
 from passes.chunk_tokens import ChunkTokens
 from passes.outline import Outline
 from rngdc.buckets import BucketRequest
@@ -55,10 +56,13 @@ def test_tokens_do_not_depend_on_chunks(
         monkeypatch.setattr(passes.pipeline, "outline_stage", stage)
         return built(tmp_path / "model", tmp_path / name, tensor, request_)
 
+    monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 16)
     whole, cut = build("whole", None), build("cut", size)
     parts = {len(passes_of(cut.stream(b))) for b in cut.buckets}
     assert max(parts) == chunks
     assert min(parts) == 1  # decoding
+    names = {routine.name for b in cut.buckets for routine in cut.stream(b).routines}
+    assert any(name.startswith("block_0_keys") for name in names)
     want = tokens_of(whole, 1)
     for stages in (1, 3):
         for (tokens, logits), (expected, exact) in zip(tokens_of(cut, stages), want, strict=True):

@@ -15,9 +15,11 @@ from xdsl.dialects.func import CallOp
 from frontend.capture import Captured, capture
 from frontend.resolve import resolve_model
 from ir import kernels
+from ir.dialects import tc
 from ir.interpreter import find_function, names_of, run
 from ir.types import numpy_dtype, shape_of
-from passes.chunk_tokens import VALUE_BYTES, ChunkTokens, chunk_size
+from passes import chunk_tokens
+from passes.chunk_tokens import KEY_LIMITS, VALUE_BYTES, ChunkTokens, chunk_size, key_limits
 from passes.notes import notes
 from passes.opt import run_pipeline
 from passes.outline import Outline
@@ -40,6 +42,18 @@ def test_chunks_are_few_and_equal(batch: int, length: int, token_bytes: int, tok
         assert fewer == 0 or batch * -(-length // fewer) > tokens
     if tokens is None and size < length:
         assert batch * size * token_bytes <= VALUE_BYTES
+
+
+@given(st.integers(1, 2000), st.integers(0, 2000), st.integers(1, 500))
+def test_keys_reach_every_token(length: int, past: int, size: int) -> None:
+    size = min(size, length)
+    keys = length + past
+    limits = key_limits(keys, length, size)
+    assert len(limits) == -(-length // size)
+    assert limits == sorted(limits)
+    assert limits[-1] == keys
+    assert len(set(limits)) <= KEY_LIMITS
+    assert all(past + min(length, (c + 1) * size) <= limit <= keys for c, limit in enumerate(limits))
 
 
 def test_default_sizes() -> None:
@@ -85,6 +99,7 @@ def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: 
         return x.astype(np.float64)
 
     monkeypatch.setattr(kernels, "to_f32", wide)
+    monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 4)
     captured = model(case, tmp_path)
     for batch, length, kv, tokens in BUCKETS:
         whole = captured.module.clone()
@@ -94,10 +109,16 @@ def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: 
         calls = [op.callee.string_value() for op in find_function(cut, "main").body.block.ops if isinstance(op, CallOp)]
         size = chunk_size(batch, length, 1, tokens)
         assert sum(name.startswith("cut_") for name in calls) == -(-length // size) > 1
+        limits = set(key_limits(kv, length, size))
+        assert {op.key_count for op in cut.walk() if isinstance(op, tc.AttentionOp)} == limits
+        assert len(limits) > 1
         args = inputs(whole, kv - length)
         want, got = (run(m, args, captured.weights.load) for m in (whole, cut))
         for name, value in want.items():
             np.testing.assert_array_equal(got[name], value, f"{name} of {length} tokens")
+        args["position_ids"][:, 0] = kv - 1  # a first token that stands where only a later chunk may be
+        with pytest.raises(kernels.KernelError, match="position"):
+            run(cut, args, captured.weights.load)
 
 
 def test_programs_that_stay_whole(tmp_path: Path) -> None:
