@@ -164,8 +164,9 @@ def front(
     clock: Clock,
     progress: Progress,
     cache: Cache | None = None,
+    store: bool = True,
 ) -> FrontModel:
-    """The captured model, simplified; taken from the cache unless its IR is to be dumped."""
+    """The captured model, simplified; taken from the cache unless its IR is to be dumped, and put there (`store`)."""
     from rngdc import front as fronts
 
     mode = "link" if options.weights == "copy" else options.weights
@@ -196,7 +197,7 @@ def front(
         captured.info.kind, captured.info.layers, captured.info.vocab_size, list(captured.info.notes)
     )
     model = fronts.FrontModel(text, print_module(captured.module), captured.weights, info, captured.module)
-    if cache is not None and name is not None:
+    if store and cache is not None and name is not None:
         fronts.store(cache, name, model, {"model": options.model})
     return model
 

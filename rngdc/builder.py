@@ -11,14 +11,16 @@ report = builder.build("./artifact", num_compile_workers=2)
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ir.errors import Problem
 from rngdc import defaults
 from rngdc.buckets import BucketRequest
+from rngdc.effort import DEFAULT as DEFAULT_LEVEL
 from rngdc.options import BuildOptions, ParallelOptions
+from rngdc.reference_options import apply_additional
 from rngdc.work import WorkOptions
 
 if TYPE_CHECKING:
@@ -50,11 +52,15 @@ class ArtifactBuilder:
         seed_for_random_weight: int | None = None,
         tensor_parallel_plan: PathLike | None = None,
         sequence_parallel: bool = False,
+        opt_level: int = DEFAULT_LEVEL,
+        device: str | int | None = None,
+        additional_model_config: Mapping[str, object] | None = None,
     ) -> None:
         """`model_id_or_path`: a hub id, or a path that starts with `.`, `/` or `~`. Buckets are (batch, length).
 
         `max_seq_len_to_capture`: None for 2,048, or the model's positions if there are fewer, or the longest bucket.
-        `seed_for_random_weight`: random weights instead of the model's. The other arguments are the options of
+        `seed_for_random_weight`: random weights instead of the model's. `device`: cards, as a number or text, that the
+        artifact must fit. The other arguments are the options of
         `rngdc build` (docs/cli.md).
         """
         self.problems: list[Problem] = []
@@ -73,6 +79,9 @@ class ArtifactBuilder:
         self.revision = revision
         self.num_hidden_layers = num_hidden_layers
         self.seed = seed_for_random_weight
+        self.opt_level = opt_level
+        self.device = None if device is None else str(device)
+        self.settings = [f"{k}={str(v).lower()}" for k, v in (additional_model_config or {}).items()]
 
     def build(
         self,
@@ -99,20 +108,22 @@ class ArtifactBuilder:
             num_pipeline_builder_workers, num_compile_workers, executor, ray_address, cache,
             None if cache_dir is None else Path(cache_dir),
         )  # fmt: skip
-        options = self._options(Path(save_dir), weights, work)
+        problems = list(self.problems)
+        options = self._options(Path(save_dir), weights, work, problems)
         options.overwrite = overwrite
         options.dump_ir = None if dump_ir is None else Path(dump_ir)
-        return build(options, progress, list(self.problems))
+        return build(options, progress, problems)
 
     def dry_run(self, save_dir: PathLike | None = None, *, weights: str = "link") -> Plan:
         """Check everything; what a build would make, and bounds of its times. Raises UserError with every problem."""
         from rngdc.dry_run import dry_run
 
         target = Path(save_dir) if save_dir is not None else Path(f"{Path(self.model).name}-artifact")
-        return dry_run(self._options(target, weights, WorkOptions()), lambda _: None, list(self.problems))
+        problems = list(self.problems)
+        return dry_run(self._options(target, weights, WorkOptions(), problems), lambda _: None, problems)
 
-    def _options(self, save_dir: Path, weights: str, work: WorkOptions) -> BuildOptions:
-        return BuildOptions(
+    def _options(self, save_dir: Path, weights: str, work: WorkOptions, problems: list[Problem]) -> BuildOptions:
+        options = BuildOptions(
             model=self.model,
             output=save_dir,
             buckets=self.request,
@@ -123,8 +134,11 @@ class ArtifactBuilder:
             revision=self.revision,
             num_hidden_layers=self.num_hidden_layers,
             name=self.name,
+            opt_level=self.opt_level,
+            device=self.device,
             work=work,
         )
+        return apply_additional(options, self.settings, problems)
 
     def _pairs(self, name: str, given: Sequence[Pair] | None) -> list[Pair]:
         """Buckets as they were given; what is no pair of positive integers becomes a problem."""

@@ -96,7 +96,7 @@ def dry_run(options: BuildOptions, progress: Progress, problems: list[Problem] |
     clock, notes, machine = Clock(), list[str](), load_machine(options.machine)
     found = list(problems or [])
     source, buckets, _ = check_all(options, machine, found, notes, progress)
-    captured = front(options, source, notes, clock, progress)
+    captured = front(options, source, notes, clock, progress, options.work.open_cache(), store=False)
     modules = specialise_modules(options, captured, buckets, progress)
     modules = shard_modules(options, modules, notes, progress)
     progress("estimating")

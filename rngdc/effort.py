@@ -32,11 +32,15 @@ class Effort:
 EFFORTS = (
     Effort(False, (Variant(prefetch=0.0),), "only what the hardware needs, for the shortest build"),
     Effort(True, (Variant(prefetch=0.0),), "operations are fused"),
-    Effort(True, (Variant(),), "and weights are fetched while earlier operations compute"),
+    Effort(
+        True,
+        (Variant(), Variant(prefetch=0.0)),
+        "and weights are fetched while earlier operations compute, where the simulator finds that faster",
+    ),
     Effort(
         True,
         (Variant(), Variant(prefetch=0.97), Variant(prefetch=0.6), Variant(0.5), Variant(0.25), Variant(prefetch=0.0)),
-        "and every program is compiled in six ways; the one is kept that the simulator finds fastest",
+        "and more ways to use data memory are tried (six in all)",
     ),
 )
 """By level."""

@@ -88,13 +88,14 @@ class RngdCompile(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Do it, and replace the module by what was emitted."""
         from rngdc.reproduce import load_task
+        from rngdc.tasks import scheduled
 
         task = load_task(Path(self.task), print_module(op))
         done = task.run(lambda _: None)
         if done.problems:
             raise UserError([Problem(*p) for p in done.problems])
-        assert done.module is not None
-        _replace(op, done.module)
+        assert done.variant is not None
+        _replace(op, scheduled(task, done.variant))
 
 
 def opt_main(argv: Sequence[str]) -> int:

@@ -194,7 +194,7 @@ class Built:
 class Compiled:
     """A program: stream and debug information as the artifact stores them. `peak`: bytes used by memory.
 
-    `problems`: why there is none. `emitted` and `module` exist only in the process that made them.
+    `problems`: why there is none. `variant`: which one it is. `emitted` exists only in the process that made it.
     """
 
     stream: bytes = b""
@@ -205,8 +205,8 @@ class Compiled:
     notes: list[str] = field(default_factory=list[str])
     problems: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    variant: Variant | None = None
     emitted: Emitted | None = None
-    module: ModuleOp | None = None
 
     @property
     def refused(self) -> bool:
@@ -215,7 +215,7 @@ class Compiled:
 
     def plain(self) -> Compiled:
         """Without the objects of this process."""
-        return replace(self, emitted=None, module=None)
+        return replace(self, emitted=None)
 
 
 Result = Built | Compiled
@@ -354,22 +354,21 @@ def _compile(task: CompileTask, listen: Listener, lowered: Lowered | None, modul
     steps = _Steps(listen)
     out = Compiled(seconds=steps.seconds)
     variants = EFFORTS[task.lowering.opt_level].variants
+    maker = _Maker(task, steps, lowered, module)
     first: UserError | None = None
     best: tuple[float, _Made] | None = None
     for variant in variants:
         try:
-            made = _make(task, steps, variant, lowered, module)
+            made = maker.make(variant)
         except UserError as error:
             first = first or error
             continue
-        finally:
-            lowered = None  # a variant changes it
-        if made is None or (best is not None and made.same_as(best[1])):
+        if made is None or (best is not None and made.emitted.streams[0] == best[1].emitted.streams[0]):
             continue
         cycles = 0.0
         if len(variants) > 1:
             steps("time")
-            cycles = _cycles(made, task.machine)
+            cycles = _cycles(made.emitted, task.machine)
         if best is None or cycles < best[0]:
             best = cycles, made
     if best is None:
@@ -378,105 +377,131 @@ def _compile(task: CompileTask, listen: Listener, lowered: Lowered | None, modul
         out.problems = _triples(first)
         return out
     made = best[1]
-    _dump(task.dumps, "schedule", made.lowered.module)
+    steps("verify")
+    verified(task.name, made.emitted, task.machine)
     steps("encode")
-    out.peak, out.notes = made.peak, made.notes
+    out.peak, out.notes, out.variant = made.peak, made.notes, made.variant
     out.record = _record(task.bucket, made.lowered, made.emitted)
     out.caches = _caches(task.lowering, made.lowered, made.emitted)
     out.stream, out.debug = _encoded(made.emitted), _debug(made.emitted)
-    out.emitted, out.module = made.emitted, made.lowered.module
+    out.emitted = made.emitted
+    if task.dumps is not None:
+        scheduled(task, made.variant, task.dumps)
     steps.close()
     return out
 
 
+def scheduled(task: CompileTask, variant: Variant, dumps: str | None = None) -> ModuleOp:
+    """The module of a variant that can be compiled, as it is emitted; `dumps` gets its steps as files."""
+    made = _Maker(task, _Steps(lambda _: None), None, None, dumps).make(variant)
+    assert made is not None
+    return made.lowered.module
+
+
 @dataclass
 class _Made:
-    """A program that was placed, scheduled, emitted and verified."""
+    """A variant of a program that was placed, scheduled and emitted. The module of `lowered` may change after that."""
 
+    variant: Variant
     lowered: Lowered
     emitted: Emitted
     peak: dict[str, int]
     notes: list[str]
 
-    def same_as(self, other: _Made) -> bool:
-        """Whether both are the same instructions."""
-        return self.emitted.streams[0] == other.emitted.streams[0]
+
+class _Maker:
+    """Makes variants of a program, one after another; a lowered module serves until one needs another spill size."""
+
+    def __init__(
+        self, task: CompileTask, steps: _Steps, lowered: Lowered | None, module: ModuleOp | None,
+        dumps: str | None = None,
+    ) -> None:  # fmt: skip
+        self.task, self.steps, self.module, self.dumps = task, steps, module, dumps
+        self.spill, self.lowered = task.lowering.spill_bytes, lowered
+        self.moves = Moves()
+
+    def make(self, variant: Variant) -> _Made | None:
+        """One variant. None: it needs images that the map does not have. Raises UserError."""
+        notes: list[str] = []
+        placed = self._place(variant, notes)
+        if placed is None:
+            return None
+        lowered, peak = placed
+        self.steps("schedule")
+        schedule(lowered.module)
+        _dump(self.dumps, "schedule", lowered.module)
+        self.steps("emit")
+        emitted = emit(lowered.module, self.task.machine, self.task.lowering.slices)
+        return _Made(variant, lowered, emitted, peak, notes)
+
+    def _place(self, variant: Variant, notes: list[str]) -> tuple[Lowered, dict[str, int]] | None:
+        """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
+        task, machine = self.task, self.task.machine
+        first: UserError | None = None
+        for share in SPILL_SHARES:
+            spill = int(task.lowering.spill_bytes * variant.spill * share)
+            try:
+                lowered = self._lowered(spill)
+            except UserError:
+                if first is None:
+                    raise
+                continue
+            images = shared_images(lowered)
+            if any(image.key not in task.addresses for _, image in images):
+                if first is None:
+                    return None
+                continue  # another form of a weight, or a literal, that the map of all programs does not have
+            if first is not None:
+                notes[:] = [f"values larger than {spill} B a slice lie in HBM: DM is too small for larger ones"]
+            for op, image in images:
+                op.address = IntegerAttr(task.addresses[image.key], i64)
+            self.steps("place")
+            for prefetch in (variant.prefetch, variant.prefetch * LESS_PREFETCH, 0.0) if variant.prefetch else (0.0,):
+                self.moves = hoist(lowered.module, machine, prefetch) if prefetch else Moves()
+                _dump(self.dumps, "hoist", lowered.module)
+                try:
+                    return lowered, place_in_order(lowered.module, machine, task.hbm_base)
+                except UserError as error:
+                    first = first or error
+                self._undo()  # early transfers keep buffers alive for longer
+        assert first is not None
+        raise first
+
+    def _lowered(self, spill: int) -> Lowered:
+        """The program with all transfers in their order. Raises UserError."""
+        self._undo()
+        if self.lowered is None or self.spill != spill:
+            self.steps("lower")
+            if self.module is None:
+                self.module = parse_module(self.task.text, self.task.name)
+            self.lowered = None
+            self.lowered = lower(self.module, self.task.machine, replace(self.task.lowering, spill_bytes=spill))
+            self.spill = spill
+        return self.lowered
+
+    def _undo(self) -> None:
+        undo(self.moves)
+        self.moves = Moves()
 
 
-def _make(
-    task: CompileTask, steps: _Steps, variant: Variant, lowered: Lowered | None, module: ModuleOp | None
-) -> _Made | None:
-    """One variant of the program. None: it needs images that the map does not have. Raises UserError."""
-    machine, notes = task.machine, list[str]()
-    spill = int(task.lowering.spill_bytes * variant.spill)
-    if lowered is None or variant.spill != 1:
-        steps("lower")
-        module = module if module is not None else parse_module(task.text, task.name)
-        lowered = lower(module, machine, replace(task.lowering, spill_bytes=spill))
-    if any(image.key not in task.addresses for _, image in shared_images(lowered)):
-        return None
-    steps("place")
-    lowered, peak = _place(task, variant, lowered, module, notes)
-    steps("schedule")
-    schedule(lowered.module)
-    steps("emit")
-    emitted = emit(lowered.module, machine, task.lowering.slices)
-    steps("verify")
-    return _Made(lowered, verified(task.name, emitted, machine), peak, notes)
-
-
-def verified(name: str, emitted: Emitted, machine: Machine) -> Emitted:
-    """The program, after every static check. Raises IllegalStreamError."""
+def verified(name: str, emitted: Emitted, machine: Machine) -> None:
+    """Every static check of a program. Raises IllegalStreamError."""
     errors = [v for v in emitted.check(machine) if v.severity == "error"]
     if errors:
         listed = "\n".join(f"  {v}" for v in errors[:20])
         raise IllegalStreamError(f"{name}: the compiler made {len(errors)} illegal instructions:\n{listed}")
-    return emitted
 
 
-def _cycles(made: _Made, machine: Machine) -> float:
-    """How long the program takes by the documented formulas, on as many units as it is for."""
+def _cycles(emitted: Emitted, machine: Machine) -> float:
+    """How long a program takes by the documented formulas, on as many units as it is for."""
     from runtime_sim.timing import simulate
     from runtime_sim.topology import Topology
 
-    launch = made.emitted.launch
-    units = max((len(values) for values in launch.values()), default=1)
-    stream = made.emitted.streams[0]
+    units = max((len(values) for values in emitted.launch.values()), default=1)
+    stream = emitted.streams[0]
     if units == 1:
         return simulate(stream, machine).cycles
-    return simulate([stream], machine, topology=Topology.of(machine, units), launch=launch).cycles
-
-
-def _place(
-    task: CompileTask, variant: Variant, lowered: Lowered, module: ModuleOp | None, notes: list[str]
-) -> tuple[Lowered, dict[str, int]]:
-    """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
-    machine = task.machine
-    first: UserError | None = None
-    for share in SPILL_SHARES:
-        if first is not None:
-            module = module if module is not None else parse_module(task.text, task.name)
-            spill = int(task.lowering.spill_bytes * variant.spill * share)
-            try:
-                lowered = lower(module, machine, replace(task.lowering, spill_bytes=spill))
-            except UserError:
-                continue
-            notes[:] = [f"values larger than {spill} B a slice lie in HBM: DM is too small for larger ones"]
-        images = shared_images(lowered)
-        if first is not None and any(image.key not in task.addresses for _, image in images):
-            continue  # another form of a weight, or a literal, that the map of all programs does not have
-        for op, image in images:
-            op.address = IntegerAttr(task.addresses[image.key], i64)
-        for prefetch in (variant.prefetch, variant.prefetch * LESS_PREFETCH, 0.0) if variant.prefetch else (0.0,):
-            moves = hoist(lowered.module, machine, prefetch) if prefetch else Moves()
-            _dump(task.dumps, "hoist", lowered.module)
-            try:
-                return lowered, place_in_order(lowered.module, machine, task.hbm_base)
-            except UserError as error:
-                first = first or error
-            undo(moves)  # early transfers keep buffers alive for longer
-    assert first is not None
-    raise first
+    return simulate([stream], machine, topology=Topology.of(machine, units), launch=emitted.launch).cycles
 
 
 def _dump(dumps: str | None, step: str, module: ModuleOp) -> None:

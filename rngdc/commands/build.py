@@ -402,5 +402,5 @@ def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions, opt_leve
         "emit         rngd-emit",
     ]
     if len(effort.variants) > 1:
-        lines.append(f"             map to emit in {len(effort.variants)} variants; the simulator chooses")
+        lines.append(f"             map to emit in {len(effort.variants)} variants, of which the simulator chooses")
     return "\n".join(lines)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import pytest
+import typer
 
 from backend_rngd.artifact import open_artifact
+from rngdc import ArtifactBuilder
+from rngdc.commands.app import app
 from rngdc.suggest import GRANULE, read_lengths, suggest
 from tests.cli.conftest import Command
 from tests.cli.small_models import write_model
@@ -47,15 +53,36 @@ def test_defaults_of_the_specification(rngdc: Command) -> None:
     assert (plan["tensor_parallel_size"], plan["pipeline_parallel_size"]) == (4, 1)
     assert [b["name"] for b in plan["buckets"]] == ["prefill_b1_s2048_kv2048", "decode_b1_kv2048"]
     text = " ".join(rngdc("build", "--help").out.split())
-    for option, default in (
+    for option, default in (  # those that the specification, or the product, has
         ("-tp, --tensor-parallel-size N", "4"), ("-pp, --pipeline-parallel-size N", "1"),
-        ("--max-seq-len-to-capture N", "2048"), ("-pb, --prefill-buckets B,S", "longest sequence"),
+        ("--max-model-len N", "2048"), ("-pb, --prefill-buckets B,S", "longest sequence"),
         ("--num-pipeline-builder-workers N", "1"), ("--num-compile-workers N", "1"), ("--weights MODE", "link"),
         ("--trust-remote-code", "off"), ("--auto-bfloat16-cast", "off"), ("--prefill-chunk-size N", "no chunks"),
     ):  # fmt: skip
         described = text[text.index(option) :]
         described = described[described.index("[default: ") : described.index("]", described.index("[default: "))]
         assert re.search(rf"\b{default}\b", described), (option, described)
+
+
+def test_help_shows_every_default() -> None:
+    """Of every option there is, and what it says is what happens without it."""
+    command: Any = typer.main.get_command(app).commands["build"]  # type: ignore[attr-defined]
+    context = click.Context(command)
+    shown = 0
+    for option in command.params:
+        record = option.get_help_record(context)
+        if record is None or not option.opts[0].startswith("-") or option.name == "help":
+            continue
+        described = " ".join(record[1].split())
+        found = re.search(r"\[default: (.+)\]$", described)
+        assert found, f"{option.opts[0]}: {described}"
+        if isinstance(option.default, int) and not isinstance(option.default, bool):
+            assert found[1] == str(option.default), option.name
+        shown += 1
+    assert shown >= 32
+    defaults = inspect.signature(ArtifactBuilder.__init__).parameters
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "opt_level"):
+        assert defaults[name].default == next(p.default for p in command.params if p.name == name)
 
 
 def test_a_model_that_fits_no_card(rngdc: Command) -> None:

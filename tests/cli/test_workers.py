@@ -216,15 +216,17 @@ def test_a_bug_is_reported_and_the_rest_is_kept(
     # The others' work is in the cache.
     entries = list((tmp_path / "cache" / "compile").rglob("*.rngdc"))
     assert len(entries) == (2 if failed == 2 else 1)
-    # The reproducer runs: the bug is not in these passes.
+    # The reproducer does the same once more: with the bug it fails in the same way, without it gives the program.
     line = next(line for line in ran.stderr.splitlines() if "reproduce: " in line)
     pipeline, file = line.split("-p '")[1].split("'")[0], line.rsplit(" ", 1)[1]
-    again = subprocess.run(
-        [sys.executable, "-c", "from rngdc.cli import main; main()", "opt", "-p", pipeline, file],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "rngd.exec" in again.stdout
+    for first, status in (("import broken; ", 3), ("", 0)):
+        again = subprocess.run(
+            [sys.executable, "-c", f"{first}from rngdc.cli import main; main()", "opt", "-p", pipeline, file],
+            env={**environment, "BROKEN": "raise"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert again.returncode == status, again.stderr
+        assert ("a bug in emit" in again.stderr) == bool(status), again.stderr
+    assert "rngd.exec" in again.stdout and '"after(' in again.stdout
     # Without the bug the build takes up where it was.
     command = "from rngdc.cli import main; main()"
     ran = subprocess.run([sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True)
