@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from backend_rngd.isa.check_stream import bank_hits
 from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import OWN, Reach, dma_startup, dma_time, dma_work, macs, unit_cycles
@@ -17,7 +18,8 @@ class Cost:
     cycle of `work` at full speed, of HBM lines if the transfer touches HBM: transfers that share a resource get equal
     parts of it. overhead: the part of `fixed` that moves no data (issue, fill, start-up). reach: shares of moved_bytes
     by where the peer side of a transfer lies. wait: a wait for other units, which takes as long as they take.
-    collective: serves other units.
+    collective: serves other units. starves: hits one bank of data memory so often in a row that transfers may be locked
+    out (hardware.md 2.2).
     """
 
     fixed: float
@@ -33,6 +35,7 @@ class Cost:
     reach: Reach = OWN
     wait: bool = False
     collective: bool = False
+    starves: bool = False
 
     @property
     def cycles(self) -> float:
@@ -80,6 +83,10 @@ def cost_of(
         return Cost(issue, 0.0, 0.0, issue, False, 0, 0, 0, 0, "notify", collective=True)
     time = unit_cycles(what, context, machine)
     overhead = time.total - max(time.stages.values())
+    starves = bank_hits(what, context, machine) >= machine.dm_starvation_hits
     if isinstance(what, Exec):
-        return Cost(time.total, 0.0, 0.0, overhead, uses_vector_engine(what), macs(what), 0, 0, 0, time.bottleneck)
-    return Cost(time.total, 0.0, 0.0, overhead, False, 0, 0, 0, 0, time.bottleneck)
+        return Cost(
+            time.total, 0.0, 0.0, overhead, uses_vector_engine(what), macs(what), 0, 0, 0, time.bottleneck,
+            starves=starves,
+        )  # fmt: skip
+    return Cost(time.total, 0.0, 0.0, overhead, False, 0, 0, 0, 0, time.bottleneck, starves=starves)

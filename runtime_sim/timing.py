@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from backend_rngd.isa.descriptors import Context, Stream
+from backend_rngd.isa.descriptors import Context, Dma, Space, Stream
 from backend_rngd.machine import Machine, Mode
 from runtime_sim.bounds import bounds
 from runtime_sim.errors import SimulationError
@@ -89,6 +89,7 @@ def simulate(
     )  # fmt: skip
     if times.completed < len(flat):
         _deadlock(result, queue_start, queue, program.wakes)
+    _starvation(result)
     limits = bounds(program, resources, queue_start, queue, rates, jit)
     limits.check(result.cycles)
     return replace(result, bounds=limits, launch=program.launch)
@@ -105,6 +106,33 @@ def _queues(flat: Flat, units: int) -> tuple[NDArray[np.int64], NDArray[np.int64
     queue = np.argsort(key, kind="stable")
     start = np.searchsorted(key[queue], np.arange(3 * units + 1))
     return start.astype(np.int64), queue.astype(np.int64)
+
+
+def _starvation(result: TimingResult) -> None:
+    """Raise an error for a transfer to or from data memory beside a pass that may lock it out: on a card the network
+    times out and the cluster resets (hardware.md 2.2)."""
+    starving = np.nonzero(result.column("starves").astype(np.bool_))[0]
+    if not len(starving):
+        return
+    flat = result.flat
+    moves = np.nonzero((flat.context == int(Context.DMA)) & (result.column("moved_bytes") > 0))[0]
+    for i in starving.tolist():
+        beside = (flat.unit[moves] == flat.unit[i]) & (result.start[moves] < result.finish[i])
+        beside &= result.finish[moves] > result.start[i]
+        for j in moves[beside].tolist():
+            instruction = (
+                flat.streams[int(flat.unit[j])].routines[int(flat.routine[j])].instructions[int(flat.index[j])]
+            )
+            what = instruction.what
+            assert isinstance(what, Dma)
+            if any(s.space in (Space.DM, Space.PEER_DM) for s in (what.source, what.destination)):
+                raise SimulationError(
+                    SimulationError.ILLEGAL,
+                    f"a pass hits one bank {result.machine.dm_starvation_hits} times or more in a row beside the "
+                    f"transfer at {flat.site(j)}",
+                    "the transfer can be locked out until the network times out; let one wait for the other",
+                    flat.site(i),
+                )
 
 
 def _deadlock(result: TimingResult, queue_start: NDArray[np.int64], queue: NDArray[np.int64], notifies: Wakes) -> None:

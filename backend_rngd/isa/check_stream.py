@@ -210,9 +210,7 @@ def _check_unit(
         if any(a.space == "vrf" and a.high > limit for a in touched):
             where.add("stash-space", f"VRF bytes beyond {limit}")
     if isinstance(what, (Exec, LoadTrf, LoadVrf)):
-        hits = bank_hits_fetch(what.fetch, machine, instruction.context == Context.SUB)
-        if isinstance(what, Exec):
-            hits = max(hits, bank_hits_commit(what.commit, machine))
+        hits = bank_hits(what, instruction.context, machine)
         if hits >= machine.dm_starvation_hits:
             where.add("bank-starvation", f"{hits} accesses in a row hit one bank")
 
@@ -226,6 +224,14 @@ def _row_hits(loops: Iterable[tuple[int, int]], row: int) -> int:
             break
         hits *= size
     return hits
+
+
+def bank_hits(what: Exec | LoadTrf | LoadVrf | Memset, context: Context, machine: Machine) -> int:
+    """Longest series of accesses of a pass that hit one DM bank."""
+    if isinstance(what, Memset):
+        return 1
+    hits = bank_hits_fetch(what.fetch, machine, context == Context.SUB)
+    return max(hits, bank_hits_commit(what.commit, machine)) if isinstance(what, Exec) else hits
 
 
 def bank_hits_fetch(fetch: Fetch, machine: Machine, sub: bool) -> int:

@@ -327,3 +327,16 @@ def test_json_result(traced):
     assert len(data["instructions"]["start"]) == 18 == data["instructions_executed"]
     assert data["operations"][0]["location"] == "model.layers.0.mlp|tc.contract"
     assert data["critical_path"]["cycles_by_context"]["dma"] > 0
+
+
+def test_a_pass_that_starves_transfers_is_an_error_beside_one():
+    """64 reads of one bank in a row: legal alone, an error while data memory is read or written by a transfer."""
+    starving = Exec(64, Fetch(0, ((64, 128), (2, 4)), Dtype.F32, 2), Commit(1 << 17, ((128, 4),), Dtype.F32, 2))
+    short = load(1 << 12)
+    assert simulate(stream((MAIN, starving, After()), (DMA, short, After(main=1))), BOOK).cycles > 64
+    busy = simulate(stream((DMA, short, After()), (MAIN, starving, After(dma=1))), BOOK)
+    assert busy.start[1] == busy.finish[0]
+    with pytest.raises(SimulationError, match="hits one bank 64 times or more.*network times out"):
+        simulate(stream((DMA, load(1 << 18), After()), (MAIN, starving, After())), BOOK)
+    to_itself = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.HBM, 1 << 24), ((64, 4096, 4096),), 4096)
+    simulate(stream((DMA, to_itself, After()), (MAIN, starving, After())), BOOK)  # never in data memory
