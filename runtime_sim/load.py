@@ -128,6 +128,8 @@ def _choose_buckets(artifact: Artifact, request: LoadRequest, problems: list[Art
             what = f"{name} buckets {_listed(missing)} are not in the artifact"
             add = {f"{name}_buckets": tuple(dict.fromkeys([*sizes, *missing]))}
             fix = f"choose among these, or build them as well: {artifact.rebuild(**add)}"
+            if artifact.manifest.model.kind == "encoder" and not sizes:
+                fix = f"leave {name}_buckets out: an encoder has prefill buckets only"
             problems.append(ArtifactProblem(what, f"it has {_listed(sizes) or 'none'}", fix))
         kept += [b for b in there if (b.batch, b.attention_size) in wanted]
     others = [b for b in artifact.buckets if b.phase not in (*PREFILL, *DECODE)]

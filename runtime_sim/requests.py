@@ -173,10 +173,11 @@ def _budget(
         what = f"{_name(index, count)} has {n} tokens and {max_tokens} are asked for"
         if limits.max_model_len is not None:
             why = f"a sequence has at most {limits.max_model_len} (max_model_len), not {n + max_tokens}"
-            fix = f"ask for at most {max(0, room)}, or shorten the prompt"
+            fix = "shorten the prompt"
         else:
             why = f"{n + max_tokens - 1} tokens are needed in the cache, the largest decode bucket holds {reach}"
-            fix = f"ask for at most {max(0, room)}, or build with a larger -db"
+            fix = "build with a larger -db"
+        fix = f"ask for at most {room}, or {fix}" if room > 0 else fix
         problems.append(ArtifactProblem(what, why, fix))
     return max_tokens
 

@@ -12,7 +12,8 @@ from backend_rngd.artifact.schema import Manifest, Options
 
 
 def rebuild_command(manifest: Manifest | Mapping[str, Any], directory: Path | str, **changes: Any) -> str:
-    """`rngdc build ... --overwrite` for the artifact in `directory`, with `changes` of its options.
+    """`rngdc build ... --overwrite` for the artifact in `directory`, with `changes` of its options; for one in the
+    cache of the hub with a directory to choose.
 
     `manifest` may be the JSON object of any version: what it does not record is left out.
     """
@@ -22,7 +23,10 @@ def rebuild_command(manifest: Manifest | Mapping[str, Any], directory: Path | st
         )
     else:
         options = _recorded(manifest.get("options")) or _from_programs(manifest)
-    return options.model_copy(update=changes).command(str(directory)) + " --overwrite"
+    options = options.model_copy(update=changes)
+    if Path(directory).absolute().parent.name == "snapshots":  # in the hub's cache, which is not ours to write
+        return options.command("OUT")
+    return options.command(str(directory)) + " --overwrite"
 
 
 def _recorded(data: object) -> Options | None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Examples:
   rngdc run ./smollm2 --chat --prompt "What is the capital of France?"
   rngdc run ./smollm2 --prompt-file story.txt --max-tokens 100 --json -
+  rngdc run ./llama --prompt "Once upon a time" --devices npu:0,npu:1 -pp 2 -db 4,2048
   rngdc run ./minilm --prompt "A man is eating food." --json -"""
 )
 def run(
@@ -84,7 +85,7 @@ def run(
     if problems:
         raise UserError(problems)
     with bar() as progress:
-        loading = progress.add_task("loading weights", total=None)
+        loading = progress.add_task("loading weights", total=None, visible=False)
         llm = LLM.load_artifact(
             artifact,
             revision=revision,
@@ -97,7 +98,7 @@ def run(
             tensor_parallel_size=tensor_parallel_size,
             mode=timing_mode(mode),
             strict=strict,
-            progress=lambda done, total: progress.update(loading, completed=done, total=total),
+            progress=lambda done, total: progress.update(loading, completed=done, total=total, visible=True),
         )
         print_notes(llm.notes)
         ids = source if isinstance(source, list) else llm.encode(source, chat)

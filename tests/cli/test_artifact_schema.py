@@ -124,6 +124,7 @@ def test_the_command_of_an_older_manifest_is_read_off_its_programs(artifact: Pat
     assert rebuild_command(Manifest.model_validate(data), "out", tensor_parallel_size=4) == wanted.replace(
         "-tp 1", "-tp 4"
     )
+    assert rebuild_command(data, "hub/snapshots/0123") == wanted.replace(" out ", " OUT ").removesuffix(" --overwrite")
     chunked = [
         {"phase": "prefill", "batch": 1, "input_length": 8, "attention_size": 8},
         {"phase": "chunk", "batch": 1, "input_length": 8, "attention_size": 16},
