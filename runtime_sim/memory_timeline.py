@@ -93,7 +93,7 @@ def data_memory(result: TimingResult, sites: Sites, unit: int) -> Timeline:
         what = sites.instructions[site]
         if isinstance(what, Call):
             continue
-        for access in footprint(what):
+        for access in footprint(what, result.launch):
             if access.space == "dm":
                 touched += [(site, low, high, access.write) for low, high in access.intervals]
     slices = result.flat.streams[unit].slices
@@ -120,6 +120,7 @@ def working_area(result: TimingResult, sites: Sites, unit: int, area: tuple[int,
     flat = result.flat
     stream = flat.streams[unit]
     mine = np.nonzero((flat.unit == unit) & (flat.context == 2))[0]
+    rank = result.topology.places[result.classes.members[unit][0]].rank
     registers: dict[int, dict[int, Value]] = {}
     executed: list[int] = []
     spans: list[tuple[int, int, bool]] = []
@@ -130,7 +131,10 @@ def working_area(result: TimingResult, sites: Sites, unit: int, area: tuple[int,
         if not isinstance(what, Dma) or Space.HBM not in (what.source.space, what.destination.space):
             continue
         inside = registers_of_call(stream, flat.calls, call, registers)
-        first, second = (inside.get(s.register, Value(0, 0)).offset for s in (what.source, what.destination))
+        first, second = (
+            inside.get(s.register, Value(s.register, 0)).on(result.launch, rank)
+            for s in (what.source, what.destination)
+        )
         key = (site, first, second)
         if key not in known:
             known[key] = _hbm_spans(what, (first, second), area)

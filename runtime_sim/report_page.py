@@ -97,8 +97,13 @@ def _facts(data: dict[str, Any]) -> str:
         (f"{data['mac_utilisation']:.1%}", "of the multipliers' time used"),
         (f"{data['hbm_utilisation']:.1%}", "of the HBM bandwidth used"),
         (f"{data['collective_share']:.1%}", "of the critical path in collectives"),
-        (f"{data['energy_joules'] * 1e3:,.2f} mJ", "board energy"),
+        ("{:,.4g} to {:,.4g} mJ".format(*(1e3 * joules for joules in data["energy_joules"])), "board energy"),
     ]
+    if data["bounds"] is not None:
+        at_least, at_most = data["bounds"]["lower"], data["bounds"]["upper"]
+        facts.insert(
+            1, (f"{at_least:,.0f} to {at_most:,.0f}", f"cycles are possible; bound by {data['bounds']['binds']}")
+        )
     cells = (f'<div class="fact"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in facts)
     return f'<div class="facts">{"".join(cells)}</div>'
 
@@ -124,7 +129,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str, texts:
 
 def _account(data: dict[str, Any], name: str) -> str:
     total = f"{data['cycles']:,.0f}"
-    words = f"{_unit(data)}: every row sums to {total} cycles. VE is held by passes of Main and Sub."
+    words = (
+        f"{_unit(data)}: every row sums to {total} cycles. Passes of Main and Sub hold VE; TDMA and PDMA transfer "
+        "(PDMA to other cards), Core notifies and waits."
+    )
     return _heading("Where the cycles go", words) + draw.engines(data, name)
 
 
