@@ -127,7 +127,7 @@ def run(
             progress.update(answering, total=len(row.token_ids))
             text = answer.texts[0] if answer.texts is not None else None
             shown = text if text is not None else " ".join(map(str, row.token_ids))
-            report |= row_json(row, text)
+            report |= {k: v for k, v in answer.to_json().items() if k != "rows"} | row_json(row, text)
             timing = f"simulated: first token {row.ttft_us:,.0f} us"
             if row.tpot_us is not None:
                 timing += f", then {row.tpot_us:,.0f} us a token ({1e6 / row.tpot_us:,.0f} tokens/s)"

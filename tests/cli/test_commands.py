@@ -55,6 +55,8 @@ def test_run_gives_the_tokens_of_the_model(rngdc: Command, artifact: Path) -> No
     simulated = {b["phase"]: b["time_us"] for b in rngdc("simulate", artifact, "--json", "-").json["buckets"]}
     assert report["ttft_us"] == pytest.approx(simulated["prefill"])
     assert report["tpot_us"] == pytest.approx(simulated["decode"])
+    assert [p["runs"] for p in report["programs"]] == [1, 5]
+    assert report["seconds"] == pytest.approx(sum(p["runs"] * p["time_us"] for p in report["programs"]) / 1e6)
 
 
 def test_prompts_from_file_ids_and_chat(rngdc: Command, artifact: Path, tmp_path: Path) -> None:
