@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from backend_rngd.artifact import Bucket
     from runtime_sim.runtime import Device
 
-BINS = 200
+BINS = 200  # parts of the time for what moves
+MOMENTS = 800  # parts of the time for what lies in memory
 WAITS = 8  # causes named for an operation; the rest is summed
 
 

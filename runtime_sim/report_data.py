@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from runtime_sim.analysis import BINS, Analysis
+from runtime_sim.analysis import BINS, MOMENTS, Analysis
 from runtime_sim.engines import shortened
 from runtime_sim.memory_timeline import Timeline
 from runtime_sim.trace import LANES, spans
 
 MAX_SPANS = 800  # of a lane
 MAX_SEGMENTS = 400
+MAX_GROUPS = 100
 MAX_CAUSES = 12  # named for an engine
 MAX_WRITERS = 9  # named in a memory
 
@@ -48,6 +49,7 @@ def report_data(analysis: Analysis) -> dict[str, Any]:
         "layers": analysis.layer_path,
         "path": list(islice(sorted(analysis.path, key=lambda s: s["begin"] - s["end"]), MAX_SEGMENTS)),
         "path_total": len(analysis.path),
+        "path_groups": sorted(analysis.path_groups, key=lambda g: -g["cycles"])[:MAX_GROUPS],
         "roofline": analysis.roofline,
         "rates": {"bin_cycles": (result.cycles or 1.0) / BINS, **analysis.rates(number)},
         "memory": [
@@ -61,8 +63,8 @@ def report_data(analysis: Analysis) -> dict[str, Any]:
 
 
 def _live(line: Timeline) -> dict[str, Any]:
-    """The moments with most live bytes in BINS parts of the time, and what was live then by who wrote it."""
-    moments, live = line.sampled(BINS)
+    """The moments with most live bytes in MOMENTS parts of the time, and what was live then by who wrote it."""
+    moments, live = line.sampled(MOMENTS)
     order = sorted(range(len(line.names)), key=lambda n: -int(live[n].max()))
     named = {line.names[n]: live[n].tolist() for n in order[:MAX_WRITERS]}
     rest = live[order[MAX_WRITERS:]].sum(axis=0)

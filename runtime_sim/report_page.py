@@ -230,4 +230,12 @@ def _layers(data: dict[str, Any]) -> str:
     total = data["cycles"] or 1.0
     rows = [[name, f"{cycles:,.0f}", f"{cycles / total:.1%}"] for name, cycles in data["layers"].items()]
     words = "Cycles of the critical path; they sum to the makespan."
-    return _heading("Layers", words) + _table(("layer", "path cycles", "share"), rows, "layers")
+    layers = _heading("Layers", words) + _table(("layer", "path cycles", "share"), rows, "layers")
+    groups = [
+        [g["layer"], draw.plain(g["location"]), f"unit {g['unit']} {g['context']}", f"{g['instructions']:,}",
+         f"{g['cycles']:,.0f}", f"{g['cycles'] / total:.1%}"]
+        for g in data["path_groups"]
+    ]  # fmt: skip
+    head = ("layer", "operation", "where", "instructions", "path cycles", "share")
+    words = "The largest parts of the critical path by layer, operation, unit and context."
+    return layers + _heading("Critical path", words) + _table(head, groups, "path-groups", (1, 2))

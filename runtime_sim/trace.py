@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime_sim.analysis import BINS, Analysis
+from runtime_sim.analysis import BINS, MOMENTS, Analysis
 from runtime_sim.engines import ENGINES, VE
 from runtime_sim.perfetto import PerfettoFile
 from runtime_sim.timing_result import SHARED
@@ -190,7 +190,8 @@ def _layer_spans(analysis: Analysis) -> Iterator[Span]:
 
 
 def counters(analysis: Analysis) -> Iterator[Counter]:
-    """Counters of every unit: bytes and MACs a cycle in BINS parts of the time, and live bytes of data memory."""
+    """Counters of every unit: bytes and MACs a cycle in BINS parts of the time, and in each of MOMENTS parts the
+    most live bytes of data memory."""
     result = analysis.result
     width = (result.cycles or 1.0) / BINS
     edges = tuple(k * width for k in range(BINS + 1))
@@ -201,8 +202,8 @@ def counters(analysis: Analysis) -> Iterator[Counter]:
         ):  # fmt: skip
             values = tuple(x / width for x in rates[name])
             yield Counter(unit, title, "MACs/cycle" if name == "macs" else "B/cycle", edges, (*values, 0.0))
-        moments, live = analysis.data_memory(number).sampled(BINS)
-        total = live.sum(axis=0).tolist() if len(live) else [0.0] * BINS
+        moments, live = analysis.data_memory(number).sampled(MOMENTS)
+        total = live.sum(axis=0).tolist()
         yield Counter(unit, "DM live", "B", (*moments.tolist(), edges[-1]), (*total, 0.0))
 
 
