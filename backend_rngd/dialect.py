@@ -57,6 +57,7 @@ from backend_rngd.sync_ops import LaunchOp, NotifyOp, WaitOp
 
 __all__ = [
     "CONTEXTS",
+    "EARLY",
     "KINDS",
     "RNGD",
     "SPACES",
@@ -83,7 +84,9 @@ __all__ = [
     "space_of",
 ]
 
-KINDS = ("weight", "cache", "input", "output", "activation", "scratch", "constant")
+EARLY = "early"
+KINDS = ("weight", "cache", "input", "output", "activation", "scratch", "constant", EARLY)
+"""Of globals. Early: DM that a routine fills without waiting for the routines before it (`isa.early`)."""
 
 
 # Buffers -------------------------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ from backend_rngd.isa.descriptors import (
     Stream,
     Wait,
 )
+from backend_rngd.isa.early import EarlyBytes, may_start_early, written
 from backend_rngd.isa.expand import synchronises
-from backend_rngd.isa.footprint import NO_LAUNCH, Access, Launch, footprint, slice_range, within_unit
+from backend_rngd.isa.footprint import NO_LAUNCH, Access, Interval, Launch, footprint, slice_range, within_unit
 from backend_rngd.isa.hazards import CONTEXTS, Hazards
 from backend_rngd.isa.rules import Violation
 from backend_rngd.isa.shape import access_bytes
@@ -119,12 +120,19 @@ def check_stream(
         return out  # footprints of illegal instructions mean nothing
     footprints = [[footprint(i.what, launch) for i in r.instructions] for r in stream.routines]
     stashes = any(_stashes(i) for r in stream.routines for i in r.instructions)
+    early = [
+        interval
+        for routine, touched in zip(stream.routines, footprints, strict=True)
+        for instruction, accesses in zip(routine.instructions, touched, strict=True)
+        if not instruction.after.enter
+        for interval in written(accesses)
+    ]
     for number, (routine, touched) in enumerate(zip(stream.routines, footprints, strict=True)):
         if buffers is not None:
             _check_buffers(number, routine, touched, place, buffers)
         for index, instruction in enumerate(routine.instructions):
             _check_unit(place.at(routine, index), instruction, stream.slices, machine, touched[index], stashes)
-        _check_waits(stream, routine, touched, place)
+        _check_waits(routine, touched, place, early)
         _check_types(routine, touched, place)
     _check_memory(stream, footprints, place, machine, hbm_regions, buffers, frozenset(host_registers), launch, runs)
     return out
@@ -257,8 +265,19 @@ def bank_hits_commit(commit: Commit, machine: Machine) -> int:
 
 
 # Waits ---------------------------------------------------------------------------------------------------------------
-def _check_waits(stream: Stream, routine: Routine, touched: Sequence[Sequence[Access]], place: _Place) -> None:
+def _check_waits(
+    routine: Routine, touched: Sequence[Sequence[Access]], place: _Place, early: Sequence[Interval]
+) -> None:
+    """Waits inside a routine; `early`: bytes that transfers of any routine overwrite without waiting for others."""
     hazards = Hazards(touched)
+    watch = EarlyBytes(early)
+
+    def check_open(where: _Place) -> None:
+        for context in watch.open(hazards):
+            where.add(
+                "race", f"{context.name.lower()} may still use bytes that the next routine overwrites"
+            )
+
     calls = 0
     seen = [0, 0, 0]
     for index, instruction in enumerate(routine.instructions):
@@ -266,6 +285,7 @@ def _check_waits(stream: Stream, routine: Routine, touched: Sequence[Sequence[Ac
         where = place.at(routine, index)
         if isinstance(instruction.what, Call):
             calls += 1
+            check_open(where)
             hazards.barrier()
             continue
         if context not in CONTEXTS:
@@ -291,9 +311,12 @@ def _check_waits(stream: Stream, routine: Routine, touched: Sequence[Sequence[Ac
             where.add("race", f"does not wait for {missing}, which touch the same bytes")
         elif given != wanted:
             where.add("useless-wait", f"waits for {given} of (main, sub, dma) where {wanted} is enough")
-        if not after.enter:
+        if not after.enter and not may_start_early(instruction.what):
             where.add("race", "does not wait for what was issued before the routine")
         hazards.issue(context, touched[index], given if not uncovered else wanted)
+        watch.touch(context, touched[index], hazards.issued[context])
+    if routine.instructions:
+        check_open(place.at(routine, len(routine.instructions) - 1))
 
 
 # Buffers -------------------------------------------------------------------------------------------------------------

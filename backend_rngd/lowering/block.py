@@ -13,6 +13,9 @@ from backend_rngd.lowering.function import FunctionLowering
 from backend_rngd.lowering.slots import Slots
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form, Stored, Value, Weight
+from passes.outline import OUTLINED
+
+EARLY_BYTES = 128 * 1024  # of a slice, for weights that a layer loads while the layer before it ends
 
 
 class BlockLowering(FunctionLowering):
@@ -30,6 +33,8 @@ class BlockLowering(FunctionLowering):
         self.parameters: list[tuple[int, Form | None]] = []
         self.results: list[int | Tensor] = []
         self.em.location = self.name
+        if OUTLINED not in function.attributes:
+            self.em.early_bytes = EARLY_BYTES
         for i, (arg, v) in enumerate(zip(function.body.block.args, operands, strict=True)):
             self.env[arg] = self._bind(i, v, call.operands[i])
         returned = function.body.block.last_op

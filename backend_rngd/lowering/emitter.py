@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Block, Operation, SSAValue
 
-from backend_rngd.dialect import AllocOp, DmaOp, ExecOp, GetGlobalOp, GlobalOp, LoadTrfOp, LoadVrfOp, MemsetOp, ProbeOp
+from backend_rngd.dialect import (
+    EARLY,
+    AllocOp,
+    DmaOp,
+    ExecOp,
+    GetGlobalOp,
+    GlobalOp,
+    LoadTrfOp,
+    LoadVrfOp,
+    MemsetOp,
+    ProbeOp,
+)
 from backend_rngd.isa.descriptors import (
     Commit,
     Contract,
@@ -89,6 +101,7 @@ class Emitter:
     slices: int
     location: str = ""
     probes: bool = True
+    early_bytes: int = 0  # of DM a slice that weights loaded before the routine starts may take
     _globals: dict[str, SSAValue] = field(default_factory=dict[str, SSAValue])
     _declared: dict[str, GlobalOp] = field(default_factory=dict[str, GlobalOp])
     _seen: Operation | None = None
@@ -168,6 +181,28 @@ class Emitter:
         base = self._vrf_next
         self._vrf_next += nbytes
         return base
+
+    def take_early(self, sizes: Sequence[int]) -> list[SSAValue]:
+        """Buffers of so many bytes for the first weights of the routine, which may be loaded while the routine before it
+        is at work; none if they are taken already or too large."""
+        if sum(sizes) > self.early_bytes:
+            return []
+        self.early_bytes = 0
+        return [self.global_buffer(f"early{i}.{n}", "dm", n, EARLY) for i, n in enumerate(sizes)]
+
+    @contextmanager
+    def at_start(self) -> Generator[None]:
+        """Transfers emitted inside stand before all other instructions of the routine."""
+        last = self.block.last_op
+        yield
+        added = last.next_op if last is not None else self.block.first_op
+        place = next(op for op in self.block.ops if not isinstance(op, GetGlobalOp) and op is not added)
+        while added is not None and added is not place:
+            following = added.next_op
+            if isinstance(added, DmaOp):
+                added.detach()
+                self.block.insert_op_before(added, place)
+            added = following
 
     # Instructions ------------------------------------------------------------
     def fetch(

@@ -237,6 +237,7 @@ class Scheduler:
 
     `same_type(a, b)`: two tensors can be fetched interleaved (one fetch has one element type).
     `repeats(ref)`: the tensor has one value for a whole row of the iteration, so as a stream it would hit one bank.
+    `vrf_room(refs)`: the operands that one pass takes from VRF fit there side by side.
     `final_stage`: last stage the final step may use (a reduction must still follow).
     """
 
@@ -246,6 +247,7 @@ class Scheduler:
         through_vrf: Callable[[Ref], bool],
         same_type: Callable[[Ref, Ref], bool],
         repeats: Callable[[Ref], bool] = lambda _: False,
+        vrf_room: Callable[[Sequence[Ref]], bool] = lambda _: True,
         vrf_slots: int = 4,
         final_stage: int = LAST_STAGE,
     ) -> None:
@@ -255,6 +257,7 @@ class Scheduler:
         self.through_vrf = through_vrf
         self.same_type = same_type
         self.repeats = repeats
+        self.vrf_room = vrf_room
         self.vrf_slots = vrf_slots
         self.final_stage = final_stage
         self.consumers: dict[Ref, list[Ref]] = {}
@@ -415,7 +418,7 @@ class Scheduler:
             return False
         elif step is not None and step.second is None and other == step.stream and not step.stash_input:
             arg = Arg("stash")
-        elif self.through_vrf(other) and sum(o.arg.kind == "vrf" for o in chain.ops) < self.vrf_slots:
+        elif self.through_vrf(other) and self._has_vrf_room(chain, other):
             arg = Arg("vrf", ref=other)
         else:
             return False
@@ -426,3 +429,7 @@ class Scheduler:
             step.stash_input = True
         chain.push(*picked, mode, arg, group)
         return True
+
+    def _has_vrf_room(self, chain: _Chain, ref: Ref) -> bool:
+        held = [o.arg.ref for o in chain.ops if o.arg.kind == "vrf" and o.arg.ref is not None]
+        return len(held) < self.vrf_slots and self.vrf_room([*held, ref])

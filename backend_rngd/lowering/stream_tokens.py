@@ -9,6 +9,7 @@ longer pieces.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -176,13 +177,17 @@ class TokensStream(ContractionMapping):
             for c in range(len(chunks))
             for m, g, t in passes[first : first + batch]
         ]
-        buffers = [em.alloc(CHANNELS * widest * element, "weights") for _ in range(2)]
+        # What takes part without channels needs some weights.
+        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[:2])
+        spare = spare or any(g.slices < g.ring for g in groups)
+        nbytes = CHANNELS * widest * element
+        early = em.take_early([nbytes] * min(2, len(jobs))) if packed is None and not spare else []
+        buffers = early or [em.alloc(nbytes, "weights") for _ in range(2)]
         stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
         partial = CHANNELS * 4
         acc = [em.alloc(count * partial, "partial") for _ in range(min(batch, len(passes)))] if split else []
         part = em.alloc(count * partial, "partial") if split else None
-        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[:2])
-        if spare or any(g.slices < g.ring for g in groups):  # what takes part without channels needs some weights
+        if spare:
             for buffer in buffers if packed is None else ():
                 em.memset(buffer, 0, CHANNELS * widest * element)
             for place in stages:
@@ -201,12 +206,14 @@ class TokensStream(ContractionMapping):
             start = group.start + job.number * CHANNELS
             load(em, packed, stages[i % 2], start, [*steps, (CHANNELS, 1, 0)], *chunks[job.chunk])
 
-        fetch_weights(0)
+        with em.at_start() if early else nullcontext():
+            for i in range(max(len(early), 1)):
+                fetch_weights(i)
         tokens, loaded = x, (-1, -1)
         scales = ScaleOps(em, self.scales)
         area: tuple[SSAValue, int] | None = None
         for i, job in enumerate(jobs):
-            if i + 1 < len(jobs):
+            if len(early) <= i + 1 < len(jobs):
                 fetch_weights(i + 1)
             group, t, c = groups[job.group], job.number, job.chunk
             (k0, k), last = chunks[c], c == len(chunks) - 1

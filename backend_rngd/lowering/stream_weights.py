@@ -7,6 +7,7 @@ back to every slice. What counts is that HBM never pauses, so the next weight ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,10 @@ from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor
 
 SCALED_CHANNELS = 1024  # of a tile a slice, so that their scales fit half of VRF
-TILE_BYTES = 96 * 1024  # one weight tile a slice; two are in flight, activations need the rest of 512 KB
+TILE_BYTES = 64 * 1024  # one weight tile a slice; activations need what is left of 512 KB
+LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load whatever stands beside it: fewer transfers
+LONG_BYTES = 1024 * 1024  # of such a matrix, a slice
+IN_FLIGHT = 4  # tiles: one is multiplied, the others are on the way or wait while the tokens are not known yet
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class WeightsStream(ContractionMapping):
         packed = w.packed
         chunks = split_k(w.k, lane_bytes // element, packet if packed is None else packed.multiple(packet))
         widest = max(k for _, k in chunks)
-        most = TILE_BYTES // (widest * element)
+        long = w.rows * w.pitch >= LONG_BYTES * em.slices
+        most = (LONG_TILE_BYTES if long else TILE_BYTES) // (widest * element)
         if self.scales.channels is not None:
             most = min(most, SCALED_CHANNELS)
         if packed is not None:
@@ -80,46 +85,52 @@ class WeightsStream(ContractionMapping):
         tiles = column_tiles(w.rows, max(4, most // 4 * 4), em.slices)
         largest = max(t.per_slice for t in tiles)
         scales = ScaleOps(em, self.scales)
-        buffers = [em.alloc(largest * widest * element, "weights") for _ in range(min(2, len(tiles) * len(chunks)))]
+        jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
+        slots = min(2 if long else IN_FLIGHT, len(jobs))
+        sizes = [max(tiles[t].per_slice * chunks[c][1] for c, t in jobs[i::slots]) * element for i in range(slots)]
+        early = em.take_early(sizes) if packed is None else []
+        buffers = early or [em.alloc(nbytes, "weights") for nbytes in sizes]
         stages = [] if packed is None else [staging(em, packed, largest, widest) for _ in buffers]
         split = len(chunks) > 1
         # Nothing of the float stages is left behind the sum over groups.
         apart = split or (packed is not None and bool(vector))
         own_epilogue = apart and (needs_own_pass(vector) or not split)
         parts = [[em.alloc(t.per_slice * lanes * 4, "partial") for t in tiles] for _ in range(2)] if apart else []
-        sizes = [t.per_slice * lanes * dtype.bytes for t in tiles]
+        kept = [t.per_slice * lanes * dtype.bytes for t in tiles]
         if output is None:
-            finals = [_Final(em.alloc(size, "channels"), 0) for size in sizes]
+            finals = [_Final(em.alloc(nbytes, "channels"), 0) for nbytes in kept]
         else:  # side by side, so that few transfers store them
-            whole = em.alloc(sum(sizes), "channels")
-            finals = [_Final(whole, sum(sizes[:i])) for i in range(len(tiles))]
+            whole = em.alloc(sum(kept), "channels")
+            finals = [_Final(whole, sum(kept[:i])) for i in range(len(tiles))]
         for i, t in enumerate(tiles):
             if t.slices < em.slices:  # the ring and the sums read every slice, also those without channels
-                em.memset(finals[i].buffer, finals[i].base, sizes[i])
+                em.memset(finals[i].buffer, finals[i].base, kept[i])
                 for part in parts:
                     em.memset(part[i], 0, t.per_slice * lanes * 4)
-        jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
 
         def fetch_tile(i: int) -> None:
             c, t = jobs[i]
             if packed is None:
-                self._load_weights(w, tiles[t], *chunks[c], buffers[i % 2])
+                self._load_weights(w, tiles[t], *chunks[c], buffers[i % slots])
                 return
             tile = tiles[t]
             steps = [(tile.slices, tile.per_slice, DM_SLICE_STRIDE), (tile.per_slice, 1, 0)]
-            load(em, packed, stages[i % 2], tile.start, steps, *chunks[c])
+            load(em, packed, stages[i % slots], tile.start, steps, *chunks[c])
 
-        fetch_tile(0)
+        with em.at_start() if early else nullcontext():
+            for i in range(max(len(early), min(slots - 1, len(jobs)), 1)):
+                fetch_tile(i)
         base = 0
         for i, (c, t) in enumerate(jobs):
-            if i + 1 < len(jobs):
-                fetch_tile(i + 1)
+            coming = i + slots - 1
+            if max(len(early), 1) <= coming < len(jobs):
+                fetch_tile(coming)
             k0, k = chunks[c]
             before, groups = w.raised, 1
             if packed is not None:
                 rows, slices = tiles[t].per_slice, tiles[t].slices
-                expand_numbers(em, stages[i % 2], rows, k, buffers[i % 2], slices)
-                before = group_sums(em, packed, stages[i % 2], rows, k0, k, lanes, slices)
+                expand_numbers(em, stages[i % slots], rows, k, buffers[i % slots], slices)
+                before = group_sums(em, packed, stages[i % slots], rows, k0, k, lanes, slices)
                 groups = packed.part(k0, k)[1]
             if t == 0:
                 base = self._next_half(lane_bytes, k * element)
@@ -132,7 +143,7 @@ class WeightsStream(ContractionMapping):
                 after = (*scales.few(tile.per_slice, lanes, em.slices if split else tile.slices), *vector)
             where = finals[t] if not apart else _Final(parts[0 if c == 0 else 1][t], 0)
             self._weights_pass(
-                buffers[i % 2],
+                buffers[i % slots],
                 tile,
                 k,
                 packet,

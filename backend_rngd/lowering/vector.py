@@ -324,7 +324,7 @@ class _Chunk:
             self.values[step.result] = where if not last else self.values.get(step.result, where)
 
     def _scheduler(self, e: ex.Expr, final: int) -> Scheduler:
-        return Scheduler(e, self._through_vrf, self._same_type, self._repeats, final_stage=final)
+        return Scheduler(e, self._through_vrf, self._same_type, self._repeats, self._vrf_room, final_stage=final)
 
     # Views ------------------------------------------------------------
     def _operand(self, t: Tensor, ns: Sequence[str]) -> View:
@@ -360,6 +360,11 @@ class _Chunk:
         inner = next((s for s in reversed(v.strides) if s), None)
         plain = inner is None or inner == shape.element or (inner == v.tensor.dtype.bytes and shape.element == 4)
         return plain and shape.bytes <= VRF_OPERAND_BYTES
+
+    def _vrf_room(self, refs: Sequence[Ref]) -> bool:
+        machine = self.em.machine
+        needed = sum(round_up(self._vrf_shape(self.values[ref]).bytes, 32) for ref in refs)
+        return needed <= machine.vrf_bytes - machine.vrf_stash_bytes
 
     def _vrf_shape(self, v: View) -> VrfShape:
         """The part of an operand that is really there, the innermost axis padded to four elements.

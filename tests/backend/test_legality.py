@@ -46,6 +46,7 @@ from backend_rngd.isa.descriptors import (
     Exec,
     Fetch,
     Index,
+    Instruction,
     LaneMode,
     Lookup,
     Memset,
@@ -405,6 +406,7 @@ LOAD = instruction(load())
 USE = instruction(copy_pass(), After(dma=1))
 PLAIN = stream([LOAD, USE])
 CALLEE = instruction(load(target=65536, source=1 << 16))
+CALL = instruction(Call(1, ()))
 
 
 def test_legal_streams() -> None:
@@ -418,6 +420,18 @@ def test_legal_streams() -> None:
     assert check_stream(moved, MACHINE, [(4096, 64 + 65536)]) == []
 
 
+def early_layer(last: Instruction | None) -> Stream:
+    """A routine, called twice, whose first transfer does not wait for the call before; `last`: a later transfer."""
+    ahead = put(LOAD, after=After(enter=False))
+    tail = [] if last is None else [last]
+    return stream([CALL, CALL], [ahead, USE, *tail])
+
+
+def test_a_transfer_may_start_before_what_was_issued_before_its_routine() -> None:
+    """If the DMA queue of the call before has waited for the last reader of the bytes that it overwrites."""
+    assert check_stream(early_layer(instruction(load(source=1 << 17), After(main=1))), MACHINE) == []
+
+
 def _starving() -> Stream:
     rows = put(copy_pass(), fetch=Fetch(0, ((64, 128), (2, 4)), Dtype.F32, 2))
     return stream([instruction(put(rows, commit=Commit(65536, ((128, 4),), Dtype.F32, 2)))])
@@ -429,7 +443,6 @@ def _stashing() -> Stream:
     return stream([near_end, instruction(chain(sigmoid, put(STASHING, alu=Alu.FP_MUL1), stash_input=True))])
 
 
-CALL = instruction(Call(1, ()))
 LATE = put(USE, after=After(call=1))
 HBM = [(4096, 65536), (1 << 16, 65536)]
 STREAMS: list[tuple[str, Stream, list[tuple[int, int]] | None]] = [
@@ -461,6 +474,9 @@ STREAMS: list[tuple[str, Stream, list[tuple[int, int]] | None]] = [
     ("race", stream([LOAD, put(USE, after=After())]), None),
     ("race", stream([LOAD, CALL, put(LATE, after=After())], [CALLEE]), None),
     ("race", stream([LOAD, CALL, LATE], [put(CALLEE, after=After(enter=False))]), None),
+    ("race", early_layer(None), None),
+    ("race", early_layer(instruction(load(source=1 << 17, target=131072))), None),
+    ("race", stream([CALL], [LOAD, put(USE, after=After(dma=1, enter=False))]), None),
     ("race", stream([LOAD, USE, instruction(load(target=4096))]), None),
     ("race", stream([LOAD, USE, instruction(load(target=0))]), None),
     ("race", stream([instruction(trf(source=65536)), instruction(matmul())]), None),

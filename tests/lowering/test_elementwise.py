@@ -64,6 +64,13 @@ def test_gate(b: int, s: int) -> None:
     check({"x": x, "x2": x}, body, x, lambda x, x2: x / (1 + np.exp(-x)) * x2)
 
 
+def test_operands_that_do_not_fit_vrf_together() -> None:
+    """64 rows of 16 features are 4 KB of VRF: one of them has room beside the stash, two have not."""
+    value, e = ((1, 4096, 16), "bf16"), "mul(gelu_tanh(a), b)"
+    body = f'  %r = tc.map "{e}" over "b s h, b s h -> b s h" (%a, %b) : {tensor_text(*value)}'
+    check({"a": value, "b": value}, body, value, lambda a, b: ex.evaluate(ex.parse(e), [a, b]))
+
+
 @pytest.mark.parametrize(("b", "s"), ROWS)
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_rms_norm(b: int, s: int, heads: int) -> None:
