@@ -65,7 +65,7 @@ def run(
     ] = None,
     mode: ModeOption = "silicon",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Also find reads of memory that nothing wrote (slower).")
+        bool, typer.Option("--strict", help="Also find races, and reads of memory that nothing wrote (slower).")
     ] = False,
     json: Json = None,
 ) -> None:
