@@ -473,7 +473,7 @@ STREAMS: list[tuple[str, Stream, list[tuple[int, int]] | None]] = [
     ("future", stream([put(LOAD, after=After(sub=-1))]), None),
     ("race", stream([LOAD, put(USE, after=After())]), None),
     ("race", stream([LOAD, CALL, put(LATE, after=After())], [CALLEE]), None),
-    ("race", stream([LOAD, CALL, LATE], [put(CALLEE, after=After(enter=False))]), None),
+    ("race", stream([LOAD, USE, CALL], [put(LOAD, after=After(enter=False))]), None),
     ("race", early_layer(None), None),
     ("race", early_layer(instruction(load(source=1 << 17, target=131072))), None),
     ("race", stream([CALL], [LOAD, put(USE, after=After(dma=1, enter=False))]), None),
