@@ -11,11 +11,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from backend_rngd.artifact import open_artifact
+from backend_rngd.artifact import ArtifactError, open_artifact
+from rngdc import LLM
 from rngdc.cli import main
-from rngdc.text import TextModel
-from runtime_sim.generate import embed
-from runtime_sim.runtime import Device
 from tests.frontend.real_models import minilm
 
 TEXTS = [
@@ -43,20 +41,33 @@ def test_pooling_is_read_from_the_directory(built: Path) -> None:
 
 
 def test_embeddings(built: Path) -> None:
-    device = Device(open_artifact(built))
-    device.load()
-    ours = TextModel(built)
+    llm = LLM.load_artifact(built)
     tokenizer: Any = AutoTokenizer.from_pretrained(minilm())
     model: Any = AutoModel.from_pretrained(minilm(), dtype=torch.float32).eval()
     for text in TEXTS:
-        ids = ours.encode(text)
+        found = llm.embed(text)
+        ids = found.prompt_ids
         assert ids == tokenizer(text)["input_ids"]
         with torch.no_grad():
             hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
         wanted = hidden / np.linalg.norm(hidden)
-        vector = embed(device, ids).vector
-        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
-        assert float(vector @ wanted) >= 0.9995
+        assert np.linalg.norm(found.vector) == pytest.approx(1, abs=1e-5)
+        assert float(found.vector @ wanted) >= 0.9995
+
+
+def test_a_part_of_the_buckets(built: Path) -> None:
+    llm = LLM.load_artifact(built, prefill_buckets=[(1, 16)], devices="npu:2:5", max_prompt_len=12)
+    whole = LLM.load_artifact(built).embed(TEXTS[0])
+    part = llm.embed(TEXTS[0])
+    assert np.array_equal(part.vector, whole.vector) and part.seconds == whole.seconds
+    with pytest.raises(ArtifactError, match="prompts have at most 12"):
+        llm.embed(TEXTS[3])
+    with pytest.raises(ArtifactError, match="it is no decoder"):
+        llm.generate(TEXTS[0])
+    with pytest.raises(ArtifactError, match="an encoder has prefill buckets only"):
+        LLM.load_artifact(built, decode_buckets=[(1, 16)])
+    with pytest.raises(ArtifactError, match="no bucket was chosen"):
+        LLM.load_artifact(built, prefill_buckets=[])
 
 
 def test_run_command(built: Path, capfd: pytest.CaptureFixture[str]) -> None:
