@@ -98,6 +98,7 @@ class _Unroller:
         self.counts = [0, 0, 0]
         self.length = 0
         self.leaves: dict[int, _Leaf] = {}
+        self.calling = [any(isinstance(x.what, Call) for x in routine.instructions) for routine in stream.routines]
 
     def run(self, routine: int, gate: Counts, parent: int, index: int, depth: int) -> None:
         """Append one execution of a routine; `gate` is what the call itself waits for."""
@@ -106,8 +107,7 @@ class _Unroller:
         me = len(self.calls)
         first = self.length
         self.calls.append(CallSite(self.unit, routine, parent, index, depth, first, first))
-        items = self.stream.routines[routine].instructions
-        if any(isinstance(x.what, Call) for x in items):
+        if self.calling[routine]:
             self._with_calls(routine, gate, me, depth)
         else:
             self._leaf(routine, gate, me)
