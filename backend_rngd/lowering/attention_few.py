@@ -29,6 +29,8 @@ from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, po
 from ir.errors import UnsupportedError
 
 KEYS_A_SLICE = 64  # with fewer keys a slice the fixed cost of a pass outweighs the work that is saved
+KEYS_ALONE = 128  # the same if all slices work for one pair, whose parts are longer to add
+ALONE_BYTES = 128 * 1024  # of the weighted sums of all slices
 WEIGHT_BYTES = 2048  # weights of the parts in VRF
 LOAD_BYTES = 64 * 1024  # K or V a slice that one transfer brings: 4 MB over 64 slices, behind which its start-up hides
 BANKS_BYTES = 128  # of data memory, from a bank to the same one
@@ -64,12 +66,10 @@ class Round:
         """Slices that hold a pair."""
         return self.batches * self.heads * self.parts
 
-    def nest(self, row: int, head: int, part: int, inverse: bool = False) -> list[tuple[int, int, int]]:
-        """DMA loops over the round's slices; the other side steps by these bytes a row, head and part. inverse: the
-        slices are the source."""
+    def nest(self, row: int, head: int, part: int) -> list[tuple[int, int, int]]:
+        """DMA loops into the round's slices; the source steps by these bytes a row, head and part."""
         steps = [(self.batches, self.heads * self.parts, row), (self.heads, self.parts, head)]
-        loops = [(n, far, s * DM_SLICE_STRIDE) for n, s, far in (*steps, (self.parts, 1, part))]
-        return [(n, b, a) for n, a, b in loops] if inverse else loops
+        return [(n, far, s * DM_SLICE_STRIDE) for n, s, far in (*steps, (self.parts, 1, part))]
 
 
 def rounds(rows: RowSpace, heads: int, parts: int) -> list[Round]:
@@ -99,7 +99,9 @@ def key_parts(rows: RowSpace, p: AttentionParams, keys: int, width: int) -> int:
         and 2 * parts * count * 4 <= WEIGHT_BYTES
     ):
         parts *= 2
-    return parts
+    slices, padded = rows.slices, round_up(width, 16)
+    alone = pairs == 1 and keys % (slices * KEY_MULTIPLE) == 0 and keys >= slices * KEYS_ALONE
+    return slices if alone and slices * count * padded * 4 <= ALONE_BYTES and count * 4 <= WEIGHT_BYTES // 64 else parts
 
 
 @dataclass
@@ -165,28 +167,33 @@ class FewTokens:
         chunk = max(sub, LOAD_BYTES // (k.padded * 2) // sub * sub)
         iota = self.host.iota(self.em, tile, parts, each)
         todo = rounds(rows, p.kv_heads, parts)
-        by_ring = len(todo) == 1 and rows.replicated and self._by_ring(rows, v.width, parts)
+        alone = parts == self.em.slices
+        by_ring = not alone and len(todo) == 1 and rows.replicated and self._by_ring(rows, v.width, parts)
         target = None if by_ring else self._clean(out())
         for r in todo:
             head = HeadLowering(self.em, p, iota, r.used, sub)
             work = self._rows(q, limit, r)
             source = _Source(self.em, k, v, r, each, chunk)
             state = head.attend(work, source, (k.padded, v.padded), round_up(each, KEY_MULTIPLE), tile)
-            share = v.width // parts
             if target is not None and _at_home(rows, r, p) and target.space == Space.DM:
                 at = target.base + r.batch * target.pitch
                 head.finish(work, state, v.width, target.buffer, at, target.pitch, v.width * 2)
                 continue
-            if parts == 1:
+            if alone:
+                values = Parts(self.em, parts, 1).whole(state, v.width, v.padded)
+            elif parts == 1:
                 values = self.em.alloc(count * v.width * 2, "values")
                 if by_ring and r.used < self.em.slices:  # the ring that follows reads every slice
                     self.em.memset(values, 0, count * v.width * 2)
                 head.finish(work, state, v.width, values, 0, p.group * v.width * 2, v.width * 2)
             else:
-                values = Parts(self.em, parts, r.batches * r.heads).combine(state, count, v.width, v.padded)
+                values = Parts(self.em, parts, r.batches * r.heads).combine(state, v.width, v.padded)
+            if alone and target is not None:
+                self._copy(values, target, v.width)
+                continue
             if target is None:
-                return self._everywhere(values, q, v, share, parts)
-            self._send(values, target, r, v, share)
+                return self._everywhere(values, q, v, parts)
+            self._send(values, target, r, v)
         assert target is not None
         return target
 
@@ -230,24 +237,38 @@ class FewTokens:
             em.dma(place_of(limit, base), dm(lim), [*r.nest(step, 0, 0), (tokens, limit.pitch, 8)], 8)
         return Rows(tokens, mine, 0, p.group * head, head, lim, lim_base, lim_pitch)
 
-    def _send(self, values: SSAValue, out: Tensor, r: Round, v: Cache, share: int) -> None:
-        """`[row][share]` of every slice to the rows of `out`."""
+    def _send(self, values: SSAValue, out: Tensor, r: Round, v: Cache) -> None:
+        """`[row][width / parts]` of every slice to the rows of `out`."""
         rows, p = out.rows, self.p
         assert rows is not None
         base, step = _row_address(out, r)
         copies = [(self.em.slices, 0, DM_SLICE_STRIDE)] if out.space == Space.DM and rows.replicated else []
-        run = share * 2
+        run = v.width // r.parts * 2
         self.em.dma(
             dm(values),
             place_of(out, base + r.head * p.group * v.width * 2),
             [
                 *copies,
-                *r.nest(step, p.group * v.width * 2, run, inverse=True),
+                (r.batches, r.heads * r.parts * DM_SLICE_STRIDE, step),
+                (r.heads, r.parts * DM_SLICE_STRIDE, p.group * v.width * 2),
+                (r.parts, DM_SLICE_STRIDE, run),
                 (rows.length, p.group * run, out.pitch),
                 (p.group, run, v.width * 2),
             ],
             run,
         )
+
+    def _copy(self, values: SSAValue, out: Tensor, width: int) -> None:
+        """The rows of the only pair, which every slice holds, to their places."""
+        rows, run = out.rows, self.p.group * width
+        assert rows is not None
+        if out.space == Space.HBM:
+            self.em.dma(dm(values), place_of(out), [(rows.length, run * 2, out.pitch)], run * 2)
+            return
+        packet = max(n for n in (4, 8, 16) if width % n == 0)
+        commit = Commit(out.base, ((rows.length, out.pitch), (run, 2)), Dtype.BF16, packet)
+        fetch = self.em.fetch(0, [(rows.length * run, 2)], Dtype.BF16, packet)
+        self.em.execute(fetch, values, commit, out.buffer)
 
     def _ring(self, rows: RowSpace, width: int, parts: int) -> tuple[int, int, int]:
         """What a ring over all slices enumerates: batch rows, KV heads of a row, and the bytes of a row of results."""
@@ -269,7 +290,7 @@ class FewTokens:
             return False
         return max(rows.local, batches * rows.length) * pitch <= self.ring_bytes
 
-    def _everywhere(self, values: SSAValue, q: Tensor, v: Cache, share: int, parts: int) -> Tensor:
+    def _everywhere(self, values: SSAValue, q: Tensor, v: Cache, parts: int) -> Tensor:
         """The columns of all pairs as `b s h e` in every slice. Slices that hold no pair write behind the result."""
         em, rows, p = self.em, q.rows, self.p
         assert rows is not None
@@ -281,7 +302,7 @@ class FewTokens:
         if tokens_used < rows.local:  # rows that no token uses take part in what follows
             em.memset(out, tokens_used * pitch, (rows.local - tokens_used) * pitch)
         # Long packets keep consecutive writes on different banks, see `ring_packet`.
-        group, piece = (1, p.group * share) if parts == 1 else (p.group, share)
+        group, piece = (1, p.group * v.width) if parts == 1 else (p.group, v.width // parts)
         packet = ring_packet(piece, 16)
         blocks = piece // packet
         em.execute(

@@ -225,7 +225,7 @@ class ManyTokens:
         source = _Source(em, replace(k, buffer=args[0]), replace(v, buffer=args[1]), rows, plan.tile, plan.ring)
         done = self._head(em, plan).attend(held, source, padded, step, plan.tile, state)
         n = bytes_of(state.stats) // 4
-        em.execute(em.fetch(0, [(n, 4)], Dtype.F32, 8), done.stats, Commit(0, ((n, 4),), Dtype.F32, 8), state.stats)
+        em.execute(em.fetch(0, [(n, 4)], Dtype.F32, 4), done.stats, Commit(0, ((n, 4),), Dtype.F32, 4), state.stats)
         # Positions count from the first key of a call.
         n = held.limits * 2
         less = VectorOp(Alu.FP_FMA, Op.SUB, Mode.STREAM_OPERAND, Operand(Source.CONST, float(step)))

@@ -1,8 +1,9 @@
 """Adds up what the slices of a pair computed of their parts of the keys.
 
 Every slice holds weighted sums, largest scores and sums of weights of its part. Each of them gets the parts' statistics
-by the ring and its share of the values' columns by a transfer, adds the parts with weights exp(own maximum - maximum),
-and divides. A part without a visible key has a maximum far below the others and gets weight 0.
+by the ring and its share of the values' columns by a transfer (all columns by the ring, if all slices work for one
+pair), adds the parts with weights exp(own maximum - maximum), and divides. A part without a visible key has a maximum
+far below the others and gets weight 0.
 """
 
 from __future__ import annotations
@@ -12,24 +13,35 @@ from dataclasses import replace
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Alu, Commit, Dtype, Mode, Op, Operand, Source, VectorOp
+from backend_rngd.isa.descriptors import (
+    DM_SLICE_STRIDE,
+    FLIT_BYTES,
+    Alu,
+    Commit,
+    Dtype,
+    Mode,
+    Op,
+    Operand,
+    Source,
+    VectorOp,
+)
 from backend_rngd.lowering.attention_head import State
 from backend_rngd.lowering.emitter import Emitter, dm, operand_loops
-from backend_rngd.lowering.move import ring_broadcast
+from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import round_up
 
 
 class Parts:
-    """`pairs` pairs of `parts` neighbouring slices each; `rows` rows of `width` values, `padded` in memory."""
+    """`pairs` pairs of `parts` neighbouring slices each."""
 
     def __init__(self, em: Emitter, parts: int, pairs: int) -> None:
         self.em = em
         self.parts = parts
         self.pairs = pairs
 
-    def combine(self, state: State, rows: int, width: int, padded: int) -> SSAValue:
+    def combine(self, state: State, width: int, padded: int) -> SSAValue:
         """`[row][width / parts]` bf16 of every slice: its share of the columns of the pair's result."""
-        share, step = width // self.parts, self.parts * DM_SLICE_STRIDE
+        rows, share, step = state.rows, width // self.parts, self.parts * DM_SLICE_STRIDE
         gathered = self.em.alloc(self.parts * rows * share * 4, "parts")
         self.em.dma(
             dm(state.sums),
@@ -42,11 +54,25 @@ class Parts:
             ],
             share * 4,
         )
-        return self._add(state.stats, gathered, rows, share, self.pairs * self.parts)
+        return self._add(state.stats, gathered, rows, share, share * 4, rows * share * 4)
 
-    def _add(self, stats: SSAValue, gathered: SSAValue, rows: int, share: int, slices: int) -> SSAValue:
-        """`[row][share]` bf16 of every slice: the parts' sums, weighted and divided."""
-        em, parts = self.em, self.parts
+    def whole(self, state: State, width: int, padded: int) -> SSAValue:
+        """`[row][width]` bf16 of every slice: the pair's result."""
+        rows = state.rows
+        own = rows * padded
+        step = own * 4 + FLIT_BYTES  # one column of all parts is read in a row: not always from the same bank
+        every = self.em.alloc(self.parts * step, "parts")
+        packet = ring_packet(own, 8)
+        ring_broadcast(
+            self.em, state.sums, [(own, 4)], Dtype.F32, packet, 0, self.parts, every, 0,
+            [(own // packet, packet * 4)], step, [(packet, 4)], 8,
+        )  # fmt: skip
+        return self._add(state.stats, every, rows, width, padded * 4, step)
+
+    def _add(self, stats: SSAValue, gathered: SSAValue, rows: int, share: int, pitch: int, step: int) -> SSAValue:
+        """`[row][share]` bf16 of every slice: the parts' sums, weighted and divided. `gathered` has `pitch` bytes from
+        row to row and `step` from part to part."""
+        em, parts, slices = self.em, self.parts, self.pairs * self.parts
         own = 16 * rows  # bytes of a part's statistics
         every = em.alloc(parts * own, "all maxima and sums")
         packet = 8 if rows % 2 == 0 else 4
@@ -67,7 +93,7 @@ class Parts:
         add = VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=parts, inner=1)
         self._pass(every, rows * 8, by_row, one, total, slices, scale, add)
         inner = 8 if share % 8 == 0 else 4
-        blocks = [(rows, share * 4), (share // inner, inner * 4), (parts, rows * share * 4), (inner, 4)]
+        blocks = [(rows, pitch), (share // inner, inner * 4), (parts, step), (inner, 4)]
         repeated = operand_loops(((rows, parts * 4), (share // inner, 0), (parts, 4), (inner, 0)))
         scale = replace(scale, operand=replace(scale.operand, loops=repeated))
         sums = em.alloc(rows * share * 4, "sums")

@@ -84,6 +84,7 @@ def check_decoder(
         (1, 1, 2048, 5, 1, 64, [3], 0, 0.0),  # only the first part has visible keys
         (3, 1, 512, 4, 2, 64, [0, 200, 511], 100, 20.0),  # parts with window and softcap, ragged
         (2, 4, 256, 6, 2, 32, [17, 250], 0, 0.0),  # several tokens over split keys
+        (1, 1, 8192, 4, 1, 32, [5000], 0, 0.0),  # all slices work for one pair
         (1, 1, 512, 6, 3, 20, [300], 0, 0.0),  # three KV heads, heads padded to a flit
         (1, 128, 128, 9, 3, 64, [0], 0, 0.0),  # prefill
         (1, 100, 128, 9, 3, 64, [0], 0, 0.0),  # tokens that do not fill the slices
