@@ -18,12 +18,14 @@ from backend_rngd.artifact import Artifact, ArtifactError, ArtifactProblem, open
 from rngdc.hub import artifact_directory
 from runtime_sim.generate import Embedding, Generation, Listener, embed, generate
 from runtime_sim.load import LoadPlan, LoadRequest, plan_load
+from runtime_sim.requests import check_prompts, schedule
 from runtime_sim.runtime import Device, machine_of
 
 if TYPE_CHECKING:
     from rngdc.text import TextModel
 
 Pair = tuple[int, int]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class LLM:
         dtype: str | None = None,
         mode: Literal["documented", "silicon"] = "silicon",
         strict: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        load_weights: bool = True,
+        progress: Progress | None = None,
     ) -> LLM:
         """Load an artifact and its weights.
 
@@ -121,6 +124,7 @@ class LLM:
         max_prompt_len, max_model_len, max_batch_size: at most what these hold.
         tensor_parallel_size, prefill_chunk_size, dtype: fixed by the build; another value is refused with the command
         that builds such an artifact.
+        load_weights: False leaves them to `load`, so that `check` can refuse prompts before.
         mode: of timing. strict: find reads of memory that nothing wrote. progress(done, total): bytes of weights.
 
         Raises ArtifactError (or UserError, if the artifact is not found) with every problem, before anything is loaded.
@@ -131,8 +135,14 @@ class LLM:
             dtype,
         )  # fmt: skip
         plan, device = place(open_artifact(artifact_directory(path_or_hub_id, revision)), request, mode, strict)
-        device.load(progress)
-        return LLM(plan, device)
+        llm = LLM(plan, device)
+        if load_weights:
+            llm.load(progress)
+        return llm
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Copy the weights to the cards. Raises ArtifactError if linked files have changed."""
+        self.device.load(progress)
 
     @property
     def artifact(self) -> Artifact:
@@ -159,6 +169,18 @@ class LLM:
 
         text = self.text or TextModel(self.artifact.directory)  # which says that there is none
         return text.chat(prompt) if chat else text.encode(prompt)
+
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = 32) -> None:
+        """Raise ArtifactError with everything that a call with these prompts would refuse, without weights or work."""
+        problems: list[ArtifactProblem] = []
+        if self.artifact.manifest.model.kind == "decoder":
+            schedule(
+                self.artifact, prompts, max_new_tokens, self.device.stages, self.device.replicas, self.plan.limits
+            )  # fmt: skip
+        else:
+            check_prompts(self.artifact, prompts, self.plan.limits, problems)
+        if problems:
+            raise ArtifactError(problems)
 
     def generate(
         self,

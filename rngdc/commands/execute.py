@@ -98,10 +98,12 @@ def run(
             tensor_parallel_size=tensor_parallel_size,
             mode=timing_mode(mode),
             strict=strict,
-            progress=lambda done, total: progress.update(loading, completed=done, total=total, visible=True),
+            load_weights=False,
         )
         print_notes(llm.notes)
         ids = source if isinstance(source, list) else llm.encode(source, chat)
+        llm.check([ids], max_tokens)
+        llm.load(lambda done, total: progress.update(loading, completed=done, total=total, visible=True))
         report: dict[str, Any] = {"artifact": str(artifact), "mode": mode}
         if llm.artifact.manifest.model.kind == "encoder":
             working = progress.add_task("embedding", total=1)

@@ -15,6 +15,7 @@ from backend_rngd.artifact import open_artifact
 from backend_rngd.isa.text import parse_stream
 from ir.interpreter import run as interpret
 from ir.text import parse_module
+from runtime_sim.runtime import Device
 from tests.cli.conftest import Command
 from tests.cli.small_models import write_model
 from tests.cli.test_build_problems import refused
@@ -82,7 +83,8 @@ def test_a_stop_token_ends_the_text(rngdc: Command, artifact: Path, tmp_path: Pa
     assert report["finish"] == "eos"
 
 
-def test_prompts_that_fit_no_bucket(rngdc: Command, artifact: Path) -> None:
+def test_prompts_that_fit_no_bucket(rngdc: Command, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "load", lambda *_: pytest.fail("weights were loaded"))
     long = ",".join(["5"] * 17)
     refused(rngdc("run", artifact, "--prompt-ids", long), "has 17 tokens", "holds 16", "-pb 1,17", "32 are asked for")
     refused(rngdc("run", artifact, "--prompt-ids", "500"), "token ids [500]", "ids 0 to 127")
@@ -186,7 +188,6 @@ def test_check_names_the_operation_at_fault(artifact: Path) -> None:
 
     from backend_rngd.isa.descriptors import Exec, Op
     from rngdc.check import check
-    from runtime_sim.runtime import Device
 
     opened = open_artifact(artifact)
     bucket = opened.buckets[0]
