@@ -25,6 +25,7 @@ from ir.interpreter import find_function, names_of, run
 from ir.spmd import join_results, run_spmd
 from ir.types import elem_of, numpy_dtype, with_elem
 from passes.outline import EMBED, HEAD, PREPARE
+from rngdc.chunk_values import joined
 
 Array = NDArray[Any]
 Inputs = Mapping[str, Array]
@@ -187,6 +188,7 @@ def _observations(module: ModuleOp, inputs: Inputs, weights: Weights) -> list[Ob
                 seen.append(Observation(op, calls, str(path), tuple(parts[0] for parts in results)))
 
         run_spmd(module, args, weights, observe=note)
+    seen = joined(module, seen)
     # Functions that only group what was in `main` are no part of an operation's place in the model.
     return [replace(o, calls=tuple(c for c in o.calls if c.split("[")[0] not in GROUPS)) for o in seen]
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from xdsl.dialects.builtin import ModuleOp
-from xdsl.dialects.func import CallOp
+from xdsl.dialects.builtin import ModuleOp, StringAttr
+from xdsl.dialects.func import CallOp, FuncOp
 
 from frontend.capture import Captured, capture
 from frontend.resolve import resolve_model
 from ir import kernels
+from ir.compare import observe
 from ir.dialects import tc
 from ir.interpreter import find_function, names_of, run
 from ir.types import numpy_dtype, shape_of
@@ -24,6 +25,8 @@ from passes.notes import notes
 from passes.opt import run_pipeline
 from passes.outline import Outline
 from passes.pipeline import shard_stage, simplify_stage, specialise_stage
+from rngdc.chunk_values import joined
+from rngdc.compare_passes import compare_passes
 from tests.frontend.tiny import save_model
 
 BUCKETS = [(1, 24, 40, 8), (1, 23, 23, 8), (2, 12, 30, 7), (3, 10, 16, 3)]
@@ -119,6 +122,32 @@ def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: 
         args["position_ids"][:, 0] = kv - 1  # a first token that stands where only a later chunk may be
         with pytest.raises(kernels.KernelError, match="position"):
             run(cut, args, captured.weights.load)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_faults_are_named_as_in_the_whole(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rngdc check` joins the values of all chunks, and names the layer and the operation that a pass got wrong."""
+    monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 4)
+    captured = model(case, tmp_path)
+    before = capture(resolve_model(str(tmp_path))).module
+    whole = captured.module.clone()
+    run_pipeline(whole, specialise_stage(2, 13, 13))
+    cut = whole.clone()
+    run_pipeline(cut, [Outline(), ChunkTokens(8)])
+    args = inputs(whole, 0)
+    assert compare_passes(before, cut, args, captured.weights.load).agrees
+    seen = joined(cut, observe(cut, args, captured.weights.load)[1])
+    layers = [o for o in seen if o.calls[1:] == ("block_0[1]",)]
+    block = find_function(whole, "block_0").body.block
+    assert [o.op.name for o in layers] == [op.name for op in block.ops if isinstance(op, tc.TcOp)]
+    assert all([list(a.shape) for a in o.arrays] == [shape_of(op.results[0])] for o, op in zip(layers, block.ops))
+    variant = next(f for f in cut.ops if isinstance(f, FuncOp) and f.sym_name.data.startswith("block_0_keys"))
+    wrong = [op for op in variant.walk() if isinstance(op, tc.MapOp)][-1]
+    wrong.expr = StringAttr(f"mul(1.5, {wrong.expr.data})")
+    found = compare_passes(before, cut, args, captured.weights.load)
+    assert found.first is not None
+    assert found.first.calls == ("main", "block_0[0]")
+    assert "mul(1.5" in found.first.op
 
 
 def test_programs_that_stay_whole(tmp_path: Path) -> None:
