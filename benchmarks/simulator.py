@@ -1,5 +1,10 @@
 """Speed of the simulator: `python benchmarks/simulator.py [ARTIFACT]` prints one JSON object.
 
+Seconds are of the wall clock; `cpu_seconds`, where given, are of the process alone (a busy machine adds to the first).
+targets: what the timing simulator must reach on two cores, with what it reaches: one million instructions, a decode
+step and a prefill of 1,024 tokens of Llama-3.1-8B at TP 8 after start-up, a cold `rngdc simulate` of both, and whether
+equal units simulated once and two runs give the same cycles. In simulated cycles a CPU-second beside figures of others
+(ONNXim 800 to 18,000, SCALE-Sim about 1,000).
 event_loop: instructions a second of the timing core on a random program of eight units (after compilation).
 stream_weights: bf16 weight bytes a second through contraction passes whose activations lie in TRF (decode).
 stationary_weights: multiply-accumulates a second of passes whose weights lie in TRF (prefill).
@@ -13,13 +18,16 @@ of each (which other load hardly changes), and the time to simulate their timing
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from backend_rngd.artifact import open_artifact
+from backend_rngd.artifact import Bucket, open_artifact
 from backend_rngd.isa.descriptors import (
     BROADCAST,
     DM_SLICE_STRIDE,
@@ -150,6 +158,57 @@ def units(number: int, layers: int, instructions: int) -> dict[str, float]:
     return {"units": number, "layers": layers, "instructions": float(number * layers * instructions), **out}
 
 
+def million() -> dict[str, float]:
+    """One million instructions in calls of a block, on eight equal units, from the stream to the result."""
+    machine, number = load_machine(mode="silicon"), 8
+    stream, topology = layers_stream(number, 167, 6000), Topology.of(machine, number)
+    first = {63: tuple(u // 8 * 8 * UNIT_STRIDE for u in range(number))}
+    executed: list[int] = []
+
+    def run() -> None:
+        executed.append(len(simulate(stream, machine, topology=topology, launch=first).flat))
+
+    seconds = best(run, 3)
+    begun = time.process_time()
+    run()
+    return {"instructions": executed[0], "seconds": seconds, "cpu_seconds": time.process_time() - begun, "target": 0.5}
+
+
+def llama(directory: Path) -> dict[str, dict[str, float]]:
+    """Llama-3.1-8B at TP 8: builds decode and prefill without weights, then times their timing, warm and cold."""
+    config, out = Path(__file__).parents[1] / "tests" / "configs" / "llama-3.1-8b", directory / "llama"
+    rngdc = [sys.executable, "-c", "import sys; from rngdc.cli import main; sys.exit(main())"]
+    build = ["build", str(config), str(out), "--weights", "none", "-tp", "8", "-pb", "1,1024", "-db", "1,1024"]
+    subprocess.run([*rngdc, *build], check=True, capture_output=True)
+    found: dict[str, dict[str, float]] = {}
+    opened = open_artifact(out)
+    device = Device(opened, "silicon")
+    topology = device.system.topology
+    for bucket in opened.buckets:
+        stream = opened.stream(bucket)
+        cycles: list[float] = []
+
+        def run(fold: bool = True, stream: Stream = stream, b: Bucket = bucket, cycles: list[float] = cycles) -> None:
+            result = simulate(stream, device.machine, topology=topology, launch=b.launch, fold=fold)
+            cycles.append(result.cycles)
+
+        seconds = best(run, 3)
+        begun = time.process_time()
+        run()
+        cpu = time.process_time() - begun
+        same = len(set(cycles)) == 1
+        run(fold=False)
+        found[bucket.phase] = {
+            "seconds": seconds, "cpu_seconds": cpu, "target": 1.0 if bucket.phase == "decode" else 3.0,
+            "cycles": cycles[0], "cycles_a_cpu_second": cycles[0] / cpu, "two_runs_alike": same,
+            "every_unit_alike": cycles[-1] == cycles[0],
+        }  # fmt: skip
+    begun = time.perf_counter()
+    subprocess.run([*rngdc, "simulate", str(out)], check=True, capture_output=True)
+    found["cold_command"] = {"seconds": time.perf_counter() - begun, "target": 10.0}
+    return found
+
+
 def passes(op: Exec) -> float:
     """Seconds of one pass on a unit of 64 slices with random contents."""
     unit = Unit(Card(load_machine(), 1 << 20), 64, checks=False)
@@ -218,7 +277,10 @@ def artifact(path: str) -> dict[str, float]:
 
 def main() -> None:
     """Run everything and print JSON."""
-    results: dict[str, dict[str, float]] = {
+    with tempfile.TemporaryDirectory() as directory:
+        targets = {"million": million(), **llama(Path(directory))}
+    results: dict[str, object] = {
+        "targets": targets,
         "event_loop": event_loop(),
         "units_8": units(8, 32, 6000),
         "units_32": units(32, 80, 2000),

@@ -44,7 +44,7 @@ def engines_of(stream: Stream, machine: Machine) -> int:
     return max(1, stream.slices // machine.slices_per_pe) * machine.dma_engines_per_pe
 
 
-Row = tuple[int, int, int]  # cost row of (class, identity of an instruction, site or -1)
+Row = tuple[int, int, int]  # cost row of (class, identity of a descriptor, site or -1)
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Program:
         number = np.empty(len(self.flat), np.int64)
         starts = [*self.first_row, len(self.flat)]
         rows: dict[Row, int] = {}
-        shared: dict[tuple[int, int], int] = {}  # rows that move no data, by instruction and engines
+        shared: dict[tuple[int, int, int], int] = {}  # rows that move no data, by descriptor, context and engines
         for c, members in enumerate(self.classes.members):
             stream, special = self.streams[members[0]], self.special[members[0]]
             here = slice(starts[c], starts[c + 1])
@@ -199,23 +199,22 @@ class Program:
         members: Sequence[int],
         engines: int,
         rows: dict[Row, int],
-        shared: dict[tuple[int, int], int],
+        shared: dict[tuple[int, int, int], int],
     ) -> int:
         what = instruction.what
         assert not isinstance(what, Call)
-        name = (c, id(instruction), -1)
+        name = (c, id(what), -1)
         if name in rows:
             return rows[name]
         if not isinstance(what, Dma):
-            if (id(instruction), engines) not in shared:
-                shared[id(instruction), engines] = self._add(
-                    cost_of(what, instruction.context, self.machine, engines), {}
-                )
-            return shared[id(instruction), engines]
+            named = id(what), int(instruction.context), engines
+            if named not in shared:
+                shared[named] = self._add(cost_of(what, instruction.context, self.machine, engines), {})
+            return shared[named]
         if what.source.space.is_peer or what.destination.space.is_peer:
             return -1  # `_site_row`
         unit = members[0]
-        name_of_cost = (id(instruction), engines)
+        name_of_cost = (id(what), engines)
         if name_of_cost not in self.own_costs:  # stages share instructions
             self.own_costs[name_of_cost] = cost_of(what, instruction.context, self.machine, engines)
         cost = self.own_costs[name_of_cost]

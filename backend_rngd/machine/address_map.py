@@ -20,6 +20,7 @@ Addresses = NDArray[np.int64]
 
 CHANNELS = 32
 BANKS = 64  # of a channel: 16 banks in 3 of 4 SIDs
+ROW_BITS = 14
 QUEUE = 64  # requests a channel holds
 IN_FLIGHT = 256  # requests of an engine on the way (simulators.md 5; no figure is published)
 ENUMERATED = 8192  # lines looked at, at most: what comes later repeats the pattern
@@ -190,7 +191,7 @@ def _row_cycles(addresses: Addresses, channel: Addresses, timing: Timing) -> flo
     groups = int(group.max()) + 1
     place = (channel * groups + group) * BANKS + bank
     if timing.reorders:
-        opened = np.unique(np.stack([place, row]), axis=1)[0]
+        opened = np.unique(place << ROW_BITS | row) >> ROW_BITS
     else:
         by_bank = np.argsort(channel * BANKS + bank, kind="stable")
         same = np.diff(channel[by_bank] * BANKS + bank[by_bank], prepend=-1) == 0
