@@ -32,6 +32,7 @@ from ir.errors import Problem, UserError
 from ir.interpreter import find_function
 from ir.types import ELEMENT_BYTES, elem_of, shape_of
 from passes.arguments import argument_name
+from passes.chunk_tokens import CHUNK
 from passes.notes import add_notes
 from passes.provenance import PATH
 
@@ -59,6 +60,8 @@ class SplitStages(ModulePass):
             what = f"{self.stages} pipeline stages"
             why = f"the model has {len(layers)} layers that can be apart"
             raise UserError([Problem(what, why, f"use -pp 1 to {max(1, len(layers))}")])
+        if any(CHUNK in call.attributes for call in layers):
+            raise PassFailedException("split-stages: every chunk calls all layers; run it before chunk-tokens")
         graph = _Main(main, layers)
         first, last = graph.end_costs()
         costs = [graph.cost(call) for call in layers]
