@@ -31,8 +31,8 @@ tested at other parameters (`tests/backend/test_worked_cases.py`). What the mode
   moved more than the HBM's peak; read as ticks, the four one-token rows are met by one engine's rate that other cards
   showed as well.
 * Static-schedule cycles are cycles of 1 GHz. They are what the vendor's compiler expects, not what silicon took.
-* Whole steps of LENS and of sets A and B contain the host, about 1.07 ms a step (arithmetic of reference-product.md 9.4);
-  predictions are of the device alone and the host's part is added where a row says so.
+* Whole steps of LENS and of sets A and B contain the host, about 1.07 ms a step (arithmetic of reference-product.md
+  9.4); predictions are of the device alone and the host's part is added where a row says so.
 
 A bound is what no mapping can beat at documented peaks: max(MACs / 16,384 a PE and cycle, minimal bytes / 1,536 GB/s of
 HBM, minimal bytes / 256 B a PE's data memory and engine). Minimal bytes are weights, cached tokens, inputs and results,
@@ -90,8 +90,8 @@ TAIL = """## How transfers are modelled, and what was fitted
 
 `python benchmarks/fit_silicon.py` prints values, ranges and residuals; `backend_rngd/machine/rngd.toml` holds both.
 
-* *Run length.* Long runs a slice are slow (30,720 B: 465 B a tick; 256 B: 618 to 652). No power law is fitted. 32 slices
-  share a data-memory network of 128 B a cycle (documented), and an engine has some 10 KB on the way (fitted,
+* *Run length.* Long runs a slice are slow (30,720 B: 465 B a tick; 256 B: 618 to 652). No power law is fitted. 32
+  slices share a data-memory network of 128 B a cycle (documented), and an engine has some 10 KB on the way (fitted,
   `dmn_window_bytes`): while a burst to one network is longer than that, the other network of the pair idles, and an
   engine falls from its 177 B a cycle towards 128.
 * *One engine's HBM rate*, `dma_hbm_bytes_per_cycle`, 177 GB/s: ED's 707 B a tick are eight of them, KK's best 332 B a
@@ -99,8 +99,8 @@ TAIL = """## How transfers are modelled, and what was fitted
   further cap of a cluster is needed: 262 to 332 B a tick are four engines with the longest and the shortest runs.
 * *Lines.* A request across a 256 B line is two (documented): that is the 29.5 MB stream of 1,920 B runs. Runs of 128 B
   move twice the lines. Both need no factor of their own any more.
-* *Channels.* The published address map says which of 32 channels a line lies in; a transfer takes as long as its busiest
-  channel. Stores of parts of a line read, modify and write it, 50 times as long: 64 x 120 B spread over 30 lines.
+* *Channels.* The published address map says which of 32 channels a line lies in; a transfer takes as long as its
+  busiest channel. Stores of parts of a line read, modify and write it, 50 times as long: 64 x 120 B spread over 30 lines.
 * *Rows.* A bank that opens a row for every request holds its channel (the 655,860 cycles of the book's example follow
   from its addresses). HBM's scheduler hides most others, and so does the model (64 requests a channel are reordered).
 * *Reduction over both clusters.* Theirs (7.2) as instructions of ours: partial sums to HBM, a sync, both loaded to all
