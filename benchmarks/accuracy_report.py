@@ -100,7 +100,7 @@ TAIL = """## How transfers are modelled, and what was fitted
 * *Lines.* A request across a 256 B line is two (documented): that is the 29.5 MB stream of 1,920 B runs. Runs of 128 B
   move twice the lines. Both need no factor of their own any more.
 * *Channels.* The published address map says which of 32 channels a line lies in; a transfer takes as long as its
-  busiest channel. Stores of parts of a line read, modify and write it, 50 times as long: 64 x 120 B spread over 30 lines.
+  busiest channel. Stores of parts of a line read, modify and write it, 50 times as long: 64 x 120 B lie in 30 lines.
 * *Rows.* A bank that opens a row for every request holds its channel (the 655,860 cycles of the book's example follow
   from its addresses). HBM's scheduler hides most others, and so does the model (64 requests a channel are reordered).
 * *Reduction over both clusters.* Theirs (7.2) as instructions of ours: partial sums to HBM, a sync, both loaded to all
