@@ -5,6 +5,7 @@ The level is part of the artifact, of the keys in the cache, and of the options 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 DEFAULT = 2
@@ -22,11 +23,13 @@ class Variant:
 @dataclass(frozen=True)
 class Effort:
     """What a level does. `fuse`: element-wise operations, norms and what follows contractions become one operation.
-    `variants`: those that are tried; of several the one is kept that the simulator finds fastest."""
+    `variants`: those that are tried; of several the one is kept that the simulator finds fastest. Of programs with more
+    than `largest` instructions only the first is made."""
 
     fuse: bool
     variants: tuple[Variant, ...]
     help: str
+    largest: int = sys.maxsize
 
 
 EFFORTS = (
@@ -36,6 +39,7 @@ EFFORTS = (
         True,
         (Variant(), Variant(prefetch=0.0)),
         "and weights are fetched while earlier operations compute, where the simulator finds that faster",
+        1000,
     ),
     Effort(
         True,

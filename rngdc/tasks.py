@@ -353,11 +353,11 @@ def _padded(values: Any, nbytes: int) -> bytes:
 def _compile(task: CompileTask, listen: Listener, lowered: Lowered | None, module: ModuleOp | None) -> Compiled:
     steps = _Steps(listen)
     out = Compiled(seconds=steps.seconds)
-    variants = EFFORTS[task.lowering.opt_level].variants
+    effort = EFFORTS[task.lowering.opt_level]
     maker = _Maker(task, steps, lowered, module)
     first: UserError | None = None
     best: tuple[float, _Made] | None = None
-    for variant in variants:
+    for variant in effort.variants:
         try:
             made = maker.make(variant)
         except UserError as error:
@@ -365,10 +365,12 @@ def _compile(task: CompileTask, listen: Listener, lowered: Lowered | None, modul
             continue
         if made is None or (best is not None and made.emitted.streams[0] == best[1].emitted.streams[0]):
             continue
-        cycles = 0.0
-        if len(variants) > 1:
-            steps("time")
-            cycles = _cycles(made.emitted, task.machine)
+        size = sum(len(r.instructions) for r in made.emitted.streams[0].routines)
+        if len(effort.variants) == 1 or size > effort.largest:
+            best = best or (0.0, made)
+            break
+        steps("time")
+        cycles = _cycles(made.emitted, task.machine)
         if best is None or cycles < best[0]:
             best = cycles, made
     if best is None:
