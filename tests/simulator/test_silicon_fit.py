@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from fit_silicon import GRIDS, errors, figures, fit
 
 from backend_rngd.machine import load_machine
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from fit_silicon import GRIDS, errors, figures, fit  # noqa: E402
 
 SILICON = load_machine(mode="silicon")
 
