@@ -160,11 +160,19 @@ class HeadLowering:
             )
 
     def attend(
-        self, r: Rows, source: KeySource, padded: tuple[int, int], keys: int, tile: int, state: State | None = None
+        self,
+        r: Rows,
+        source: KeySource,
+        padded: tuple[int, int],
+        keys: int,
+        tile: int,
+        state: State | None = None,
+        position: int = 0,
     ) -> State:
-        """All keys of `source` in tiles; padded: values of a key and of a value in DM. `state` is updated."""
+        """All keys of `source` in tiles; padded: values of a key and of a value in DM; position: of the first key.
+        `state` is updated."""
         for start in range(0, keys, tile):
-            state = self._step(r, source, padded, start, min(tile, keys - start), state)
+            state = self._step(r, source, padded, start, min(tile, keys - start), state, position + start)
         assert state is not None
         return state
 
@@ -182,11 +190,18 @@ class HeadLowering:
         )
 
     def _step(
-        self, r: Rows, source: KeySource, padded: tuple[int, int], start: int, count: int, before: State | None
+        self,
+        r: Rows,
+        source: KeySource,
+        padded: tuple[int, int],
+        start: int,
+        count: int,
+        before: State | None,
+        position: int,
     ) -> State:
         em, rows = self.em, r.tokens * self.p.group
         scores = em.alloc(rows * count * 4, "scores")
-        mask = self._mask(r, start, count)
+        mask = self._mask(r, position, count)
         for at in range(0, count, self.sub):
             some = min(self.sub, count - at)
             keys, base = source.keys(start + at, some)

@@ -15,7 +15,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import CallOp, bytes_of
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
-from backend_rngd.lowering.attention_few import Host, tile_of
+from backend_rngd.lowering.attention_few import LOAD_BYTES, Host, tile_of
 from backend_rngd.lowering.attention_head import (
     KEY_MULTIPLE,
     SEQUENTIAL_SLOTS,
@@ -134,9 +134,9 @@ class ManyTokens:
         em, p, rows = self.em, self.p, out.rows
         assert rows is not None
         plan = self._plan(rows, k, shared)
-        keys = round_up(k.keys, KEY_MULTIPLE)
         blocks = -(-rows.local // plan.block)
-        calls = keys > plan.tile and -(-keys // plan.tile) * blocks * plan.instructions > INLINE_INSTRUCTIONS
+        tiles = -(-k.keys // plan.tile)
+        calls = tiles > 1 and tiles * blocks * p.kv_heads * plan.instructions > INLINE_INSTRUCTIONS
         value = v.width * 2
         for h in range(p.kv_heads):
             for first in range(0, rows.local, plan.block):
@@ -145,13 +145,12 @@ class ManyTokens:
                 q_head = mine.dims[1].stride if mine.dims[1].kind == "feature" else k.padded * 2
                 at = limit.base + first * limit.pitch
                 work = Rows(tokens, mine.buffer, mine.base, mine.pitch, q_head, limit.buffer, at, limit.pitch, shared)
-                head = self._head(em, plan)
                 bases = (h * k.head_stride, h * v.head_stride)
                 if calls:
                     state = self._by_calls(work, plan, rows, k, v, bases)
                 else:
-                    source = _Source(em, k, v, rows, plan.tile, plan.ring, *bases)
-                    state = head.attend(work, source, (k.padded, v.padded), keys, plan.tile)
+                    state = self._attend(work, plan, rows, k, v, bases)
+                head = self._head(em, plan)
                 start = first * out.pitch + h * p.group * value
                 if out.space == Space.DM:
                     head.finish(work, state, v.width, out.buffer, out.base + start, out.pitch, value)
@@ -169,7 +168,7 @@ class ManyTokens:
     def _plan(self, rows: RowSpace, k: Cache, shared: bool) -> _Plan:
         group, trf = self.p.group, self.em.machine.trf_bytes_per_slice
         sub, ring = sub_tile(k.padded, trf), rows.slices_per_batch
-        if k.keys % ring:  # keys do not fill the ring: every slice reads them from HBM
+        if k.keys % ring and k.keys * k.padded * 2 <= LOAD_BYTES:  # few that do not fill the ring: whole everywhere
             ring = 1
         sub = max(sub // ring * ring, ring)
         blocks = -(-rows.local // max(1, BLOCK_ROWS // group))
@@ -183,13 +182,40 @@ class ManyTokens:
             tile = max(sub, min(tile, trf // lanes // 2 // (2 * together)) // sub * sub)
         return _Plan(block, tile, sub, ring)
 
+    def _attend(
+        self,
+        work: Rows,
+        plan: _Plan,
+        rows: RowSpace,
+        k: Cache,
+        v: Cache,
+        bases: tuple[int, int],
+        first: int = 0,
+        origin: int = 0,
+        state: State | None = None,
+    ) -> State:
+        """Keys from `first` on, whose limits count from key `origin`. What does not fill the ring lies whole in every
+        slice."""
+        head, found = self._head(self.em, plan), k.keys - first
+        full = found // plan.ring * plan.ring
+        for start, count, ring in ((first, full, plan.ring), (first + full, found - full, 1)):
+            if count:
+                k_base, v_base = (base + start * c.width * 2 for base, c in zip(bases, (k, v), strict=True))
+                part = replace(k, keys=count), replace(v, keys=count)
+                source = _Source(self.em, *part, rows, plan.tile, ring, k_base, v_base)
+                padded = (k.padded, v.padded)
+                keys = round_up(count, KEY_MULTIPLE)
+                state = head.attend(work, source, padded, keys, plan.tile, state, start - origin)
+        assert state is not None
+        return state
+
     # Long contexts ------------------------------------------------------------
     def _by_calls(self, work: Rows, plan: _Plan, rows: RowSpace, k: Cache, v: Cache, bases: tuple[int, int]) -> State:
         """The state of a block after all keys."""
         em, whole = self.em, k.keys // plan.tile
-        # Equal calls if the tiles can be cut so; what they leave is done here.
+        # Calls of equal size that leave little; that is done here.
         most = min(max(1, CALL_INSTRUCTIONS // plan.instructions), whole)
-        tiles = next((n for n in range(most, most // 2, -1) if whole % n == 0), most)
+        tiles = min(range(most // 2 + 1, most + 1), key=lambda n: (whole % n, -n))
         step = tiles * plan.tile
         padded = (k.padded, v.padded)
         held, state = self._held(em, work, plan, padded)
@@ -208,14 +234,7 @@ class ManyTokens:
         for i in range(calls):
             offsets = [base + i * step * c.width * 2 for base, c in zip(bases, (k, v), strict=True)]
             em.add(CallOp(name, arguments, em.location, offsets))
-        rest = k.keys - calls * step
-        if not rest:
-            return state
-        starts = [base + calls * step * c.width * 2 for base, c in zip(bases, (k, v), strict=True)]
-        source = _Source(
-            em, replace(k, keys=rest), replace(v, keys=rest), rows, plan.tile, plan.ring, starts[0], starts[1]
-        )
-        return self._head(em, plan).attend(held, source, padded, round_up(rest, KEY_MULTIPLE), plan.tile, state)
+        return self._attend(held, plan, rows, k, v, bases, calls * step, calls * step, state)
 
     def _routine(self, em: Emitter, work: Rows, plan: _Plan, rows: RowSpace, k: Cache, v: Cache) -> None:
         """All tiles of `k` and `v`, which lie at the routine's arguments."""
