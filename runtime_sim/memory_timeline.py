@@ -107,7 +107,7 @@ def data_memory(result: TimingResult, sites: Sites, unit: int) -> Timeline:
     spread = np.repeat(np.arange(len(rows)), times)
     capacity = result.machine.dm_slice_bytes * slices
     return _timeline(
-        f"DM of {result.unit_name(unit)}", capacity, slices, result, executed,
+        f"DM of {result.unit_name(unit)}", capacity, slices, result, sites, executed,
         rows[spread, 1], rows[spread, 2], rows[spread, 3].astype(np.bool_),
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def working_area(result: TimingResult, sites: Sites, unit: int, area: tuple[int,
         executed += [row] * len(known[key])
     table = np.array(spans, np.int64).reshape(-1, 3)
     return _timeline(
-        f"HBM working area of {result.unit_name(unit)}", area[1] - area[0], 1, result, np.array(executed, np.int64),
+        f"HBM working area of {result.unit_name(unit)}", area[1] - area[0], 1, result, sites, np.array(executed, np.int64),
         table[:, 0], table[:, 1], table[:, 2].astype(np.bool_), outputs,
     )  # fmt: skip
 
@@ -175,6 +175,7 @@ def _timeline(
     capacity: int,
     copies: int,
     result: TimingResult,
+    sites: Sites,
     executed: NDArray[np.int64],
     low: NDArray[np.int64],
     high: NDArray[np.int64],
@@ -213,13 +214,9 @@ def _timeline(
     follower = np.concatenate([piece[head[1:]] == piece[head[:-1]], [False]])
     until = np.where(follower, np.minimum(until, np.concatenate([since[1:], [0.0]])), until)
     lengths = (edges[1:] - edges[:-1])[piece[head]] * copies
-    locations = result.locations
-    writers = [
-        locations[int(i)].replace("|", " ").strip() if m else BEFORE
-        for i, m in zip(executed[of[head]], made, strict=True)
-    ]
-    names = tuple(sorted(set(writers)))
-    numbers = {name: n for n, name in enumerate(names)}
-    writer = np.array([numbers[w] for w in writers], np.int64)
     live = until > since
-    return Timeline(memory, capacity, result.cycles, names, writer[live], since[live], until[live], lengths[live])
+    operations, number = sites.operations
+    writers = np.where(made, number[executed[of[head]]], len(operations))
+    used, writer = np.unique(writers[live], return_inverse=True)
+    names = tuple([*operations, BEFORE][int(n)] for n in used)
+    return Timeline(memory, capacity, result.cycles, names, writer, since[live], until[live], lengths[live])

@@ -6,7 +6,7 @@ Names are sent once and then referred to by number, so that a span costs some te
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 _SEQUENCE = 1
@@ -17,6 +17,8 @@ _EXPLICIT = 3  # TrackDescriptor.ChildTracksOrdering
 
 def varint(value: int) -> bytes:
     """Base-128 encoding; negative numbers as 64 bits."""
+    if 0 <= value < len(_SHORT):
+        return _SHORT[value]
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 0x7F:
@@ -26,6 +28,9 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+_SHORT = [bytes([v]) if v < 128 else bytes([v & 127 | 128, v >> 7]) for v in range(1 << 14)]
+
+
 def number(field: int, value: int) -> bytes:
     """An integer or enumeration field."""
     return varint(field << 3) + varint(value)
@@ -33,7 +38,7 @@ def number(field: int, value: int) -> bytes:
 
 def fixed64(field: int, value: int) -> bytes:
     """A fixed64 field."""
-    return varint(field << 3 | 1) + struct.pack("<Q", value)
+    return varint(field << 3 | 1) + value.to_bytes(8, "little")
 
 
 def double(field: int, value: float) -> bytes:
@@ -44,6 +49,10 @@ def double(field: int, value: float) -> bytes:
 def nested(field: int, content: bytes) -> bytes:
     """A message, string or bytes field."""
     return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+_HEAD = number(10, _SEQUENCE) + number(13, _STATE_NEEDED)
+_TIME = varint(8 << 3)
 
 
 class PerfettoFile:
@@ -58,6 +67,7 @@ class PerfettoFile:
         self._first = True
         self._category = category
         self._encoded: dict[int, tuple[dict[str, Any], bytes]] = {}
+        self._ends: dict[int, tuple[bytes, bytes]] = {}
 
     def process(self, track: int, pid: int, name: str) -> None:
         """A group of lanes, shown in the order given by `lane`."""
@@ -85,14 +95,19 @@ class PerfettoFile:
         begin: int,
         end: int,
         arguments: dict[str, Any],
-        sends: Iterable[int],
-        receives: Iterable[int],
+        sends: Sequence[int],
+        receives: Sequence[int],
     ) -> None:
         """A span with its arguments; sends and receives: arrows that start and end here."""
-        event = number(9, _BEGIN) + number(11, track) + self._content(name, arguments)
-        event += b"".join(fixed64(47, i) for i in sends) + b"".join(fixed64(48, i) for i in receives)
-        self._packet(number(8, begin) + nested(11, event))
-        self._packet(number(8, end) + nested(11, number(9, _END) + number(11, track)))
+        ends = self._ends.get(track)
+        if ends is None:  # what every begin and every end of a lane starts with
+            begins = number(9, _BEGIN) + number(11, track)
+            ends = self._ends[track] = (begins, nested(11, number(9, _END) + number(11, track)))
+        event = ends[0] + self._content(name, arguments)
+        if sends or receives:
+            event += b"".join([fixed64(47, i) for i in sends] + [fixed64(48, i) for i in receives])
+        self._packet(_TIME + varint(begin) + nested(11, event))
+        self._packet(_TIME + varint(end) + ends[1])
 
     def _content(self, name: str, arguments: dict[str, Any]) -> bytes:
         """Name, category and arguments of a span. Units that do the same share arguments, which are encoded once."""
@@ -121,12 +136,11 @@ class PerfettoFile:
         return found
 
     def _packet(self, content: bytes) -> None:
-        flags = _STATE_NEEDED
+        head = _HEAD
         if self._first:
             self._first = False
-            flags |= _STATE_CLEARED
+            head = number(10, _SEQUENCE) + number(13, _STATE_NEEDED | _STATE_CLEARED)
             self._fresh += nested(1, number(1, 1) + nested(2, self._category.encode()))
-        head = number(10, _SEQUENCE) + number(13, flags)
         if self._fresh:
             head += nested(12, self._fresh)
             self._fresh = b""

@@ -22,7 +22,7 @@ def report_data(analysis: Analysis) -> dict[str, Any]:
     are those of the unit that finishes last."""
     result = analysis.result
     unit, number = result.slowest, analysis.slowest
-    every = [s for s in spans(analysis) if s.unit == unit]
+    every = list(spans(analysis, [unit]))
     lanes = [sorted((s for s in every if s.lane == n), key=lambda s: s.begin - s.end) for n in range(len(LANES))]
     kept = [s for lane in lanes for s in sorted(lane[:MAX_SPANS], key=lambda s: s.begin)]
     account = shortened(analysis.charges(number), MAX_CAUSES)

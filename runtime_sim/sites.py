@@ -54,6 +54,14 @@ class Sites:
             self.number[mine] = offsets[flat.routine[mine]] + flat.index[mine]
 
     @cached_property
+    def operations(self) -> tuple[list[str], NDArray[np.int64]]:
+        """Names of operations for people, and the number of each executed instruction's."""
+        plain = [name.location.replace("|", " ").strip() for name in self.names]
+        names = sorted(set(plain))
+        numbers = {name: number for number, name in enumerate(names)}
+        return names, self.column([numbers[name] for name in plain])
+
+    @cached_property
     def traffic(self) -> NDArray[np.int64]:
         """[executed, TRAFFIC]: bytes that every executed instruction moves in each memory and network."""
         cost_of: dict[int, int] = dict(zip(self.number.tolist(), self.result.number.tolist(), strict=True))

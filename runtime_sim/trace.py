@@ -8,7 +8,7 @@ bandwidth, multiplications and live data memory. Every span carries the fields o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,23 @@ def number_of_spans(analysis: Analysis) -> int:
     return int((executed * result.copies).sum()) + sum(len(result.layers_of(u)) for u in range(result.units))
 
 
-def spans(analysis: Analysis) -> Iterator[Span]:
-    """Spans of a result, unit by unit and lane by lane, each lane in time order and without overlaps.
+def spans(analysis: Analysis, units: Sequence[int] | None = None) -> Iterator[Span]:
+    """Spans of all units or of some, unit by unit and lane by lane, each lane in time order and without overlaps.
 
     Units that do the same at the same time (`TimingResult.classes`) are all shown.
     """
     result = analysis.result
-    yield from _layer_spans(analysis)
-    of_class = [_class_spans(analysis, number) for number in range(len(result.classes.members))]
+    chosen = range(result.units) if units is None else units
+    of_class: dict[int, list[tuple[int, Span]]] = {}
     arrows = _Arrows(analysis)
-    for unit, number in enumerate(result.classes.of_unit):
+    for unit in chosen:
+        yield from _layer_spans(analysis, unit)
+        number = result.classes.of_unit[unit]
+        if number not in of_class:
+            of_class[number] = _class_spans(analysis, number)
         for row, span in of_class[number]:
             sends, receives = arrows.of(unit, row) if row >= 0 else ((), ())
-            yield replace(span, unit=unit, sends=sends, receives=receives)
+            yield Span(unit, span.lane, span.name, span.begin, span.end, span.arguments, sends, receives)
 
 
 class _Arrows:
@@ -171,40 +175,44 @@ def _class_spans(analysis: Analysis, number: int) -> list[tuple[int, Span]]:
     return out + sorted(vector, key=lambda pair: pair[1].begin)
 
 
-def _layer_spans(analysis: Analysis) -> Iterator[Span]:
+def _layer_spans(analysis: Analysis, unit: int) -> Iterator[Span]:
     """Layers overlap (the next one's transfers start early): a lane shows when each one's completion advanced."""
-    result = analysis.result
-    for unit in range(result.units):
-        done = 0.0
-        for layer in result.layers_of(unit):
-            before = max(done, layer.start)
-            done = max(before, layer.end)
-            arguments = {
-                "begin_cycle": before,
-                "end_cycle": done,
-                "first_start_cycle": layer.start,
-                "instructions": layer.instructions,
-                "routine": layer.routine,
-            }
-            yield Span(unit, 0, short_name(layer.name), before, done, arguments)
+    done = 0.0
+    for layer in analysis.result.layers_of(unit):
+        before = max(done, layer.start)
+        done = max(before, layer.end)
+        arguments = {
+            "begin_cycle": before,
+            "end_cycle": done,
+            "first_start_cycle": layer.start,
+            "instructions": layer.instructions,
+            "routine": layer.routine,
+        }
+        yield Span(unit, 0, short_name(layer.name), before, done, arguments)
 
 
 def counters(analysis: Analysis) -> Iterator[Counter]:
     """Counters of every unit: bytes and MACs a cycle in BINS parts of the time, and in each of MOMENTS parts the
     most live bytes of data memory."""
     result = analysis.result
-    width = (result.cycles or 1.0) / BINS
-    edges = tuple(k * width for k in range(BINS + 1))
+    of_class = [list(_class_counters(analysis, number)) for number in range(len(result.classes.members))]
     for unit, number in enumerate(result.classes.of_unit):
-        rates = analysis.rates(number)
-        for name, title in (
-            ("hbm_read_bytes", "HBM read"), ("hbm_write_bytes", "HBM written"), ("macs", "Active MACs"),
-        ):  # fmt: skip
-            values = tuple(x / width for x in rates[name])
-            yield Counter(unit, title, "MACs/cycle" if name == "macs" else "B/cycle", edges, (*values, 0.0))
-        moments, live = analysis.data_memory(number).sampled(MOMENTS)
-        total = live.sum(axis=0).tolist()
-        yield Counter(unit, "DM live", "B", (*moments.tolist(), edges[-1]), (*total, 0.0))
+        yield from (replace(counter, unit=unit) for counter in of_class[number])
+
+
+def _class_counters(analysis: Analysis, number: int) -> Iterator[Counter]:
+    """Counters of a unit of a class."""
+    cycles = analysis.result.cycles
+    width = (cycles or 1.0) / BINS
+    edges = tuple(k * width for k in range(BINS + 1))
+    rates = analysis.rates(number)
+    for name, title, measure in (
+        ("hbm_read_bytes", "HBM read", "B/cycle"), ("hbm_write_bytes", "HBM written", "B/cycle"),
+        ("macs", "Active MACs", "MACs/cycle"),
+    ):  # fmt: skip
+        yield Counter(number, title, measure, edges, (*(x / width for x in rates[name]), 0.0))
+    moments, live = analysis.data_memory(number).sampled(MOMENTS)
+    yield Counter(number, "DM live", "B", (*moments.tolist(), edges[-1]), (*live.sum(axis=0).tolist(), 0.0))
 
 
 def short_name(location: str) -> str:
