@@ -15,6 +15,7 @@ from backend_rngd.lowering.function_base import FunctionBase
 from backend_rngd.lowering.packed import bind_packed, packed_weight
 from backend_rngd.lowering.scales import Scales, scales_of, scaling
 from backend_rngd.lowering.shares import own_rows
+from backend_rngd.lowering.stream_tokens import CHANNELS
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.values import Weight, dtype_of, product
 from backend_rngd.lowering.vector import output_tensor
@@ -115,6 +116,8 @@ class Contractions(FunctionBase):
         x = self.env[op.lhs]
         if not isinstance(x, Tensor) or x.rows is None or x.rows.replicated or x.space != Space.DM:
             return False
+        if x.rows.physical * CHANNELS * Dtype.BF16.bytes > self.spill:
+            return False  # a slice holds its channels of all tokens: too many for the map's result to stay in DM
         (width, stride), *more = [(d.size, d.stride) for d in x.features] or [(0, 0)]
         ready = not more and stride == x.dtype.bytes and width % k_multiple(width) == 0
         return ready and elem_of(op.result) == "bf16" and op.rule().output[-1] in op.rule().inputs[1]
