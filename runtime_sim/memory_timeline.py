@@ -142,8 +142,8 @@ def working_area(result: TimingResult, sites: Sites, unit: int, area: tuple[int,
         executed += [row] * len(known[key])
     table = np.array(spans, np.int64).reshape(-1, 3)
     return _timeline(
-        f"HBM working area of {result.unit_name(unit)}", area[1] - area[0], 1, result, sites, np.array(executed, np.int64),
-        table[:, 0], table[:, 1], table[:, 2].astype(np.bool_), outputs,
+        f"HBM working area of {result.unit_name(unit)}", area[1] - area[0], 1, result, sites,
+        np.array(executed, np.int64), table[:, 0], table[:, 1], table[:, 2].astype(np.bool_), outputs,
     )  # fmt: skip
 
 
