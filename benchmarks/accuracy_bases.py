@@ -8,7 +8,6 @@ from backend_rngd.machine import Machine, load_machine
 from runtime_sim.timing import TimingResult
 
 HP_CLOCK = 0.8  # of the nominal tensor clock: HP's profiler counted 1,599.9 M ticks a second under load
-HOST_US = 1070.0  # of a step (reference-product.md 9.4)
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Base:
 
 
 SILICON = load_machine(mode="silicon")
+HOST_US = SILICON.host_step_us
 NOMINAL = Base(SILICON, SILICON.seconds_per_cycle * 1e6)
 _SLOW = SILICON.at_clock(HP_CLOCK)
 HP_TRACE = Base(_SLOW, _SLOW.seconds_per_cycle * 1e6)  # ticks converted at the measured clock

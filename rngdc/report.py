@@ -104,6 +104,7 @@ def _bucket(bucket: Bucket, analysis: Analysis) -> dict[str, Any]:
         "instructions": result.instructions,
         "cycles": result.cycles,
         "time_us": result.seconds * 1e6,
+        "time_with_host_us": result.seconds * 1e6 + result.machine.host_step_us,
         "mac_utilization": result.mac_utilisation,
         "hbm_bytes_read": result.hbm_read_bytes,
         "hbm_bytes_written": result.hbm_write_bytes,

@@ -38,6 +38,7 @@ ALIASES = {
     "card.latency": "pcie_latency_cycles",
     "cluster.bandwidth": "dm_cross_cluster_bytes_per_cycle",
 }
+CLOCK = ("clock", "clock_scale", "clock.scale", "clock-scale")
 # What an engine gets out of HBM is in proportion to what HBM gives.
 LINKED = {"hbm.bandwidth": "dma_hbm_bytes_per_cycle"}
 ENOUGH = 1e6  # times a bandwidth: what it limits then takes no time worth naming
@@ -103,8 +104,18 @@ class WhatIf:
 def parse(settings: Sequence[str], ideals: Sequence[str], machine: Machine) -> WhatIf:
     """Apply `NAME=NUMBER` and `NAME=FACTORx` settings and ideal parts to a machine; factors are of its own mode.
 
-    Names are parameters of the machine description (`.` and `-` count as `_`) or ALIASES. Raises WhatIfError.
+    Names are parameters of the machine description (`.` and `-` count as `_`) or ALIASES; `clock` leaves the speed of
+    memories and links in seconds alone (`Machine.at_clock`). Raises WhatIfError.
     """
+    clocks = [text for text in settings if text.partition("=")[0].strip() in CLOCK]
+    if clocks:
+        if len(clocks) > 1:
+            raise WhatIfError(f"--set {clocks[1]}", "the clock is changed already", "give every parameter one value")
+        number = clocks[0].partition("=")[2].strip()
+        scale = _value(clocks[0], number, machine.clock_scale, "clock_scale")
+        rest = parse([text for text in settings if text not in clocks], ideals, machine.at_clock(scale))
+        clock = Change("clock_scale", machine.parameters["clock_scale"].unit, machine.clock_scale, scale)
+        return WhatIf(rest.machine, (clock, *rest.changes), rest.ideal)
     values: dict[str, float] = {}
     for ideal in dict.fromkeys(ideals):
         if ideal not in IDEALS:

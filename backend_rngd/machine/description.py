@@ -68,6 +68,7 @@ class Machine(BaseModel):
     clock_hz: int
     tick_hz: int
     clock_scale: float
+    host_step_us: float
 
     hbm_bytes: int
     hbm_usable_bytes: int

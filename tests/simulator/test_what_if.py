@@ -114,3 +114,17 @@ def test_accounts_of_the_path_sum_to_the_makespan(units: int) -> None:
     assert segments[-1]["end"] == result.cycles
     assert all(a["end"] == b["begin"] for a, b in itertools.pairwise(segments))
     assert sum(s["instructions"] for s in segments) == len(result.critical_path)
+
+
+def test_the_clock_leaves_memory_alone() -> None:
+    """At 0.8 of the clock a cycle is longer, HBM moves more bytes in it, and a further change is of that machine."""
+    what_if = parse(["clock=0.8", "hbm.bandwidth=2x"], [], SILICON)
+    assert [c.name for c in what_if.changes][:1] == ["clock_scale"]
+    assert what_if.machine.hbm_bytes_per_cycle == pytest.approx(2 * 1536 / 0.8)
+    alone = parse(["clock.scale=0.8"], [], SILICON).machine
+    assert alone.seconds_per_cycle == pytest.approx(1.25e-9)
+    assert alone.hbm_bytes_per_cycle / alone.seconds_per_cycle == pytest.approx(1536e9)
+    with pytest.raises(WhatIfError, match="already"):
+        parse(["clock=0.8", "clock_scale=1"], [], SILICON)
+    with pytest.raises(WhatIfError, match="impossible"):
+        parse(["clock=0"], [], SILICON)
