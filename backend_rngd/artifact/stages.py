@@ -21,7 +21,7 @@ from backend_rngd.isa.footprint import footprint
 
 PREPARE, EMBED, HEAD, RECEIVE, SEND = "prepare", "embed", "head", "receive", "send"
 CUT, PICK, LAYER, TAIL = "cut", "pick", "layer", "_tail"
-_ROLES = {name: name for name in (PREPARE, EMBED, HEAD, RECEIVE, SEND, PICK)} | {"pick_first": PICK}
+_ROLES = frozenset({PREPARE, EMBED, HEAD, RECEIVE, SEND, PICK})
 Span = tuple[int, int]
 
 
@@ -43,13 +43,14 @@ class Cuts:
 
 def role(name: str) -> str:
     """What a routine that the entry calls is for: prepare, embed, head, receive, send, cut, pick, or layer."""
-    name = name.removesuffix(TAIL)
-    return CUT if name.startswith(f"{CUT}_") else _ROLES.get(name, LAYER)
+    name = family(name).removesuffix(TAIL)
+    return CUT if name.startswith(f"{CUT}_") else name if name in _ROLES else LAYER
 
 
 def family(name: str) -> str:
-    """The name that variants of a layer for fewer keys share: `block_0` of `block_0_keys512`."""
-    return re.sub(r"_keys\d+", "", name)
+    """The name that variants of a routine share, whose values lie at the same places: `block_0` of `block_0_keys512`,
+    `pick` of `pick_first`."""
+    return re.sub(r"_keys\d+|_first", "", name)
 
 
 def passes_of(stream: Stream) -> list[range]:

@@ -94,7 +94,7 @@ def inputs(module: ModuleOp, past: int) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2-window", "gemma2", "gpt2"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2"])
 def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, if sums do not depend on the order in which a matrix product of fewer rows adds."""
 
