@@ -15,6 +15,7 @@ from backend_rngd.isa.descriptors import (
     DM_SLICE_STRIDE,
     UNIT_STRIDE,
     After,
+    Alu,
     Call,
     Commit,
     Context,
@@ -27,12 +28,19 @@ from backend_rngd.isa.descriptors import (
     Instruction,
     LaneMode,
     LoadTrf,
+    LoadVrf,
+    Lookup,
+    Mode,
     Notify,
+    Op,
+    Operand,
     Routine,
+    Source,
     Space,
     Stream,
     Switch,
     SwitchKind,
+    VectorOp,
     Wait,
 )
 from backend_rngd.machine import load_machine
@@ -152,6 +160,18 @@ FAULTS: dict[str, tuple[Callable[[list[Instruction]], None], str, str, int, int]
     ),
     "write of what others still read": (
         lambda body: body.__delitem__(slice(7, 9)), UNIT_RACE, "writes at routine block_0, instruction 3", 6, 0,
+    ),
+    "VRF loaded by the main context": (
+        change(9, lambda op: LoadVrf(SLICES, replace(op.fetch, base=4096), 0)), ILLEGAL, "context", 9, 0,
+    ),
+    "table results into TRF": (
+        change(2, lambda op: replace(op, fetch=replace(BF16, dtype=Dtype.I8, lookup=Lookup.I4_F8E4M3))),
+        ILLEGAL, "table", 2, 0,
+    ),
+    "clip before the product": (
+        change(9, lambda op: replace(op, vector=(VectorOp(
+            Alu.CLIP_ADD, Op.ADD, Mode.STREAM_OPERAND, Operand(Source.CONST, 1.0)), *op.vector))),
+        ILLEGAL, "stage", 9, 0,
     ),
     "a wait that nobody ends": (
         change(5, lambda op: Wait(op.semaphore, 2)), DEADLOCK, "waits for semaphore 0 to be 2", 5, 0,
