@@ -53,7 +53,7 @@ def test_tokens_do_not_depend_on_chunks(
             return [Outline(), ChunkTokens(tokens)]
 
         monkeypatch.setattr(passes.pipeline, "outline_stage", stage)
-        return built(tmp_path / "model", tmp_path / name, tensor, request_)
+        return built(tmp_path / "model", tmp_path / name, tensor, request_, opt_level=1)
 
     monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 16)
     whole, cut = build("whole", None), build("cut", size)
@@ -68,5 +68,5 @@ def test_tokens_do_not_depend_on_chunks(
             assert tokens == expected, stages
             np.testing.assert_array_equal(logits, exact)
     prefill = [b for b in cut.buckets if b.phase != "decode"]
-    report = check(loaded(cut, 2), prefill)
+    report = check(loaded(cut, 2), prefill[-1:])
     assert all(bucket.agrees for bucket in report.buckets), report
