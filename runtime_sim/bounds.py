@@ -93,10 +93,10 @@ def bounds(
     queued = float(both[(main > 0) & (sub > 0)].sum())
     for time, wanted, name in _shared(program, resources, rates):
         if time > roofline:
-            roofline, binds = time, name
+            roofline, binds = float(time), name
         if wanted:
             queued += time
-    return Bounds(path, roofline, binds, queued)
+    return Bounds(path, roofline, binds, float(queued))
 
 
 def _shared(program: Program, resources: Resources, rates: Rates) -> list[tuple[float, bool, str]]:

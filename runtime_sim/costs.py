@@ -15,11 +15,11 @@ class Cost:
     """What one instruction takes when it has the machine for itself.
 
     fixed: cycles in any case. work: further cycles of a transfer, stretched when a resource is shared. demand: bytes a
-    cycle of `work` at full speed, of HBM lines if the transfer touches HBM: transfers that share a resource get equal
-    parts of it. overhead: the part of `fixed` that moves no data (issue, fill, start-up). reach: shares of moved_bytes
-    by where the peer side of a transfer lies. wait: a wait for other units, which takes as long as they take.
-    collective: serves other units. starves: hits one bank of data memory so often in a row that transfers may be locked
-    out (hardware.md 2.2).
+    cycle of `work` at full speed, of HBM lines if the transfer touches HBM (`HbmUse.held`): transfers that share a
+    resource get equal parts of it. overhead: the part of `fixed` that moves no data (issue, fill, start-up). reach:
+    shares of moved_bytes by where the peer side of a transfer lies. wait: a wait for other units, which takes as long
+    as they take. collective: serves other units. starves: hits one bank of data memory so often in a row that transfers
+    may be locked out (hardware.md 2.2).
     """
 
     fixed: float
@@ -70,7 +70,7 @@ def cost_of(
         for n, _, _ in what.loops:
             moved *= n
         peer = what.source.space.is_peer or what.destination.space.is_peer
-        lines = work.hbm_lines * machine.hbm_line_bytes
+        lines = sum(side.held for side in (work.read, work.write) if side) * machine.hbm_line_bytes
         demand = (lines or moved) / rest if rest > 0 else 0.0
         return Cost(
             startup, rest, demand, startup, False, 0, work.hbm_read_bytes, work.hbm_write_bytes, moved, "dma", reach,

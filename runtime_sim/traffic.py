@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from backend_rngd.isa.descriptors import UNIT_STRIDE, Call, Descriptor, Dma, Notify, Space, Stream, Wait
 from backend_rngd.isa.peers import notified, split_unit_stride
 from backend_rngd.machine import Machine
-from backend_rngd.machine.address_map import CHANNELS, HbmUse
+from backend_rngd.machine.address_map import HbmUse
 from backend_rngd.machine.formulas import Reach, dma_work
 from runtime_sim.costs import Cost
 from runtime_sim.errors import SimulationError, Site
@@ -30,8 +30,6 @@ Launch = Mapping[int, Sequence[int]]
 HBM, DM, OUT, IN, CARD_OUT, CARD_IN, CHANNEL = range(7)
 KIND_OF = (0, 1, 2, 2, 3, 3, 0)  # of contention: HBM, DM port, link between clusters, link between cards
 Resource = tuple[int, int]  # one of the above, and a card (HBM, CHANNEL, CARD_*) or a unit (DM, OUT, IN)
-UNEVEN = 1.1  # times the mean: from here on a transfer's busiest channel counts
-FEW = 8  # lines of a channel
 
 
 class Value(NamedTuple):
@@ -223,11 +221,8 @@ def uses(
 
     def add_hbm(where: int, share: float, side: HbmUse | None) -> None:
         if side is not None:
-            moved = share * side.lines * line
-            add(HBM, where, moved)
-            # All channels wait for the busiest one. A few lines never spread evenly, and are over before it matters.
-            uneven = side.busiest >= FEW and side.busiest * CHANNELS > UNEVEN * side.lines
-            add(CHANNEL, where, share * side.busiest * CHANNELS * line if uneven else moved)
+            add(HBM, where, share * side.lines * line)
+            add(CHANNEL, where, share * side.held * line)
 
     if flow is None:
         add_hbm(card, 1.0, work.read)
@@ -255,6 +250,18 @@ def uses(
             add(OUT, start, moved)
             add(IN, end, moved)
     return out
+
+
+def name_of(resource: Resource) -> str:
+    """Name of a resource for people; a channel counts as its HBM."""
+    kind, owner = resource
+    return {
+        DM: f"data-memory port of unit {owner}",
+        OUT: f"way out of the cluster of unit {owner}",
+        IN: f"way into the cluster of unit {owner}",
+        CARD_OUT: f"link out of card {owner}",
+        CARD_IN: f"link into card {owner}",
+    }.get(kind, f"HBM of card {owner}")
 
 
 def capacity(resource: Resource, engines: int, machine: Machine) -> float:

@@ -19,6 +19,8 @@ from backend_rngd.machine.description import Machine
 Addresses = NDArray[np.int64]
 
 CHANNELS = 32
+UNEVEN = 1.1  # times the mean: from here on the busiest channel counts
+FEW = 8  # lines of a channel
 BANKS = 64  # of a channel: 16 banks in 3 of 4 SIDs
 ROW_BITS = 14
 QUEUE = 64  # requests a channel holds
@@ -57,6 +59,13 @@ class HbmUse(NamedTuple):
     busiest: float
     row_cycles: float
     partial: int
+
+    @property
+    def held(self) -> float:
+        """Lines of all channels for which the transfer holds HBM up: all wait for the busiest channel. A few lines
+        never spread evenly, and are over before it matters."""
+        whole = self.busiest * CHANNELS
+        return whole if self.busiest >= FEW and whole > UNEVEN * self.lines else float(self.lines)
 
 
 def hbm_use(base: int, loops: tuple[tuple[int, int], ...], packet: int, write: bool, machine: Machine) -> HbmUse:

@@ -87,6 +87,18 @@ def test_one_channel_is_slow_in_both() -> None:
     assert abs(far.difference) < BOUND
 
 
+def test_even_and_uneven_streams_side_by_side() -> None:
+    """Four units that copy two lines to all slices, four that load evenly: neither model lets one starve the other."""
+    uneven = loads(*[(((64, 0, DM_SLICE_STRIDE),), 512)] * 20)
+    even = loads(*[(((64, 1 << 14, 256), (64, 256, DM_SLICE_STRIDE)), 256)] * 4)
+    result = simulate([uneven] * 4 + [even] * 4, SILICON)
+    compared = whole(result)
+    assert abs(compared.difference) < BOUND
+    assert abs(compared.busy_difference) < BOUND
+    alone = simulate([even] * 4, SILICON).cycles
+    assert float(result.finish[result.flat.unit == 7].max()) < 1.3 * alone
+
+
 def test_compiled_and_plain_play_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     result = on(loads((((64, 512, DM_SLICE_STRIDE),), 512), (((64, 120, DM_SLICE_STRIDE),), 120)), 2)
     assert compiled() is not None
