@@ -495,15 +495,16 @@ def verified(name: str, emitted: Emitted, machine: Machine) -> None:
 
 
 def _cycles(emitted: Emitted, machine: Machine) -> float:
-    """How long a program takes by the documented formulas, on as many units as it is for."""
+    """How long a program takes on as many units as it is for, by the constants that were calibrated."""
     from runtime_sim.timing import simulate
     from runtime_sim.topology import Topology
 
     units = max((len(values) for values in emitted.launch.values()), default=1)
     stream = emitted.streams[0]
     if units == 1:
-        return simulate(stream, machine).cycles
-    return simulate([stream], machine, topology=Topology.of(machine, units), launch=emitted.launch).cycles
+        return simulate(stream, machine, "silicon").cycles
+    topology = Topology.of(machine, units)
+    return simulate([stream], machine, "silicon", topology=topology, launch=emitted.launch).cycles
 
 
 def _dump(dumps: str | None, step: str, module: ModuleOp) -> None:
