@@ -85,18 +85,6 @@ def rows_of(result: TimingResult, engines: NDArray[np.int64], unit: int, engine:
     return rows[np.argsort(result.start[rows], kind="stable")]
 
 
-def resource_name(kind: str, result: TimingResult, unit: int) -> str:
-    """Name of the resource of a kind that a transfer of a class of units shares with others."""
-    first = result.classes.members[unit][0]
-    card = result.topology.places[first].card
-    return {
-        "contention_hbm": f"HBM of card {card}",
-        "contention_dm": f"data-memory port of unit {first} or of the unit it reads",
-        "contention_link": f"way between the clusters of card {card}",
-        "contention_card": f"link of card {card}",
-    }.get(kind, f"{kind.removeprefix('contention_')} of card {card}")
-
-
 def charges(result: TimingResult, sites: Sites, unit: int) -> list[Charge]:
     """The account of a class of units: for every engine, rows whose cycles sum to the makespan."""
     engines = engine_of(result)
@@ -196,9 +184,12 @@ class _Account:
         self._charge("busy", "", float(length[working].sum()) - issue - float(shared.sum()), len(working))
         for column, kind in enumerate(SHARED):
             cycles = shared[:, column]
-            if np.any(cycles > 0):
-                name = resource_name(kind, result, self.unit)
-                self._charge("contention", name, float(cycles.sum()), int((cycles > 0).sum()))
+            late = working[cycles > 0]
+            numbers: list[int] = np.unique(result.number[late]).tolist()
+            for number in numbers:
+                mine = result.number[working] == number
+                name = result.resource_names[number].get(column, SHORT[kind])
+                self._charge("contention", name, float(cycles[mine].sum()), int((cycles[mine] > 0).sum()))
 
     def _taken(self, rows: NDArray[np.int64], previous: NDArray[np.float64]) -> None:
         """From readiness to starts: the other context holds the vector engine."""

@@ -85,7 +85,7 @@ def simulate(
     )  # fmt: skip
     result = TimingResult(
         machine, flat, costs, number, times.start, times.ready, times.finish, times.cause, times.waker, times.lost,
-        topology, program.classes, program.load(),
+        topology, program.classes, program.load(), resource_names=program.resource_names(),
     )  # fmt: skip
     if times.completed < len(flat):
         _deadlock(result, queue_start, queue, program.wakes)

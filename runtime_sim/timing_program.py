@@ -44,6 +44,18 @@ def engines_of(stream: Stream, machine: Machine) -> int:
     return max(1, stream.slices // machine.slices_per_pe) * machine.dma_engines_per_pe
 
 
+def name_of(resource: Resource) -> str:
+    """Name of a resource for people; a channel counts as its HBM."""
+    kind, owner = resource
+    return {
+        DM: f"data-memory port of unit {owner}",
+        OUT: f"way out of the cluster of unit {owner}",
+        IN: f"way into the cluster of unit {owner}",
+        CARD_OUT: f"link out of card {owner}",
+        CARD_IN: f"link into card {owner}",
+    }.get(kind, f"HBM of card {owner}")
+
+
 Row = tuple[int, int, int]  # cost row of (class, identity of a descriptor, site or -1)
 
 
@@ -276,6 +288,30 @@ class Program:
     def _uneven(uses: dict[int, float], channel: set[int], whole: set[int]) -> bool:
         on_channel = sum(x for c, x in uses.items() if c in channel)
         return on_channel > (1.0 + 1e-9) * sum(x for c, x in uses.items() if c in whole)
+
+    def resource_names(self) -> list[dict[int, str]]:
+        """Of every cost, by kind of contention the names of the resources it uses; units that are alike are counted."""
+        of_colour: dict[int, list[Resource]] = defaultdict(list)
+        for resource, colour in self.classes.of_resource.items():
+            if resource[0] != SEMAPHORES:
+                of_colour[colour].append(resource)
+        names: dict[int, str] = {}
+        for colour, found in of_colour.items():
+            first = name_of(found[0])
+            names[colour] = first + (f" and {len(found) - 1} like it" if len(found) > 1 else "")
+        out: list[dict[int, str]] = []
+        known: dict[tuple[int, ...], dict[int, str]] = {}
+        for uses in self.uses:
+            key = tuple(uses)
+            if key not in known:
+                by_kind: dict[int, list[str]] = defaultdict(list)
+                for colour in key:
+                    kind = KIND_OF[of_colour[colour][0][0]]
+                    if names[colour] not in by_kind[kind]:
+                        by_kind[kind].append(names[colour])
+                known[key] = {kind: " or ".join(words) for kind, words in by_kind.items()}
+            out.append(known[key])
+        return out
 
     def load(self) -> dict[Resource, float]:
         """Bytes that went through every resource of the represented units and their cards."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,7 +48,7 @@ class TimingResult:
     none); waker: the notify that ended a wait (-1). `number` says which of `costs` an instruction has; lost: cycles a
     transfer lost to each kind of shared resource. Units of a class do the same at the same time: `flat` holds one unit
     of each class, `flat.unit` is the class. load: bytes through the resources of the cards and represented units.
-    launch: values of launch registers by rank.
+    launch: values of launch registers by rank. resource_names: of every cost, what it uses by kind of resource.
     """
 
     machine: Machine
@@ -66,6 +66,7 @@ class TimingResult:
     load: dict[Resource, float]
     bounds: Bounds | None = None
     launch: Launch = field(default_factory=dict[int, Sequence[int]])
+    resource_names: Sequence[Mapping[int, str]] = ()
 
     def column(self, name: str) -> NDArray[Any]:
         return np.array([getattr(c, name) for c in self.costs])[self.number] if len(self.flat) else np.zeros(0)
