@@ -252,18 +252,6 @@ def uses(
     return out
 
 
-def name_of(resource: Resource) -> str:
-    """Name of a resource for people; a channel counts as its HBM."""
-    kind, owner = resource
-    return {
-        DM: f"data-memory port of unit {owner}",
-        OUT: f"way out of the cluster of unit {owner}",
-        IN: f"way into the cluster of unit {owner}",
-        CARD_OUT: f"link out of card {owner}",
-        CARD_IN: f"link into card {owner}",
-    }.get(kind, f"HBM of card {owner}")
-
-
 def capacity(resource: Resource, engines: int, machine: Machine) -> float:
     """Bytes a cycle of a resource; `engines`: DMA engines of the unit whose port it is."""
     kind = resource[0]
