@@ -52,6 +52,21 @@ IDEALS: dict[str, dict[str, float]] = {  # factors by parameter
         "hbm_unaligned_write_factor": 0.0,
     },
     "sync": dict.fromkeys(_SYNC, 0.0),
+    "dma": {
+        "dma_engine_bytes_per_cycle": ENOUGH,
+        "dma_hbm_bytes_per_cycle": ENOUGH,
+        "dma_startup_cycles": 0.0,
+        "dma_descriptor_cycles": 0.0,
+    },
+    "issue": dict.fromkeys(
+        ("pass_issue_cycles", "switch_configuration_cycles", "contraction_fill_cycles", "switch_fill_cycles_per_hop"),
+        0.0,
+    ),
+    "links": {
+        "pcie_peer_bytes_per_cycle": ENOUGH,
+        "pcie_latency_cycles": 0.0,
+        "dm_cross_cluster_bytes_per_cycle": ENOUGH,
+    },
 }
 
 

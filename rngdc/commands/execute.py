@@ -189,7 +189,11 @@ def simulate(
     ] = None,
     ideal: Annotated[
         list[str] | None,
-        typer.Option("--ideal", metavar="PART", help="What if collectives, hbm or sync took no time. Repeatable."),
+        typer.Option(
+            "--ideal",
+            metavar="PART",
+            help="What if this took no time: collectives, dma, hbm, issue, links or sync. Repeatable.",
+        ),
     ] = None,
     mode: ModeOption = "silicon",
     json: Json = None,

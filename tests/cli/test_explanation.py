@@ -27,7 +27,7 @@ def test_set_and_ideal(rngdc: Command, artifact: Path) -> None:
     assert "times faster" in shown.out
     assert "1100 -> 0 cycles" in shown.out
     refused(rngdc("simulate", artifact, "--set", "dma_startup=1"), "no such parameter", "dma_startup_cycles")
-    refused(rngdc("simulate", artifact, "--ideal", "all"), "collectives, hbm, sync")
+    refused(rngdc("simulate", artifact, "--ideal", "all"), "collectives, hbm, sync, dma, issue, links")
 
 
 def test_operations_and_layers_sum_to_the_time(rngdc: Command, artifact: Path) -> None:

@@ -11,7 +11,7 @@ from backend_rngd.machine import load_machine
 from runtime_sim.accounting import CAUSES, layer_path, operation_rows, path_causes, path_segments
 from runtime_sim.timing import TimingResult, simulate
 from runtime_sim.topology import Topology
-from runtime_sim.what_if import CHANGEABLE, WhatIfError, parse
+from runtime_sim.what_if import CHANGEABLE, IDEALS, WhatIfError, parse
 
 BOOK, SILICON = load_machine(), load_machine(mode="silicon")
 
@@ -52,6 +52,21 @@ def test_factors_are_of_the_mode_and_reported(mode: str) -> None:
     assert what_if.to_json()["ideal"] == ["sync"]
     assert not parse([], [], machine).asked
     assert parse([], [], machine).machine is machine
+
+
+@pytest.mark.parametrize("part", sorted(IDEALS))
+def test_an_ideal_part_costs_nothing_and_never_hurts(part: str) -> None:
+    """Every part makes this reduction over two clusters faster, but for links and HBM, which it does not use up."""
+    base, ideal = times(units=8), times(ideal=(part,), units=8)
+    assert ideal.cycles < base.cycles or part in ("links", "hbm")
+    assert ideal.cycles <= base.cycles * (1 + 1e-9)
+    assert ideal.macs == base.macs and ideal.hbm_read_bytes == base.hbm_read_bytes
+    if part == "issue":
+        passes = ideal.flat.context < 2
+        assert ideal.column("overhead")[passes].sum() < 0.5 * base.column("overhead")[passes].sum()
+    if part == "dma":
+        moving = (ideal.flat.context == 2) & (ideal.column("moved_bytes") > 0)
+        assert ideal.column("overhead")[moving].max() == 0
 
 
 def test_ideal_collectives_leave_what_units_do_alone() -> None:
@@ -95,7 +110,7 @@ def test_refused_combinations() -> None:
         parse(["dma_startup_cycles=1", "dma.startup.cycles=2"], [], BOOK)
     with pytest.raises(WhatIfError, match="changed already"):
         parse(["notify_issue_cycles=1"], ["sync"], BOOK)
-    with pytest.raises(WhatIfError, match="use collectives, hbm, sync"):
+    with pytest.raises(WhatIfError, match="use collectives, hbm, sync, dma, issue, links"):
         parse([], ["everything"], BOOK)
 
 
