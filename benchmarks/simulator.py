@@ -12,8 +12,8 @@ vector: elements a second through a pass of four vector operations with a bf16 r
 units: seconds to time groups of units that run one stream of equal layers with two all-reduces each, every unit on its
 own and equal units once; both give the same cycles.
 With an artifact of a decoder: seconds of its largest prefill, tokens a second of its first decode program, CPU seconds
-of each (which other load hardly changes), and the time to simulate their timing. SmolLM2-135M has to decode at least two
-tokens a second on two cores: `rngdc build SmolLM2-135M-Instruct OUT -pb 1,128 -db 1,512`, then this program with OUT.
+of each (which other load hardly changes), and the time to simulate their timing. SmolLM2-135M has to decode at least
+two tokens a second on two cores: `rngdc build SmolLM2-135M-Instruct OUT -pb 1,128 -db 1,512`, then this with OUT.
 """
 
 from __future__ import annotations
