@@ -45,7 +45,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Loss:
-    """An operation on the critical path: cycles by cause, and what it costs. `own`: of the layer, not of a module in it.
+    """An operation on the critical path: cycles by cause, costs. `own`: of the layer, not of a module in it.
 
     In us: `lost` beyond `ideal`, the time of its own work at the peak of what bounds the row; `us` of a cycle.
     """
@@ -153,9 +153,9 @@ HEAD = """# Performance of generated code
 Written by `python benchmarks/codegen.py`{level}: predictions of the timing simulator for Llama-3.1-8B in bf16, TP 8 on
 one card, from fresh builds of its config. Times in us. Nothing here was measured on a card by us.
 
-* **vendor**: measured with the vendor's compiler (hardware.md 5.6, 5.7; set C, source HP). Its card ran at {clock:.0%} of
-  the nominal clock; **at its clock** is our time on such a card, the others are at the nominal clock that the targets
-  mean.
+* **vendor**: measured with the vendor's compiler (hardware.md 5.6, 5.7; set C, source HP). Its card ran at
+  {clock:.0%} of the nominal clock; **at its clock** is our time on such a card, the others are at the nominal clock
+  that the targets mean.
 * **bound**: the longest of multiplications at the peak, least bytes at the peak of HBM, and the same bytes through the
   ports of data memory. **of bound**: bound by time.
 * *Dense part of a layer*: the cycles that the critical path of the whole program spends in a layer's operations other

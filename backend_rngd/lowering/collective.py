@@ -18,6 +18,7 @@ from dataclasses import replace
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype, Space
+from backend_rngd.lowering.choices import choose
 from backend_rngd.lowering.emitter import Place, dm, hbm
 from backend_rngd.lowering.exchange import Exchange, feature_count, peer, piece_size, row_bytes
 from backend_rngd.lowering.gather import Gather
@@ -81,7 +82,7 @@ class AllReduce(Exchange):
         scope = group.card_scope
         held = self.published(x, features != feature_count(x))
         group.exchange(scope, held.buffer)
-        if min(times, key=lambda name: times[name]) == "one_shot":
+        if choose(em.location, f"all_reduce of {whole:,} B", times) == "one_shot":
             assert one_shot is not None
             size, parts = one_shot, features // one_shot
             slots = self._pull_pieces(held, scope.register, parts, size)

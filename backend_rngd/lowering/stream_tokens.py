@@ -29,6 +29,7 @@ from backend_rngd.isa.descriptors import (
     SwitchKind,
     VectorOp,
 )
+from backend_rngd.lowering.choices import Piece, Streamed, record
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.packed import clear, expand, load, staging
@@ -177,6 +178,10 @@ class TokensStream(ContractionMapping):
             for c in range(len(chunks))
             for m, g, t in passes[first : first + batch]
         ]
+        pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
+        sizes_k = tuple(k for _, k in chunks)
+        record(Streamed(em.location, "tokens", rows.local, w.rows, w.k, len(matrices), element, sizes_k, pieces, 2,
+                        em.slices, resident, packed is not None, to.limit))  # fmt: skip
         # What takes part without channels needs some weights.
         spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[:2])
         spare = spare or any(g.slices < g.ring for g in groups)

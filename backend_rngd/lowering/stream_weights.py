@@ -24,6 +24,7 @@ from backend_rngd.isa.descriptors import (
     Space,
     VectorOp,
 )
+from backend_rngd.lowering.choices import Piece, Streamed, record
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
@@ -88,6 +89,10 @@ class WeightsStream(ContractionMapping):
         jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
         slots = min(2 if long else IN_FLIGHT, len(jobs))
         sizes = [max(tiles[t].per_slice * chunks[c][1] for c, t in jobs[i::slots]) * element for i in range(slots)]
+        pieces = tuple(Piece(t.per_slice, t.slices, em.slices) for t in tiles)
+        sizes_k = tuple(k for _, k in chunks)
+        record(Streamed(em.location, "weights", local, w.rows, w.k, 1, element, sizes_k, pieces, slots, em.slices,
+                        x.space == Space.DM, packed is not None))  # fmt: skip
         early = em.take_early(sizes) if packed is None else []
         buffers = early or [em.alloc(nbytes, "weights") for nbytes in sizes]
         stages = [] if packed is None else [staging(em, packed, largest, widest) for _ in buffers]
