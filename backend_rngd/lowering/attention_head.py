@@ -214,7 +214,7 @@ class HeadLowering:
         stats = em.alloc(2 * rows * 8, "max and sum")
         decay = self._largest(rows, count, scores, stats, before)
         total, at_total = (stats, rows * 8) if before is None else (em.alloc(rows * 8, "sum"), 0)
-        self._weights(rows, count, scores, stats, probabilities, total, at_total)
+        self._weights(rows, count, scores, stats, probabilities)
         sums = None if before is None else before.sums
         chunk = min(source.value_chunk, count)
         for at in range(0, count, chunk):
@@ -222,6 +222,8 @@ class HeadLowering:
             values = source.values(start + at, some)
             part = em.alloc(rows_held * padded[1] * 4, "sums")
             self._values(probabilities, count, at, some, rows_held // lanes, lanes, values, padded[1], part)
+            if at == 0:
+                self._add_weights(rows, count, probabilities, total, at_total)
             if sums is None:
                 sums = part
             else:
@@ -366,17 +368,8 @@ class HeadLowering:
         em.execute(two, before.stats, flat, decay, second=stats, slices=self.slices, vector=fall)
         return decay
 
-    def _weights(
-        self,
-        rows: int,
-        keys: int,
-        scores: SSAValue,
-        stats: SSAValue,
-        probabilities: SSAValue,
-        total: SSAValue,
-        at_total: int,
-    ) -> None:
-        """probabilities = exp(score - largest), bf16, and their sums by row, which nobody needs soon."""
+    def _weights(self, rows: int, keys: int, scores: SSAValue, stats: SSAValue, probabilities: SSAValue) -> None:
+        """probabilities = exp(score - largest), bf16."""
         em, n = self.em, rows * keys
         lower = self._by_row(Alu.FP_FMA, Op.SUB, stats, 0, rows, keys)
         em.execute(
@@ -387,10 +380,13 @@ class HeadLowering:
             slices=self.slices,
             vector=(lower, VectorOp(Alu.FP_EXP, Op.EXP, Mode.UNARY)),
         )
-        em.execute(
-            em.fetch(0, [(n, 2)], Dtype.BF16, 8, Dtype.F32),
+
+    def _add_weights(self, rows: int, keys: int, probabilities: SSAValue, total: SSAValue, at: int) -> None:
+        """Sums of a row's weights, in the sub context while the main one contracts."""
+        self.em.execute(
+            self.em.fetch(0, [(rows * keys, 2)], Dtype.BF16, 8, Dtype.F32),
             probabilities,
-            Commit(at_total, ((rows, 8), (2, 4)), Dtype.F32, 2),
+            Commit(at, ((rows, 8), (2, 4)), Dtype.F32, 2),
             total,
             slices=self.slices,
             vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=keys, inner=1),),
@@ -440,7 +436,7 @@ class HeadLowering:
                 lanes,
                 base,
                 self.slices,
-                context="main",
+                context="sub" if group else "main",
             )
             em.execute(
                 em.fetch(

@@ -27,11 +27,13 @@ from backend_rngd.lowering.attention_head import (
     Values,
     sub_tile,
 )
+from backend_rngd.lowering.contract_base import k_multiple
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
-from backend_rngd.lowering.move import place_of, ring_broadcast, ring_packet
+from backend_rngd.lowering.move import place_of, ring_broadcast
 from backend_rngd.lowering.tensor import RowSpace, Tensor, round_up
 
 TILE_BYTES = 224 * 1024  # scores, probabilities and mask of a block of rows with a tile of keys, a slice
+ROUND_BYTES = 128 * 1024  # of K that goes round the ring at once
 BLOCK_ROWS = 64  # rows that share a tile of keys, which costs as much as 16 of them
 INLINE_INSTRUCTIONS = 1500  # more are a routine
 CALL_INSTRUCTIONS = 1500  # of a routine, which runs alone: what goes before and after is not hidden
@@ -47,10 +49,12 @@ class _Source:
     v: Cache
     rows: RowSpace
     tile: int
+    sub: int
     ring: int
     k_base: int = 0
     v_base: int = 0
     held: tuple[int, SSAValue] | None = None
+    whole: tuple[int, SSAValue] | None = None
 
     @property
     def value_chunk(self) -> int:
@@ -65,7 +69,12 @@ class _Source:
             self.held = (tile, self._load(self.k, self.k_base, tile, whole))
         if self.ring == 1:
             return self.held[1], (start - tile) * self.k.padded * 2
-        return self._round(self.held[1], (start - tile) // self.ring, count), 0
+        most = max(1, ROUND_BYTES // (self.k.padded * 2) // self.sub) * self.sub
+        first = tile + (start - tile) // most * most
+        if self.whole is None or self.whole[0] != first:
+            end = min(first + most, tile + self.tile, round_up(self.k.keys, KEY_MULTIPLE))
+            self.whole = (first, self._round(self.held[1], (first - tile) // self.ring, end - first))
+        return self.whole[1], (start - first) * self.k.padded * 2
 
     def values(self, start: int, count: int) -> Values:
         """See `KeySource`."""
@@ -94,7 +103,8 @@ class _Source:
         """`count` keys from the spread ones, `first` of every slice on, whole in every slice."""
         em, ring, padded = self.em, self.ring, self.k.padded
         tile = em.alloc(count * padded * 2, "keys")
-        own, packet = count // ring, ring_packet(padded, 16)
+        # Packets as those of V, so that both use one configuration of the switch if they go round for a whole tile.
+        own, packet = count // ring, k_multiple(padded)
         ring_broadcast(
             em, spread, [(own * padded, 2)], Dtype.BF16, packet, first * padded * 2, ring, tile, 0,
             [(own, ring * padded * 2), (padded // packet, packet * 2)], padded * 2, [(packet, 2)], 16,
@@ -202,7 +212,7 @@ class ManyTokens:
             if count:
                 k_base, v_base = (base + start * c.width * 2 for base, c in zip(bases, (k, v), strict=True))
                 part = replace(k, keys=count), replace(v, keys=count)
-                source = _Source(self.em, *part, rows, plan.tile, ring, k_base, v_base)
+                source = _Source(self.em, *part, rows, plan.tile, plan.sub, ring, k_base, v_base)
                 padded = (k.padded, v.padded)
                 keys = round_up(count, KEY_MULTIPLE)
                 state = head.attend(work, source, padded, keys, plan.tile, state, start - origin)
@@ -241,7 +251,9 @@ class ManyTokens:
         padded, step = (k.padded, v.padded), k.keys
         held, state = self._held(em, work, plan, padded)
         args = em.block.args
-        source = _Source(em, replace(k, buffer=args[0]), replace(v, buffer=args[1]), rows, plan.tile, plan.ring)
+        source = _Source(
+            em, replace(k, buffer=args[0]), replace(v, buffer=args[1]), rows, plan.tile, plan.sub, plan.ring
+        )
         done = self._head(em, plan).attend(held, source, padded, step, plan.tile, state)
         n = bytes_of(state.stats) // 4
         em.execute(em.fetch(0, [(n, 4)], Dtype.F32, 4), done.stats, Commit(0, ((n, 4),), Dtype.F32, 4), state.stats)
