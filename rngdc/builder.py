@@ -95,6 +95,7 @@ class ArtifactBuilder:
         cache_dir: PathLike | None = None,
         executor: str = "local",
         ray_address: str | None = None,
+        fast_fail: bool = True,
         dump_ir: PathLike | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> BuildReport:
@@ -106,7 +107,7 @@ class ArtifactBuilder:
 
         work = WorkOptions(
             num_pipeline_builder_workers, num_compile_workers, executor, ray_address, cache,
-            None if cache_dir is None else Path(cache_dir),
+            None if cache_dir is None else Path(cache_dir), fast_fail,
         )  # fmt: skip
         problems = list(self.problems)
         options = self._options(Path(save_dir), weights, work, problems)

@@ -9,6 +9,7 @@ import pytest
 
 from backend_rngd.artifact import open_artifact
 from backend_rngd.machine import load_machine
+from rngdc import ArtifactBuilder
 from rngdc.cards import room_of, stages_of
 from rngdc.effort import EFFORTS, Variant
 from rngdc.estimate import Memory, memory_problems
@@ -39,7 +40,9 @@ def test_levels_compute_the_same_and_are_never_slower(rngdc: Command, wide: Path
         options = open_artifact(out).manifest.options
         assert options is not None and options.opt_level == int(level)
         assert (f"-O {level}" in options.command("out")) == (level != "2")
-        cycles[level] = [b["cycles"] for b in rngdc("simulate", out, "--mode", "silicon", "--json", "-").json["buckets"]]
+        cycles[level] = [
+            b["cycles"] for b in rngdc("simulate", out, "--mode", "silicon", "--json", "-").json["buckets"]
+        ]
         runs = [rngdc("run", out, "--prompt-ids", p, "--max-tokens", "3", "--json", "-") for p in PROMPTS]
         tokens[level] = [ran.json["token_ids"] for ran in runs]
     assert tokens["1"] == tokens["2"] == tokens["3"]
@@ -112,3 +115,22 @@ def test_memory_is_that_of_the_cards_that_were_named() -> None:
     parallel = ParallelOptions(4, 2)
     for device, fits in ((None, False), ("1", False), ("2", False), ("npu:0:0-3,npu:1:0-3", True)):
         assert (memory_problems(memory, parallel, MACHINE, device) == []) is fits, device
+
+
+# Options by the vendor's names ---------------------------------------------------------------------------------------
+def test_settings_by_the_vendors_names(rngdc: Command, model: Path, tmp_path: Path) -> None:
+    """Those that mean something do it, from the command, a file and Python; the artifacts are the same."""
+    settings = {"num_hidden_layers": 1, "seed": 3, "use_blockwise_compile": True, "num_blocks_per_supertask": 1}
+    flags = [f for k, v in settings.items() for f in ("--additional-model-config", f"{k}={str(v).lower()}")]
+    common = (*SIZES, "-tp", "1", "-O1", "--device", "1", "--no-bundle-binaries")
+    assert rngdc("build", model, tmp_path / "flags", *common, *flags).status == 0
+    file = tmp_path / "build.yaml"
+    file.write_text(f"additional-model-config: {settings}\nopt-level: 1\ndevice: 1\n".replace("'", ""), "utf-8")
+    assert rngdc("build", model, tmp_path / "file", *SIZES, "-tp", "1", "--config", file).status == 0
+    builder = ArtifactBuilder(
+        model, tensor_parallel_size=1, prefill_buckets=[(1, 32)], decode_buckets=[(2, 48)], opt_level=1, device=1,
+        additional_model_config=settings,
+    )  # fmt: skip
+    manifest = builder.build(tmp_path / "python").manifest
+    assert (manifest.model.num_layers, manifest.weights_mode) == (1, "random:3")
+    assert files(tmp_path / "flags") == files(tmp_path / "file") == files(tmp_path / "python")
