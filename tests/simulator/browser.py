@@ -25,7 +25,8 @@ from PySide6.QtWidgets import QApplication
 SECONDS = 60_000
 SIZES = """JSON.stringify([...document.querySelectorAll('section')].map(s => ({id: s.id, shown: s.offsetHeight > 0,
   parts: [...s.querySelectorAll('svg,table,.fact,#axis')].map(e => {
-    const b = e.getBoundingClientRect(); return {id: e.id, width: b.width, height: b.height}})})))"""
+    const b = e.getBoundingClientRect(); return {id: e.id, width: b.width, height: b.height,
+      shapes: e.querySelectorAll('rect,circle,polygon,polyline').length}})})))"""
 ZOOM = """(() => { const s = document.getElementById('timeline'), b = s.getBoundingClientRect();
   const before = document.getElementById('axis').textContent;
   s.dispatchEvent(new WheelEvent('wheel', {deltaY: -100, clientX: b.left + b.width / 2, cancelable: true}));

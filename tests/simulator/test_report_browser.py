@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import streams
+from two_layers import UNITS, block, program
 
 from backend_rngd.machine import load_machine
 from runtime_sim.analysis import Analysis, Resident
@@ -30,13 +31,13 @@ VIEWS = ["overview", "timeline", "stalls", "roofline", "memory", "operations", "
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a browser makes of the report of a reduction over eight units."""
+    """What a browser makes of the report of a program with products and exchanges."""
     directory = tmp_path_factory.mktemp("page")
     machine = load_machine(mode="silicon")
-    result = simulate([streams.all_reduce(8, 4)], machine, topology=Topology.of(machine, 8))
-    area = Resident(0, 0, 0, (0, 1 << 16), ((streams.OUTPUT, streams.ROW),))
+    result = simulate([program(block())], machine, topology=Topology.of(machine, UNITS))
+    area = Resident(1 << 20, 0, 0, (0, 1 << 16), ((streams.OUTPUT, streams.SLICES * streams.ROW),))
     page = directory / "report.html"
-    write_report(Analysis(result, [area]), page, "all-reduce of 8")
+    write_report(Analysis(result, [area]), page, "two layers")
     driver = Path(__file__).with_name("browser.py")
     command = [sys.executable, str(driver), str(page), str(directory / "page.png")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -60,6 +61,13 @@ def test_every_view_shows_itself_and_nothing_else(seen: dict[str, Any]) -> None:
         assert shown["parts"]
         for part in shown["parts"]:
             assert part["width"] > 300 and part["height"] > 15, (name, part)
+
+
+def test_every_drawing_has_shapes(seen: dict[str, Any]) -> None:
+    found = {p["id"]: p["shapes"] for sections in seen["views"].values() for s in sections for p in s["parts"]}
+    for name in ("engines", "timeline", "path", "rate-macs", "rate-noc_bytes", "memory-0", "memory-1"):
+        assert found[name] > 1, name
+    assert found["roofline"] == 3 + 1  # roofs, and the operation with products
 
 
 def test_zooming_and_sorting(seen: dict[str, Any]) -> None:
