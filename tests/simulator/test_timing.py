@@ -276,7 +276,8 @@ def test_accounting_closes_and_order_holds(streams):
 @settings(deadline=None, max_examples=40)
 @given(programs(False), st.floats(1.01, 4))
 def test_a_faster_machine_is_never_slower(program, factor):
-    """One unit without the vector engine's arbitration is monotone in start-up, issue cost and bandwidth.
+    """One unit without the vector engine's arbitration is monotone in start-up, issue cost and bandwidth, but for passes
+    that now run beside a transfer and take banks from it.
 
     (Units that share HBM are not: a transfer that starts earlier may take bandwidth from a more urgent one.)
     """
@@ -288,7 +289,8 @@ def test_a_faster_machine_is_never_slower(program, factor):
         {"hbm_channel_bytes_per_cycle": round(base.hbm_channel_bytes_per_cycle * factor)},
         {"dma_engine_bytes_per_cycle": round(base.dma_engine_bytes_per_cycle * factor)},
     ):
-        assert simulate(program, base.model_copy(update=change)).cycles <= slow * (1 + 1e-9)
+        fast = simulate(program, base.model_copy(update=change))
+        assert fast.cycles <= (slow + fast.shared[fast.critical_path].sum()) * (1 + 1e-9)
 
 
 @settings(deadline=None, max_examples=30)
@@ -336,7 +338,7 @@ def test_a_pass_that_starves_transfers_is_an_error_beside_one():
     assert simulate(stream((MAIN, starving, After()), (DMA, short, After(main=1))), BOOK).cycles > 64
     busy = simulate(stream((DMA, short, After()), (MAIN, starving, After(dma=1))), BOOK)
     assert busy.start[1] == busy.finish[0]
-    with pytest.raises(SimulationError, match="hits one bank 64 times or more.*network times out"):
+    with pytest.raises(SimulationError, match=r"hits one bank 64 times or more.*network times out"):
         simulate(stream((DMA, load(1 << 18), After()), (MAIN, starving, After())), BOOK)
     to_itself = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.HBM, 1 << 24), ((64, 4096, 4096),), 4096)
     simulate(stream((DMA, to_itself, After()), (MAIN, starving, After())), BOOK)  # never in data memory
