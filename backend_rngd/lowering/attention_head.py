@@ -8,7 +8,9 @@ tile on, what was summed before is scaled to the new largest score.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from xdsl.ir import SSAValue
@@ -37,6 +39,9 @@ from ir.errors import UnsupportedError
 KEY_MULTIPLE = 16  # keys are padded (and masked) to whole flits of probabilities
 HIDDEN = 2.0**100  # penalty per position beyond what is visible; a power of two, so that it scales positions exactly
 MASK_ELEMENTS = 896  # of VRF for the mask of a pass: half of what stashes leave, so that the next one loads meanwhile
+SUB_ROWS = (
+    48  # rows whose scores take as long as loading keys in the sub context, four times as long as in the main one
+)
 SEQUENTIAL_SLOTS = 32  # sums of a lane that the time reducer holds: lanes x groups of rows of a pass
 
 
@@ -153,7 +158,7 @@ class HeadLowering:
         self.iota = iota
         self.slices = slices
         self.sub = sub
-        self.half = 0
+        self.half = self.mask_half = 0
         if p.window and not p.causal:
             raise UnsupportedError(
                 "a two-sided attention window", "only causal windows are lowered", "use full attention"
@@ -202,10 +207,20 @@ class HeadLowering:
         em, rows = self.em, r.tokens * self.p.group
         scores = em.alloc(rows * count * 4, "scores")
         mask = self._mask(r, position, count)
+        loaded: dict[int, int] = {}
+
+        def load(at: int, context: str) -> None:
+            keys, base = source.keys(start + at, min(self.sub, count - at))
+            loaded[at] = self._load_keys(keys, base, min(self.sub, count - at), padded[0], context)
+
         for at in range(0, count, self.sub):
-            some = min(self.sub, count - at)
-            keys, base = source.keys(start + at, some)
-            self._scores(r, keys, base, padded[0], at, some, count, mask, scores)
+            if at not in loaded:
+                load(at, "main")
+            behind = at + self.sub
+            # Every other part is loaded in the sub context while the one before is used, if that takes as long.
+            soon = behind < count and behind not in loaded and len(loaded) % 2 and rows >= SUB_ROWS
+            after = partial(load, behind, "sub") if soon else None
+            self._scores(r, loaded[at], padded[0], at, min(self.sub, count - at), count, mask, scores, after)
         lanes = 8 if rows > 4 else 4
         rows_held = round_up(rows, lanes)
         probabilities = em.alloc(rows_held * count * 2, "probabilities")
@@ -277,20 +292,18 @@ class HeadLowering:
     def _scores(
         self,
         r: Rows,
-        keys: SSAValue,
-        keys_base: int,
+        base: int,
         width: int,
         at: int,
         count: int,
         pitch: int,
         mask: SSAValue,
         scores: SSAValue,
+        after: Callable[[], None] | None,
     ) -> None:
-        """scores[row][at ...] = scale * q.k + mask for `count` keys; `pitch` keys a row of scores and mask."""
+        """scores[row][at ...] = scale * q.k + mask for `count` keys at `base` of TRF; `pitch` keys a row of scores and
+        mask. after: emitted behind the first two passes, whose masks VRF holds."""
         em, p = self.em, self.p
-        base = self._next_half(8, count // 8 * width * 2)
-        lanes = [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)]
-        em.load_trf(em.fetch(keys_base, lanes, Dtype.BF16, 16), keys, 8, base, self.slices, context="main")
         ops = [_constant(Alu.FP_MUL0, Op.MUL, p.scale)]
         if p.softcap:
             ops = [
@@ -322,11 +335,22 @@ class HeadLowering:
                 ),
                 vector=[*ops, self._hide(r, mask, pitch, first, tokens, at, count)],
             )
+            if after is not None and (first == together or first + tokens == r.tokens):
+                after()
+                after = None
+
+    def _load_keys(self, keys: SSAValue, at: int, count: int, width: int, context: str) -> int:
+        """`count` keys from byte `at` on into TRF; returns where they lie there."""
+        base = self._next_half(8, count // 8 * width * 2)
+        lanes = [(8, width * 2), (count // 8, 8 * width * 2), (width, 2)]
+        self.em.load_trf(self.em.fetch(at, lanes, Dtype.BF16, 16), keys, 8, base, self.slices, context=context)
+        return base
 
     def _hide(self, r: Rows, mask: SSAValue, pitch: int, first: int, tokens: int, at: int, count: int) -> VectorOp:
         """Adds the mask of some tokens and keys, which takes half of VRF."""
         em = self.em
-        held = em.vrf_space(MASK_ELEMENTS * 4)
+        self.mask_half ^= 1
+        held = self.mask_half * MASK_ELEMENTS * 4
         masked, row = (1, 0) if r.shared else (tokens, first)
         loops = [(masked, pitch * 2), (count, 2)]
         em.load_vrf(em.fetch((row * pitch + at) * 2, loops, Dtype.BF16, 4, Dtype.F32), mask, held, self.slices)
