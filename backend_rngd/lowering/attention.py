@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backend_rngd.isa.descriptors import Commit, Dtype, Space
-from backend_rngd.lowering.attention_few import FewTokens, Host
-from backend_rngd.lowering.attention_head import AttentionParams, Cache
+from backend_rngd.lowering.attention_few import FewTokens
 from backend_rngd.lowering.attention_many import ManyTokens
+from backend_rngd.lowering.attention_types import AttentionParams, Cache, Host
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.move import load_rows
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims

@@ -6,23 +6,15 @@ into parts, one a slice, and added up afterwards (`attention_parts.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
-from backend_rngd.lowering.attention_head import (
-    KEY_MULTIPLE,
-    AttentionParams,
-    Cache,
-    HeadLowering,
-    Rows,
-    Values,
-    sub_tile,
-)
+from backend_rngd.lowering.attention_head import KEY_MULTIPLE, HeadLowering, sub_tile
 from backend_rngd.lowering.attention_parts import Parts
+from backend_rngd.lowering.attention_types import AttentionParams, Cache, Host, Rows, Values
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.move import place_of, ring_packet
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, power_of_two, round_up
@@ -35,18 +27,6 @@ WEIGHT_BYTES = 2048  # weights of the parts in VRF
 LOAD_BYTES = 64 * 1024  # K or V a slice that one transfer brings: 4 MB over 64 slices, behind which its start-up hides
 BANKS_BYTES = 128  # of data memory, from a bank to the same one
 TILE_BYTES = 160 * 1024  # scores, probabilities and mask of a tile of keys a slice
-
-
-class Host(Protocol):
-    """What attention needs of the program around it."""
-
-    def iota(self, em: Emitter, count: int, parts: int = 1, step: int = 0) -> SSAValue:
-        """DM buffer with the positions of `count` keys as f32; the slices of part i hold those from i * step on."""
-        ...
-
-    def subroutine(self, key: Hashable, like: Sequence[SSAValue], location: str) -> tuple[str, Emitter, bool]:
-        """The routine of that key, which takes HBM buffers like these: name, writer, and whether it is still empty."""
-        ...
 
 
 @dataclass(frozen=True)

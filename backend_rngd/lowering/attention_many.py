@@ -15,18 +15,9 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import CallOp, bytes_of
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
-from backend_rngd.lowering.attention_few import LOAD_BYTES, Host, tile_of
-from backend_rngd.lowering.attention_head import (
-    KEY_MULTIPLE,
-    SEQUENTIAL_SLOTS,
-    AttentionParams,
-    Cache,
-    HeadLowering,
-    Rows,
-    State,
-    Values,
-    sub_tile,
-)
+from backend_rngd.lowering.attention_few import LOAD_BYTES, tile_of
+from backend_rngd.lowering.attention_head import KEY_MULTIPLE, SEQUENTIAL_SLOTS, HeadLowering, sub_tile
+from backend_rngd.lowering.attention_types import AttentionParams, Cache, Host, Rows, State, Values
 from backend_rngd.lowering.contract_base import k_multiple
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.move import place_of, ring_broadcast

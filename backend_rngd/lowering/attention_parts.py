@@ -25,7 +25,7 @@ from backend_rngd.isa.descriptors import (
     Source,
     VectorOp,
 )
-from backend_rngd.lowering.attention_head import State
+from backend_rngd.lowering.attention_types import State
 from backend_rngd.lowering.emitter import Emitter, dm, operand_loops
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import round_up

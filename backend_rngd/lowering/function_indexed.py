@@ -8,7 +8,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.attention import AttentionLowering
-from backend_rngd.lowering.attention_head import AttentionParams, Cache
+from backend_rngd.lowering.attention_types import AttentionParams, Cache
 from backend_rngd.lowering.contract_base import N_MULTIPLE, k_multiple
 from backend_rngd.lowering.function_base import FunctionBase
 from backend_rngd.lowering.indexed import as_keys, embedding, offsets, one_token, token_lengths, write_cache

@@ -12,7 +12,7 @@ from dataclasses import replace
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
-from backend_rngd.lowering.attention_head import Cache
+from backend_rngd.lowering.attention_types import Cache
 from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
 from backend_rngd.lowering.move import compact_like, feature_loops, load_rows, place_of, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
