@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_sim.event_core import Rates, Resources, execute
 from runtime_sim.timing_program import Program
-from runtime_sim.traffic import CHANNEL, HBM
 
+NAMES = ("HBM", "DM port", "link", "link", "card link", "card link", "HBM", "DM banks")  # by kind, see `traffic`
 TOLERANCE = 1e-6  # of rounding in sums of many cycles
 
 
@@ -91,16 +91,24 @@ def bounds(
     if len(both) and both.max() > roofline:
         roofline, binds = float(both.max()), "vector engine"
     queued = float(both[(main > 0) & (sub > 0)].sum())
-    for time, wanted, name in _shared(program, resources, rates):
+    for time, short, name in _shared(program, resources, rates):
         if time > roofline:
             roofline, binds = float(time), name
-        if wanted:
-            queued += time
+        queued += short
     return Bounds(path, roofline, binds, float(queued))
 
 
-def _shared(program: Program, resources: Resources, rates: Rates) -> list[tuple[float, bool, str]]:
-    """Of every shared resource: cycles it is needed at full speed, whether it can be short, and its name."""
+class Need(NamedTuple):
+    """Cycles that a shared resource is needed for, when it is free and when it is as short as it gets (0: never
+    short)."""
+
+    free: float
+    short: float
+    name: str
+
+
+def _shared(program: Program, resources: Resources, rates: Rates) -> list[Need]:
+    """What is needed of every shared resource."""
     flat, number = program.flat, program.number
     times = np.bincount(number, minlength=len(rates.work))
     rows = np.repeat(np.arange(len(rates.work)), np.diff(resources.use_start))
@@ -117,13 +125,21 @@ def _shared(program: Program, resources: Resources, rates: Rates) -> list[tuple[
     wanted = np.zeros(len(resources.capacity))
     for (resource, _), amount in most.items():
         wanted[resource] += amount
-    names = {
-        colour: ("HBM" if kind in (HBM, CHANNEL) else ("DM port", "link", "link", "card link", "card link")[kind - 1])
-        for (kind, _), colour in program.classes.of_resource.items()
-        if kind <= CHANNEL
-    }
+    names = {colour: NAMES[kind] for (kind, _), colour in program.classes.of_resource.items() if kind < len(NAMES)}
+    least = _least(program, resources, rates)
     return [
-        (need[r] / resources.capacity[r], bool(wanted[r] > resources.capacity[r]), names.get(r, ""))
+        Need(need[r] / resources.capacity[r], need[r] / least[r] if wanted[r] > least[r] else 0.0, names.get(r, ""))
         for r in range(len(resources.capacity))
         if resources.capacity[r] > 0
     ]
+
+
+def _least(program: Program, resources: Resources, rates: Rates) -> NDArray[np.float64]:
+    """What passes always leave of every resource."""
+    out = resources.capacity.copy()
+    if resources.bank is not None and rates.press is not None:
+        flat, press = program.flat, rates.press[program.number]
+        for unit, bank in enumerate(resources.bank.tolist()):
+            for context in (0, 1) if bank >= 0 else ():
+                out[bank] -= press[(flat.unit == unit) & (flat.context == context)].max(initial=0.0)
+    return out

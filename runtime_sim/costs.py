@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from backend_rngd.isa.check_stream import bank_hits
 from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from backend_rngd.machine import Machine
-from backend_rngd.machine.formulas import OWN, Reach, dma_startup, dma_time, dma_work, macs, unit_cycles
+from backend_rngd.machine.formulas import OWN, Reach, dma_startup, dma_time, dma_work, macs, slice_bytes, unit_cycles
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Cost:
     resource get equal parts of it. overhead: the part of `fixed` that moves no data (issue, fill, start-up). reach:
     shares of moved_bytes by where the peer side of a transfer lies. wait: a wait for other units, which takes as long
     as they take. collective: serves other units. starves: hits one bank of data memory so often in a row that transfers
-    may be locked out (hardware.md 2.2).
+    may be locked out (hardware.md 2.2). press: bytes a cycle that a pass takes of the data memory of every slice,
+    before any transfer.
     """
 
     fixed: float
@@ -36,6 +37,7 @@ class Cost:
     wait: bool = False
     collective: bool = False
     starves: bool = False
+    press: float = 0.0
 
     @property
     def cycles(self) -> float:
@@ -83,10 +85,12 @@ def cost_of(
         return Cost(issue, 0.0, 0.0, issue, False, 0, 0, 0, 0, "notify", collective=True)
     time = unit_cycles(what, context, machine)
     overhead = time.total - max(time.stages.values())
+    slowest = max(time.stages.values())
+    press = slice_bytes(what) / slowest if slowest > 0 else 0.0
     starves = bank_hits(what, context, machine) >= machine.dm_starvation_hits
     if isinstance(what, Exec):
         return Cost(
             time.total, 0.0, 0.0, overhead, uses_vector_engine(what), macs(what), 0, 0, 0, time.bottleneck,
-            starves=starves,
+            starves=starves, press=press,
         )  # fmt: skip
-    return Cost(time.total, 0.0, 0.0, overhead, False, 0, 0, 0, 0, time.bottleneck, starves=starves)
+    return Cost(time.total, 0.0, 0.0, overhead, False, 0, 0, 0, 0, time.bottleneck, starves=starves, press=press)

@@ -10,6 +10,7 @@ follows from its cost, a row that many instructions share:
   DM ports, links) and takes `demand` bytes a cycle of its first one at rate 1; `use_weight` is what it takes of each
   resource for every byte of demand. Rates are max-min fair in demand (progressive filling) and change only when a
   transfer starts or ends.
+* a pass takes `press` of the capacity of its unit's banks (`bank`, -1: they cannot be short) while it runs.
 * a wait (`waits`) ends when all its notifies have arrived: when the last one completed plus its latency.
 """
 
@@ -42,6 +43,8 @@ def run(
     demand: Floats,
     vector: list[bool],
     waits: list[bool],
+    press: Floats,
+    bank: Integers,
     use_start: Integers,
     use_resource: Integers,
     use_weight: Floats,
@@ -134,6 +137,9 @@ def run(
                 current[q] = i
                 start[i] = time
                 phase[q] = 1
+                if press[n] > 0.0 and bank[unit] >= 0:
+                    capacity[bank[unit]] -= press[n]
+                    dirty = dirty or phase[base + 2] == 2
                 if waits[n]:
                     end[q] = inf if missing[i] > 0 else max(time, arrival[i])
                 elif use_start[n] == use_start[n + 1]:
@@ -249,6 +255,9 @@ def run(
                     break
             active -= 1
             dirty = True
+        if press[n] > 0.0 and bank[unit] >= 0:
+            capacity[bank[unit]] += press[n]
+            dirty = dirty or phase[3 * unit + 2] == 2
         finish[i] = time
         completed += 1
         done[best] += 1
@@ -294,13 +303,15 @@ class Rates:
     demand: NDArray[np.float64]
     vector: NDArray[np.bool_]
     waits: NDArray[np.bool_]
+    press: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
 class Resources:
     """What cost rows use: row n has entries use_start[n]:use_start[n + 1] of (resource, weight).
 
-    capacity: bytes a cycle. kind: 0 HBM, 1 DM port, 2 link between clusters, 3 link between cards.
+    capacity: bytes a cycle. kind: 0 HBM, 1 data memory, 2 link between clusters, 3 link between cards. bank: of every unit
+    the banks that its passes take a part of (`Rates.press`), -1 for none.
     """
 
     use_start: NDArray[np.int64]
@@ -308,6 +319,7 @@ class Resources:
     use_weight: NDArray[np.float64]
     capacity: NDArray[np.float64]
     kind: NDArray[np.int64]
+    bank: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -357,7 +369,9 @@ def execute(
     inputs: list[Any] = [
         queue_start, queue, need.reshape(-1), number,
         rates.fixed, rates.work, rates.demand, rates.vector, rates.waits,
-        resources.use_start, resources.use_resource, resources.use_weight, resources.capacity, resources.kind,
+        np.zeros(len(rates.fixed)) if rates.press is None else rates.press,
+        np.full(units, -1, np.int64) if resources.bank is None else resources.bank,
+        resources.use_start, resources.use_resource, resources.use_weight, resources.capacity.copy(), resources.kind,
         wakes.start, wakes.wait, wakes.queue, wakes.latency, wakes.missing.copy(), np.zeros(n),
     ]  # fmt: skip
     outputs: list[Any] = [

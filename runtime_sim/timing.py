@@ -78,6 +78,7 @@ def simulate(
         np.array([c.demand for c in costs]),
         np.array([c.vector for c in costs], np.bool_),
         np.array([c.wait for c in costs], np.bool_),
+        np.array([c.press for c in costs]),
     )
     resources = program.resources(contention)
     times = execute(

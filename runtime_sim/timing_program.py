@@ -19,6 +19,7 @@ from runtime_sim.symmetry import Classes, refine, singletons
 from runtime_sim.sync import latency, wakes
 from runtime_sim.topology import Topology
 from runtime_sim.traffic import (
+    BANKS,
     CARD_IN,
     CARD_OUT,
     CHANNEL,
@@ -36,7 +37,7 @@ from runtime_sim.traffic import (
 from runtime_sim.traffic import capacity as capacity_of
 from runtime_sim.traffic import uses as uses_of
 
-SEMAPHORES = 7  # a unit's semaphores, beside the kinds of `traffic`
+SEMAPHORES = 8  # a unit's semaphores, beside the kinds of `traffic`
 
 
 def engines_of(stream: Stream, machine: Machine) -> int:
@@ -132,7 +133,7 @@ class Program:
             for kind in (HBM, CHANNEL, CARD_OUT, CARD_IN):
                 resources[kind, card] = -1
         for unit in range(len(self.topology)):
-            for kind in (DM, OUT, IN, SEMAPHORES):
+            for kind in (DM, OUT, IN, BANKS, SEMAPHORES):
                 resources[kind, unit] = unit
         if not self.fold:
             return singletons(len(self.topology), list(resources))
@@ -256,7 +257,8 @@ class Program:
         """What the costs use, per byte of what they want of their first resource.
 
         DM ports cannot hold back a unit's own transfers, which come one at a time: they count only if there are peers.
-        Channels count only if a transfer loads them unevenly: else they are HBM as a whole.
+        Channels count only if a transfer loads them unevenly: else they are HBM as a whole. Banks count only where
+        passes and a transfer together can want more than they have.
         """
         colours = 1 + max(self.classes.of_resource.values(), default=-1)
         capacity, kinds = np.zeros(colours), np.zeros(colours, np.int64)
@@ -268,7 +270,10 @@ class Program:
                 kinds[colour] = KIND_OF[kind]
         channel = {c for (kind, _), c in self.classes.of_resource.items() if kind == CHANNEL}
         whole = {c for (kind, _), c in self.classes.of_resource.items() if kind == HBM}
+        banks = self._banks(capacity)
         left_out: set[int] = set() if self.flows else {c for c in range(colours) if kinds[c] != KIND_OF[HBM]}
+        left_out |= {c for (kind, _), c in self.classes.of_resource.items() if kind == BANKS}
+        left_out -= set(banks.tolist())
         if not any(self._uneven(uses, channel, whole) for uses in self.uses):
             left_out |= channel
         starts: list[int] = [0]
@@ -281,8 +286,22 @@ class Program:
                     weight.append(amount / cost.demand)
             starts.append(len(pool))
         return Resources(
-            np.array(starts, np.int64), np.array(pool, np.int64), np.array(weight, np.float64), capacity, kinds
-        )
+            np.array(starts, np.int64), np.array(pool, np.int64), np.array(weight, np.float64), capacity, kinds,
+            banks if contention else None,
+        )  # fmt: skip
+
+    def _banks(self, capacity: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Of every represented unit the banks that can be short, else -1."""
+        out = np.full(len(self.classes.representatives), -1, np.int64)
+        for number, unit in enumerate(self.classes.representatives):
+            colour = self.classes.of_resource[BANKS, unit]
+            mine = self.flat.unit == number
+            rows: list[list[int]] = [np.unique(self.number[mine & (self.flat.context == c)]).tolist() for c in range(3)]
+            main, sub = (max((self.costs[row].press for row in own), default=0.0) for own in rows[:2])
+            moved = max((self.uses[row].get(colour, 0.0) for row in rows[2]), default=0.0)
+            if main + sub and moved and main + sub + moved > capacity[colour]:
+                out[number] = colour
+        return out
 
     @staticmethod
     def _uneven(uses: dict[int, float], channel: set[int], whole: set[int]) -> bool:
@@ -323,5 +342,5 @@ class Program:
         return {
             resource: by_colour.get(colour, 0.0)
             for resource, colour in self.classes.of_resource.items()
-            if resource[0] not in (SEMAPHORES, CHANNEL)
+            if resource[0] not in (SEMAPHORES, CHANNEL, BANKS)
         }

@@ -20,16 +20,16 @@ from backend_rngd.isa.descriptors import UNIT_STRIDE, Call, Descriptor, Dma, Not
 from backend_rngd.isa.peers import notified, split_unit_stride
 from backend_rngd.machine import Machine
 from backend_rngd.machine.address_map import HbmUse
-from backend_rngd.machine.formulas import Reach, dma_work
+from backend_rngd.machine.formulas import Reach, dma_work, slices_at_once, slices_touched
 from runtime_sim.costs import Cost
 from runtime_sim.errors import SimulationError, Site
 from runtime_sim.flatten import CallSite, Unrolled, layer_of
 from runtime_sim.topology import Distance, Topology
 
 Launch = Mapping[int, Sequence[int]]
-HBM, DM, OUT, IN, CARD_OUT, CARD_IN, CHANNEL = range(7)
-KIND_OF = (0, 1, 2, 2, 3, 3, 0)  # of contention: HBM, DM port, link between clusters, link between cards
-Resource = tuple[int, int]  # one of the above, and a card (HBM, CHANNEL, CARD_*) or a unit (DM, OUT, IN)
+HBM, DM, OUT, IN, CARD_OUT, CARD_IN, CHANNEL, BANKS = range(8)
+KIND_OF = (0, 1, 2, 2, 3, 3, 0, 1)  # of contention: HBM, DM port, link between clusters, link between cards
+Resource = tuple[int, int]  # one of the above, and a card (HBM, CHANNEL, CARD_*) or a unit (DM, OUT, IN, BANKS)
 
 
 class Value(NamedTuple):
@@ -219,6 +219,15 @@ def uses(
         if amount:
             out[kind, where] = out.get((kind, where), 0.0) + amount / cost.work
 
+    def add_banks() -> None:
+        """Of one slice of the own data memory, where passes of the unit come first."""
+        pes = max(1, slices_touched(what) // machine.slices_per_pe)
+        for side, column in ((what.source, 1), (what.destination, 2)):
+            if side.space is Space.DM:
+                beside = pes * slices_at_once(tuple((n[0], n[column]) for n in what.loops), what.packet, machine)
+                most = machine.dm_banks * machine.dm_bank_bytes * cost.work  # while one slice hands over to the next
+                add(BANKS, unit, min(cost.moved_bytes / beside, most) if beside else 0.0)
+
     def add_hbm(where: int, share: float, side: HbmUse | None) -> None:
         if side is not None:
             add(HBM, where, share * side.lines * line)
@@ -228,6 +237,7 @@ def uses(
         add_hbm(card, 1.0, work.read)
         add_hbm(card, 1.0, work.write)
         add(DM, unit, cost.moved_bytes * sum(s.space is Space.DM for s in (what.source, what.destination)))
+        add_banks()
         return out
     hbm = [s.space in (Space.HBM, Space.PEER_HBM) for s in (what.source, what.destination)]
     for a, b, share in flow.pairs:
@@ -249,6 +259,7 @@ def uses(
         if topology.distance(start, end) is Distance.CHIP:
             add(OUT, start, moved)
             add(IN, end, moved)
+    add_banks()
     return out
 
 
@@ -257,6 +268,8 @@ def capacity(resource: Resource, engines: int, machine: Machine) -> float:
     kind = resource[0]
     if kind in (HBM, CHANNEL):
         return machine.hbm_bytes_per_cycle * machine.hbm_efficiency
+    if kind == BANKS:
+        return machine.dm_banks * machine.dm_bank_bytes * (1.0 + 1e-9)
     if kind in (CARD_OUT, CARD_IN):
         return machine.pcie_peer_bytes_per_cycle * (1.0 + 1e-9)
     per_engine = machine.dm_port_bytes_per_cycle if kind == DM else machine.dm_cross_cluster_bytes_per_cycle

@@ -41,6 +41,7 @@ from backend_rngd.machine.transfers import (
     dma_startup,
     dma_time,
     dma_work,
+    slices_at_once,
     slices_touched,
 )
 
@@ -73,6 +74,8 @@ __all__ = [
     "macs",
     "memset_cycles",
     "packet_reducer_latency",
+    "slice_bytes",
+    "slices_at_once",
     "slices_touched",
     "switch_cycles",
     "sync_time",
@@ -243,6 +246,17 @@ def unit_cycles(desc: Exec | LoadTrf | LoadVrf | Memset, context: Context, machi
     if isinstance(desc, LoadVrf):
         return load_vrf_cycles(desc, context, machine)
     return memset_cycles(desc, machine)
+
+
+def slice_bytes(desc: Exec | LoadTrf | LoadVrf | Memset) -> int:
+    """Bytes that a pass reads and writes in the data memory of every slice."""
+    if isinstance(desc, Memset):
+        return desc.bytes
+    fetch = desc.fetch
+    moved = math.prod(n for n, _ in fetch.loops) * fetch.dtype.bytes * (2 if fetch.second is not None else 1)
+    if isinstance(desc, Exec):
+        moved += math.prod(n for n, _ in desc.commit.loops) * desc.commit.dtype.bytes
+    return moved
 
 
 def macs(desc: Exec) -> int:

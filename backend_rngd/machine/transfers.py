@@ -134,6 +134,20 @@ def dma_work(desc: Dma, machine: Machine) -> DmaWork:
     )
 
 
+def slices_at_once(loops: tuple[tuple[int, int], ...], packet: int, machine: Machine) -> float:
+    """Slices of a unit that a transfer's bytes reach side by side: runs that fit the two requests a slice queues reach
+    all of a network, of longer ones as many as are on the way at once. 0 if the mode says nothing of it."""
+    if not machine.dmn_window_bytes:
+        return 0.0
+    run = packet
+    for n, stride in reversed(loops):
+        if abs(stride) >= machine.dm_slice_stride // 2:
+            break
+        run *= n
+    queued = 2 * machine.dma_request_bytes
+    return float(machine.slices_per_dmn) if run <= queued else max(1.0, machine.dmn_window_bytes / run)
+
+
 def network_cycles(loops: tuple[tuple[int, int], ...], packet: int, machine: Machine) -> float:
     """Cycles that one engine needs for the data-memory side of a transfer.
 

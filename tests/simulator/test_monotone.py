@@ -1,8 +1,9 @@
 """More bandwidth, less delay, fewer bytes or one instruction less never makes a schedule slower, but for queueing.
 
-Several units that share memories, or two contexts that share the vector engine, can do worse with more: what starts
-earlier may take its turn before something more urgent. That noise is explained: a run is slower than the original by no
-more than what the accounting of its own critical path names as contention.
+Several units that share memories, passes beside a transfer, or two contexts that share the vector engine, can do worse
+with more: what starts earlier may take its turn before something more urgent. That noise is explained: a run is slower
+than the original by no more than what the accounting of its own critical path names as contention. What can be short
+nowhere is monotone without noise.
 """
 
 from __future__ import annotations
@@ -121,10 +122,10 @@ def noise(result: TimingResult) -> float:
     return float(result.shared[path].sum() + result.gaps[path, 1].sum())
 
 
-def not_slower(after: TimingResult, before: TimingResult, exact: bool) -> None:
-    allowed = 0.0 if exact else noise(after)
-    assert after.cycles <= before.cycles * (1 + 1e-9) + allowed * (1 + 1e-9)
+def not_slower(after: TimingResult, before: TimingResult) -> None:
     assert after.bounds is not None and before.bounds is not None
+    allowed = noise(after) if after.bounds.queued else 0.0
+    assert after.cycles <= before.cycles * (1 + 1e-9) + allowed * (1 + 1e-9)
     assert after.bounds.path <= before.bounds.path * (1 + 1e-9)
 
 
@@ -137,13 +138,13 @@ def test_every_parameter_is_tried() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_a_better_machine_is_not_slower(units: int, data: st.DataObject) -> None:
-    """One unit without the vector engine exactly, several with it but for queueing."""
+    """Without the vector engine and with it."""
     programs = [stream(data.draw(items(units > 1))) for _ in range(units)]
     name = data.draw(st.sampled_from(sorted(BANDWIDTHS | DELAYS)))
     factor = data.draw(st.floats(1.01, 4))
     value = getattr(SILICON, name) * (factor if name in BANDWIDTHS else 1 / factor)
     better = SILICON.model_copy(update={name: value})
-    not_slower(simulate(programs, better), simulate(programs, SILICON), units == 1)
+    not_slower(simulate(programs, better), simulate(programs, SILICON))
 
 
 @pytest.mark.parametrize("units", [1, 3])
@@ -158,9 +159,9 @@ def test_less_to_do_is_not_slower(units: int, data: st.DataObject) -> None:
     if len(programs[0]) > 1:
         removed = [without(programs[0], position), *programs[1:]]
         if not isinstance(what, Exec) or what.switch is None:  # else its configuration may have to be loaded later
-            not_slower(simulate([stream(p) for p in removed], SILICON), before, units == 1)
+            not_slower(simulate([stream(p) for p in removed], SILICON), before)
     if isinstance(what, Dma) and what.loops[0][0] > 1:
         loops = ((data.draw(st.integers(1, what.loops[0][0] - 1)), *what.loops[0][1:]), *what.loops[1:])
         smaller = Dma(what.source, what.destination, loops, what.packet)
         programs[0][position] = (context, smaller, after)
-        not_slower(simulate([stream(p) for p in programs], SILICON), before, units == 1)
+        not_slower(simulate([stream(p) for p in programs], SILICON), before)

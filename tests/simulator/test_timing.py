@@ -276,8 +276,8 @@ def test_accounting_closes_and_order_holds(streams):
 @settings(deadline=None, max_examples=40)
 @given(programs(False), st.floats(1.01, 4))
 def test_a_faster_machine_is_never_slower(program, factor):
-    """One unit without the vector engine's arbitration is monotone in start-up, issue cost and bandwidth, but for passes
-    that now run beside a transfer and take banks from it.
+    """One unit without the vector engine's arbitration is monotone in start-up, issue cost and bandwidth, but for
+    passes that now run beside a transfer and take banks from it.
 
     (Units that share HBM are not: a transfer that starts earlier may take bandwidth from a more urgent one.)
     """
@@ -342,3 +342,23 @@ def test_a_pass_that_starves_transfers_is_an_error_beside_one():
         simulate(stream((DMA, load(1 << 18), After()), (MAIN, starving, After())), BOOK)
     to_itself = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.HBM, 1 << 24), ((64, 4096, 4096),), 4096)
     simulate(stream((DMA, to_itself, After()), (MAIN, starving, After())), BOOK)  # never in data memory
+
+
+def test_passes_come_first_in_the_banks_of_a_slice():
+    """A copy takes 64 of 128 B a cycle of every slice: a transfer that fills one slice after the other is halved while
+    it runs, one that spreads over the slices is not."""
+    machine = BOOK.in_mode("silicon")
+    long_pass = copy(60_000)
+    one_by_one = ((64, 1 << 15, 1 << 22), (8, 4096, 4096)), 4096
+    spread = ((128, 1 << 14, 256), (64, 256, 1 << 22)), 256
+    for (loops, packet), slowed in ((one_by_one, True), (spread, False)):
+        move = Dma(Endpoint(Space.HBM, 0), Endpoint(Space.DM, 0), loops, packet)
+        alone = simulate(stream((DMA, move, After())), machine).cycles
+        both = simulate(stream((DMA, move, After()), (MAIN, long_pass, After())), machine)
+        data = alone - machine.dma_startup_cycles
+        assert both.finish[1] > both.finish[0]  # the pass is there all the time
+        assert both.finish[0] - alone == pytest.approx(data if slowed else 0.0, rel=0.05, abs=1)
+        assert both.stalls[0]["dma"]["contention_dm"] == pytest.approx(both.finish[0] - alone, abs=1e-3)
+        closes(both)
+        after = simulate(stream((MAIN, copy(2_000), After()), (DMA, move, After(main=1))), machine)
+        assert after.stalls[0]["dma"]["contention_dm"] == 0
