@@ -14,10 +14,14 @@ from rngdc.commands.cache import cache
 from rngdc.commands.compare import compare
 from rngdc.commands.diff import diff
 from rngdc.commands.execute import check, run, simulate
+from rngdc.commands.explain import explain
 from rngdc.commands.look import disasm, inspect, opt
 from rngdc.guard import foreign_packages
 
-__all__ = ["app", "build", "cache", "check", "compare", "diff", "disasm", "inspect", "main", "opt", "run", "simulate"]
+__all__ = [
+    "app", "build", "cache", "check", "compare", "diff", "disasm", "explain", "inspect", "main", "opt", "run",
+    "simulate",
+]  # fmt: skip
 
 
 def _terminated(number: int, frame: object) -> None:

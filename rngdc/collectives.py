@@ -41,7 +41,7 @@ def _bucket(artifact: Artifact, bucket: Bucket, cards: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for found, place in zip(of_module(module), places, strict=True):
         steps = notifies[place] // alike[place]
-        row = asdict(found) | {"algorithm": _algorithm(found.kind, steps, cards), "notifies": steps}
+        row = asdict(found) | {"where": place[1], "algorithm": _algorithm(found.kind, steps, cards), "notifies": steps}
         rows.append(row | {"transfers": transfers[place] // alike[place]})
     blocks = sorted({r["function"] for r in rows if r["function"].startswith("block")})
     layer = [r for r in rows if blocks and r["function"] == blocks[0]]

@@ -218,7 +218,7 @@ def reason(s: Streamed, found: Sequence[Candidate]) -> str:
     """Why the lowering took this mapping: it follows rules, whose outcome stands beside what the formulas say."""
     tokens = tokens_of(s)
     if s.streams == "weights":
-        rule = f"fixed: {tokens} token{'s' if tokens > 1 else ''} fit the {REPLICATED_ROWS} lanes of TRF"
+        rule = f"fixed: {tokens} token{'s fit' if tokens > 1 else ' fits'} the {REPLICATED_ROWS} lanes of TRF"
         rule += ", so that every weight is read once and HBM need not pause"
     else:
         rule = f"fixed: more than {REPLICATED_ROWS} tokens lie on slices, each of which multiplies all of them"

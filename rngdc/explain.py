@@ -1,0 +1,262 @@
+"""`rngdc explain`: how contractions and collectives of a program were mapped, what else was possible, and why.
+
+The program is lowered once more from the `tc` module in the artifact, while the lowering says what it decides. Beside
+the predicted time of every candidate stands what the simulator finds for the one that was taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
+
+from backend_rngd.artifact import Artifact, Bucket
+from backend_rngd.dialect import InstructionOp, RoutineOp
+from backend_rngd.isa.descriptors import Call, Stream
+from backend_rngd.lowering import lower
+from backend_rngd.lowering.candidates import Candidate, candidates, reason, tokens_of
+from backend_rngd.lowering.choices import Choice, Streamed, recording
+from backend_rngd.machine import Machine, load_machine
+from backend_rngd.machine.formulas import CollectiveKind, collective_algorithms, collective_time
+from ir.errors import UserError
+from ir.text import parse_module
+from rngdc.buckets import BucketSpec
+from rngdc.collectives import collectives_report
+from rngdc.effort import DEFAULT, EFFORTS
+from rngdc.program import lowering_options
+from rngdc.tasks import SPILL_SHARES
+from runtime_sim.runtime import Device
+from runtime_sim.timing_result import TimingResult
+from runtime_sim.timing_tables import covered
+
+LISTED = 6
+"""So many candidates are in the tables; the report as JSON has all."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What the simulator finds for an operation, on the slowest unit, mean of `executions`. cycles: in which any of its
+    instructions is at work. path: that the critical path spends in it."""
+
+    where: str
+    executions: int
+    cycles: float
+    path: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A contraction or collective: every operation of the same kind and size is in `simulated`."""
+
+    kind: str
+    what: str
+    candidates: list[Candidate]
+    why: str
+    simulated: list[Simulated]
+
+    @property
+    def predicted(self) -> float | None:
+        """Cycles of the candidate that was taken."""
+        return next((c.cycles for c in self.candidates if c.chosen), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self) | {"predicted": self.predicted}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A program."""
+
+    bucket: str
+    mode: str
+    explanations: list[Explanation]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        rows = [e.to_json() for e in self.explanations]
+        return {"bucket": self.bucket, "mode": self.mode, "operations": rows, "notes": self.notes}
+
+
+def explain(device: Device, bucket: Bucket, named: str | None = None) -> Explained:
+    """The decisions of a program's lowering, in the order of the program.
+
+    named: only operations whose place in the model contains this text. Times are those of the device's mode.
+    """
+    artifact, machine = device.artifact, device.machine
+    decisions, share = _decisions(artifact, bucket)
+    result = device.time(bucket)
+    found = _contractions(decisions, machine, artifact.manifest.parallel.tensor, result)
+    found += _collectives(artifact, bucket, decisions, machine, result)
+    if named is not None:
+        found = [e for e in found if any(named in s.where for s in e.simulated)]
+    notes = list[str]()
+    if share is None:
+        notes.append(
+            f"{bucket.name}: no lowering of this version makes the program in the artifact; what is shown is the first"
+        )
+    elif share < 1.0:
+        notes.append(
+            f"{bucket.name}: values above {share:.0%} of the usual size lie in HBM, because data memory was too small "
+            "or because the simulator found that faster"
+        )
+    return Explained(bucket.name, machine.mode, found, notes)
+
+
+def _decisions(artifact: Artifact, bucket: Bucket) -> tuple[list[Streamed | Choice], float | None]:
+    """What was decided for the program in the artifact, and the share of the usual size above which values lie in HBM.
+
+    The build tries several; the one is found whose instructions are those of the artifact (None: there is none).
+    """
+    manifest = artifact.manifest
+    specs = [BucketSpec(b.phase, b.batch, b.input_length, b.attention_size) for b in manifest.buckets]
+    level = manifest.options.opt_level if manifest.options is not None else DEFAULT
+    options = lowering_options(specs, manifest.parallel.slices, opt_level=level)
+    if manifest.caches:  # the artifact may hold fewer programs than were built
+        options = replace(options, cache_capacity=manifest.caches[0].capacity, cache_batch=manifest.caches[0].batch)
+    machine, module = load_machine(manifest.machine.name), parse_module(artifact.text(bucket.ir), bucket.ir)
+    made = _instructions_of(artifact.stream(bucket))
+    tried = sorted({v.spill * share for v in EFFORTS[level].variants for share in SPILL_SHARES}, reverse=True)
+    first: list[Streamed | Choice] = []
+    for share in tried:
+        try:
+            with recording() as decisions:
+                lowered = lower(module, machine, replace(options, spill_bytes=int(options.spill_bytes * share)))
+        except UserError:
+            continue
+        routines = (op for op in lowered.module.body.block.ops if isinstance(op, RoutineOp))
+        ours = Counter(op.where.data for r in routines for op in r.body.block.ops if isinstance(op, InstructionOp))
+        if ours == made:
+            return decisions, share
+        first = first or decisions
+    return first, None
+
+
+def _instructions_of(stream: Stream) -> Counter[str]:
+    """Instructions by the operation they were made for."""
+    items = (i for r in stream.routines for i in r.instructions if not isinstance(i.what, Call))
+    return Counter(stream.locations[i.location] if i.location >= 0 else "" for i in items)
+
+
+# Contractions ----------------------------------------------------------------------------------------------------
+def _contractions(
+    decisions: Sequence[Streamed | Choice], machine: Machine, tensor: int, result: TimingResult
+) -> list[Explanation]:
+    """One for every distinct shape and mapping."""
+    groups: dict[Streamed, list[str]] = {}
+    for s in decisions:
+        if isinstance(s, Streamed):
+            places = groups.setdefault(replace(s, where=""), [])
+            if s.where not in places:
+                places.append(s.where)
+    out: list[Explanation] = []
+    for s, places in groups.items():
+        found = candidates(s, machine, min(tensor, machine.pes_per_chip))
+        several = f"{s.matrices} x " if s.matrices > 1 else ""
+        what = f"{several}[{tokens_of(s)} x {s.k}] . [{s.rows} x {s.k}]"
+        simulated = [_simulated(place, result) for place in places]
+        out.append(Explanation("contraction", what, found, reason(s, found), simulated))
+    return out
+
+
+def _simulated(where: str, result: TimingResult) -> Simulated:
+    mine = result.flat.unit == result.classes.of_unit[result.slowest]
+    names = np.array(result.locations, dtype=object) == where
+    spans = [(c.first, c.end) for c in result.flat.calls if c.depth == 1 and mine[c.first : c.end].any()]
+    inside = np.zeros(len(mine), np.bool_)
+    for first, end in spans:
+        inside[first:end] = True
+    chosen = [np.nonzero(names[a:b] & mine[a:b])[0] + a for a, b in spans]
+    chosen.append(np.nonzero(names & mine & ~inside)[0])
+    ran = [rows for rows in chosen if len(rows)]
+    cycles = sum(covered(result.start[rows], result.finish[rows]) for rows in ran)
+    on_path = sum(c for i, c in zip(result.critical_path, result.path_cycles, strict=True) if names[i])
+    count = max(1, len(ran))
+    return Simulated(where, len(ran), float(cycles) / count, on_path / count)
+
+
+# Collectives -----------------------------------------------------------------------------------------------------
+def _collectives(
+    artifact: Artifact,
+    bucket: Bucket,
+    decisions: Sequence[Streamed | Choice],
+    machine: Machine,
+    result: TimingResult,
+) -> list[Explanation]:
+    """One for every kind and size."""
+    decided = {d.where: d for d in decisions if isinstance(d, Choice)}
+    units = artifact.manifest.parallel.tensor
+    cards = -(-units // machine.pes_per_chip)
+    groups: dict[tuple[str, int, str], list[str]] = {}
+    for row in collectives_report(artifact, [bucket])[0]["collectives"]:
+        places = groups.setdefault((row["kind"], row["nbytes"], row["algorithm"]), [])
+        if row["where"] not in places:
+            places.append(row["where"])
+    out: list[Explanation] = []
+    for (name, nbytes, algorithm), places in groups.items():
+        kind: CollectiveKind = _kind(name)
+        choice = next((decided[p] for p in places if p in decided), None)
+        ways = collective_algorithms(kind, units, cards)
+        few = choice is not None or bucket.batch * bucket.input_length <= 8
+        found = [
+            Candidate(a, collective_time(kind, a, nbytes, units, cards, machine, replicate=few), True, a == algorithm)
+            for a in ways
+        ]
+        found.sort(key=lambda c: c.cycles or 0.0)
+        what = f"{name} of {nbytes:,} B over {units} units"
+        simulated = [_simulated(p, result) for p in places]
+        out.append(Explanation("collective", what, found, _why(kind, choice, ways, algorithm), simulated))
+    return out
+
+
+def _kind(name: str) -> CollectiveKind:
+    if name == "all_reduce":
+        return "all_reduce"
+    return "all_gather" if name == "all_gather" else "reduce_scatter"
+
+
+def _why(kind: str, choice: Choice | None, ways: Sequence[str], algorithm: str) -> str:
+    if choice is not None and len(choice.candidates) > 1:
+        times = ", ".join(f"{name} {cycles:,.0f}" for name, cycles in choice.candidates.items())
+        return f"the fastest of what the lowering compared: {times} cycles"
+    if len(ways) == 1:
+        return f"fixed: {algorithm} is the only way"
+    if kind == "all_reduce" and algorithm == "two_phase":
+        return "fixed: a unit has no room for all units' copies of what it would add, so each adds a part"
+    return f"fixed: only {algorithm} can share the values out"
+
+
+# For people ------------------------------------------------------------------------------------------------------
+def explain_tables(explained: Explained) -> list[RenderableType]:
+    """A table an operation: candidates, fastest first, and what was simulated."""
+    out: list[RenderableType] = [f"{explained.bucket}, {explained.mode} mode, cycles"]
+    for e in explained.explanations:
+        table = Table(title=f"{e.kind} {e.what}", title_justify="left", caption=_caption(e), caption_justify="left")
+        table.add_column("")
+        table.add_column("candidate", overflow="fold")
+        table.add_column("predicted", justify="right")
+        shown = [c for i, c in enumerate(e.candidates) if i < LISTED or c.chosen]
+        for c in shown:
+            mark = "->" if c.chosen else "" if c.built else "not built"
+            table.add_row(mark, c.name, "-" if c.cycles is None else f"{c.cycles:,.0f}")
+        if len(shown) < len(e.candidates):
+            table.add_row("", f"and {len(e.candidates) - len(shown)} slower ones (--json)", "")
+        out.append(table)
+    return out
+
+
+def _caption(e: Explanation) -> str:
+    lines = [e.why]
+    for s in e.simulated:
+        place = s.where.replace("|", " ").strip()
+        times = f"simulated {s.cycles:,.0f}, {s.path:,.0f} of them on the critical path"
+        lines.append(f"{place}: {times}" + (f" (mean of {s.executions})" if s.executions > 1 else ""))
+        if e.predicted is not None and s.cycles:
+            lines[-1] += f"; predicted {e.predicted / s.cycles - 1:+.0%}"
+    return "\n".join(lines)
