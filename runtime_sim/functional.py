@@ -93,8 +93,9 @@ class Unit:
     """One PE (64 slices) or several fused PEs: DM, TRF, VRF, 64 registers, and a window of the card's HBM.
 
     `checks` turns on the detection of uninitialised reads; bounds, and whatever has no meaning, are always refused.
-    `legal` also refuses what has a meaning but breaks a documented limit of the hardware (`isa.rules`). `peers` are the
-    units that peer addresses name, by their numbers (`isa.descriptors`); `place.rank` is the unit's own.
+    `legal` also refuses what has a meaning but breaks a documented limit of the hardware (`isa.rules`), and programs
+    whose contexts may overtake each other. `peers` are the units that peer addresses name, by their numbers
+    (`isa.descriptors`); `place.rank` is the unit's own.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Unit:
         Raises SimulationError (illegal, out of bounds, uninitialised, race) naming instruction, operation and layer.
         """
         program = self.program(stream)
-        if self.checks and self.legal:
+        if self.legal:
             self.ordered(stream, routine)
         for register, value in (registers or {}).items():
             if not 0 < register < REGISTERS:

@@ -57,9 +57,9 @@ class Group:
         """Run the launches of every unit, one after the other on each, all units at once.
 
         Without a seed a unit runs until it must wait, then the next one; with a seed the units take turns at random
-        after every instruction. races: look for accesses that no wait (contexts of a unit) and no notify and wait
-        (units) put in order. Raises SimulationError,
-        also for a deadlock (naming who waits for whom) and for notifications that nobody waited for.
+        after every instruction. races: look for accesses of units that no notify and wait put in order. Raises
+        SimulationError, also for a deadlock (naming who waits for whom), notifications that nobody waited for, and
+        contexts of a unit that may overtake each other.
         """
         if len(work) != len(self.units):
             raise ValueError(f"work for {len(work)} units, the group has {len(self.units)}")
@@ -69,7 +69,7 @@ class Group:
                 run.all()
         finally:
             run.close()
-        if races:
+        if races or self.units[0].legal:
             for launch in (launch for launches in work for launch in launches):
                 self.units[0].ordered(launch.stream, launch.routine)
 
