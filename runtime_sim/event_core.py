@@ -310,8 +310,8 @@ class Rates:
 class Resources:
     """What cost rows use: row n has entries use_start[n]:use_start[n + 1] of (resource, weight).
 
-    capacity: bytes a cycle. kind: 0 HBM, 1 data memory, 2 link between clusters, 3 link between cards. bank: of every unit
-    the banks that its passes take a part of (`Rates.press`), -1 for none.
+    capacity: bytes a cycle. kind: 0 HBM, 1 data memory, 2 link between clusters, 3 link between cards. bank: of every
+    unit the banks that its passes take a part of (`Rates.press`), -1 for none.
     """
 
     use_start: NDArray[np.int64]
