@@ -214,3 +214,24 @@ def test_unreachable_memory_is_named() -> None:
         assert caught.value.site is not None
         assert (caught.value.site.index, caught.value.site.location) == (6, "mlp|tc.all_reduce")
         assert "in model.layers.0" in str(caught.value)
+
+
+def test_limits_and_races_are_found_without_strict_checks() -> None:
+    """A unit of a system that runs alone, with the checks of values turned off."""
+    unit = System(MACHINE, 1, 1, 1, SLICES, 1 << 16, 0, checks=False).unit()
+    unit.window.write(0, np.zeros(1024, np.float32))
+    body = [
+        Instruction(Context.DMA, After(), streams.load(0), 2),
+        Instruction(Context.MAIN, After(dma=1), streams.scale(0, 4096, 2.0), 4),
+        Instruction(Context.DMA, After(main=1), streams.store(4096), 4),
+    ]
+    unit.run(program(body))
+    with pytest.raises(
+        SimulationError, match=r"race between contexts at routine block_0, instruction 2, mlp.down_proj"
+    ):
+        unit.run(program([*body[:2], replace(body[2], after=After())]))
+    nine = replace(body[0], what=loops(streams.load(0)))
+    with pytest.raises(
+        SimulationError, match=r"illegal instruction at routine block_0, instruction 0, self_attn.*at most 8"
+    ):
+        unit.run(program([nine, *body[1:]]))
