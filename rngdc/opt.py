@@ -71,7 +71,7 @@ class RngdEmit(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Emit and verify."""
         from backend_rngd.emit import emit
-        from rngdc.tasks import verified
+        from rngdc.compile import verified
 
         machine = load_machine(self.machine)
         verified("module", emit(op, machine, machine.slices_per_pe), machine)
@@ -87,8 +87,8 @@ class RngdCompile(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Do it, and replace the module by what was emitted."""
+        from rngdc.compile import scheduled
         from rngdc.reproduce import load_task
-        from rngdc.tasks import scheduled
 
         task = load_task(Path(self.task), print_module(op))
         done = task.run(lambda _: None)

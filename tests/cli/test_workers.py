@@ -168,8 +168,8 @@ def until(condition: Any, seconds: float = 60) -> Any:
 # A compiler with a bug in one bucket, in this process and in workers (which import sitecustomize from PYTHONPATH).
 BROKEN = """
 import os, signal
-import rngdc.tasks as tasks
-real = tasks.emit
+import rngdc.compile as compiling, rngdc.tasks as tasks
+real = compiling.emit
 def emit(module, machine, slices):
     stage = os.environ["BROKEN"]
     if "16" in current[0]:
@@ -182,7 +182,7 @@ run = tasks.CompileTask.run
 def named(self, *arguments, **named):
     current[0] = self.name
     return run(self, *arguments, **named)
-tasks.emit, tasks.CompileTask.run = emit, named
+compiling.emit, tasks.CompileTask.run = emit, named
 """
 MAIN = "import broken, rngdc.executor as e; e.WORKER = e.WORKER.replace('from rngdc', 'import broken; from rngdc', 1)"
 
