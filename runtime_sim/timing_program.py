@@ -138,7 +138,7 @@ class Program:
         if not self.fold:
             return singletons(len(self.topology), list(resources))
         stream_number = {id(s): n for n, s in enumerate(self.streams[::-1])}
-        initial: list[Hashable] = [stream_number[id(s)] for s in self.streams]
+        initial: list[Hashable] = [(stream_number[id(s)], self._late(u)) for u, s in enumerate(self.streams)]
         incidence: list[list[tuple[Hashable, Resource, float]]] = []
         for unit, special in enumerate(self.special):
             entries: list[tuple[Hashable, Resource, float]] = [
@@ -176,7 +176,23 @@ class Program:
                 sites = [self._site_row(c, members, key) for key in range(len(special.keys))]
                 number[special.rows + starts[c]] = np.array(sites, np.int64)[special.key]
             self._configure(stream, here, offsets, number)
+            self._launch(self._late(members[0]), here, number)
         return number
+
+    def _late(self, unit: int) -> float:
+        """Cycles after which a unit begins: those of the second cluster of a card are launched later."""
+        behind = self.topology.places[unit].pe // self.topology.pes_per_cluster > 0
+        return float(self.machine.launch_skew_cycles) if behind else 0.0
+
+    def _launch(self, late: float, here: slice, number: NDArray[np.int64]) -> None:
+        """The first instruction of every context of a unit takes the launch with it."""
+        for context in Context.MAIN, Context.SUB, Context.DMA:
+            rows = np.nonzero(self.flat.context[here] == int(context))[0]
+            if late and len(rows):
+                row = int(number[here.start + int(rows[0])])
+                cost = self.costs[row]
+                later = replace(cost, fixed=cost.fixed + late, overhead=cost.overhead + late)
+                number[here.start + int(rows[0])] = self._add(later, self.uses[row])
 
     def _configure(self, stream: Stream, here: slice, offsets: NDArray[np.int64], number: NDArray[np.int64]) -> None:
         """Passes that use another switch configuration than the last one of their context load it first."""

@@ -24,9 +24,9 @@ CHANGEABLE = frozenset(
         "dma_descriptor_cycles", "dma_engine_bytes_per_cycle", "dma_hbm_bytes_per_cycle", "dma_startup_cycles",
         "dmn_bytes_per_cycle", "dmn_window_bytes", "hbm_channel_bytes_per_cycle", "hbm_efficiency",
         "hbm_row_switch_cycles", "hbm_unaligned_write_factor",
-        "lookup_keys_per_cycle", "lookup_load_cycles", "notify_cluster_cycles", "notify_issue_cycles",
-        "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle", "power_card_watts", "power_idle_watts",
-        "power_pe_watts",
+        "launch_skew_cycles", "lookup_keys_per_cycle", "lookup_load_cycles", "notify_cluster_cycles",
+        "notify_issue_cycles", "pass_issue_cycles", "pcie_latency_cycles", "pcie_peer_bytes_per_cycle",
+        "power_card_watts", "power_idle_watts", "power_pe_watts",
         "switch_configuration_cycles", "switch_fill_cycles_per_hop", "vector_alu_cycles",
     }
 )  # fmt: skip

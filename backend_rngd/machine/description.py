@@ -125,6 +125,7 @@ class Machine(BaseModel):
 
     pass_issue_cycles: int
     cluster_sync_cycles: int
+    launch_skew_cycles: int
 
     dma_startup_cycles: int
     dma_descriptor_cycles: int

@@ -50,7 +50,8 @@ BANDWIDTHS = {
     "pcie_peer_bytes_per_cycle",
 }  # fmt: skip
 ENERGY = {"power_card_watts", "power_idle_watts", "power_pe_watts"}
-DELAYS = CHANGEABLE - BANDWIDTHS - ENERGY
+SKEW = {"launch_skew_cycles"}  # 0: nothing is less
+DELAYS = CHANGEABLE - BANDWIDTHS - ENERGY - SKEW
 
 Item = tuple[Context, Any, tuple[int, int, int]]
 

@@ -540,3 +540,21 @@ def test_a_trace_has_a_process_for_every_pe(tmp_path):
     waits = [e for e in spans if e["args"]["bottleneck"] == "wait"]
     assert {e["args"]["sync_cycles"] for e in waits} == {600.0}
     assert all(e["args"]["last_notify_of"].startswith("unit 0 on card 0") for e in waits)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_second_cluster_may_be_launched_later(fold):
+    """The first exchange of both clusters waits for it, a second one does not; one cluster alone never does."""
+    exchange = [(DMA, to_all(8), After()), (DMA, Wait(0, 7), After())]
+    skewed = BOOK.model_copy(update={"launch_skew_cycles": 4000})
+
+    def cycles(machine, items, units=8):
+        topology = Topology.of(machine, units)
+        return simulate(stream(*items), machine, topology=topology, launch=launch(units), fold=fold).cycles
+
+    first = cycles(skewed, exchange) - cycles(BOOK, exchange)
+    assert first == pytest.approx(4000)
+    twice = [*exchange, (DMA, load(1 << 18), After()), *exchange]
+    assert 3500 < cycles(skewed, twice) - cycles(BOOK, twice) <= 4000  # loads meet less
+    alone = [(DMA, load(1 << 18), After())]
+    assert cycles(skewed, alone, 4) == cycles(BOOK, alone, 4)
