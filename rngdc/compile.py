@@ -27,8 +27,9 @@ from rngdc.buckets import BucketSpec
 from rngdc.effort import EFFORTS, Variant
 from rngdc.tasks import Compiled, CompileTask, Listener, Steps, dump, shared_images, triples
 
-SPILL_SHARES = (1.0, 0.6, 0.4, 0.25, 0.12)
-"""What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM."""
+SMALLER = ((1.0, 4), (1.0, 2), (0.6, 2), (0.4, 2), (0.25, 2), (0.12, 2))
+"""What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM, and tiles of a
+weight in DM at a time."""
 
 LESS_PREFETCH = 0.78
 """What is left of the memory for early transfers, if a program does not fit with all of it."""
@@ -110,7 +111,7 @@ class _Maker:
         dumps: str | None = None,
     ) -> None:  # fmt: skip
         self.task, self.steps, self.module, self.dumps = task, steps, module, dumps
-        self.spill, self.lowered = task.lowering.spill_bytes, lowered
+        self.spill, self.in_flight, self.lowered = task.lowering.spill_bytes, task.lowering.in_flight, lowered
         self.moves = Moves()
 
     def make(self, variant: Variant) -> _Made | None:
@@ -131,10 +132,10 @@ class _Maker:
         """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
         task, machine = self.task, self.task.machine
         first: UserError | None = None
-        for share in SPILL_SHARES:
+        for share, in_flight in SMALLER:
             spill = int(task.lowering.spill_bytes * variant.spill * share)
             try:
-                lowered = self._lowered(spill)
+                lowered = self._lowered(spill, min(in_flight, task.lowering.in_flight))
             except UserError:
                 if first is None:
                     raise
@@ -144,7 +145,7 @@ class _Maker:
                 if first is None:
                     return None
                 continue  # another form of a weight, or a literal, that the map of all programs does not have
-            if first is not None:
+            if share < 1.0:
                 notes[:] = [f"values larger than {spill} B a slice lie in HBM: DM is too small for larger ones"]
             for op, image in images:
                 op.address = IntegerAttr(task.addresses[image.key], i64)
@@ -160,16 +161,17 @@ class _Maker:
         assert first is not None
         raise first
 
-    def _lowered(self, spill: int) -> Lowered:
+    def _lowered(self, spill: int, in_flight: int) -> Lowered:
         """The program with all transfers in their order. Raises UserError."""
         self._undo()
-        if self.lowered is None or self.spill != spill:
+        if self.lowered is None or (self.spill, self.in_flight) != (spill, in_flight):
             self.steps("lower")
             if self.module is None:
                 self.module = parse_module(self.task.text, self.task.name)
             self.lowered = None
-            self.lowered = lower(self.module, self.task.machine, replace(self.task.lowering, spill_bytes=spill))
-            self.spill = spill
+            options = replace(self.task.lowering, spill_bytes=spill, in_flight=in_flight)
+            self.lowered = lower(self.module, self.task.machine, options)
+            self.spill, self.in_flight = spill, in_flight
         return self.lowered
 
     def _undo(self) -> None:

@@ -27,9 +27,9 @@ from ir.errors import UserError
 from ir.text import parse_module
 from rngdc.buckets import BucketSpec
 from rngdc.collectives import collectives_report
+from rngdc.compile import SMALLER
 from rngdc.effort import DEFAULT, EFFORTS
 from rngdc.program import lowering_options
-from rngdc.tasks import SPILL_SHARES
 from runtime_sim.runtime import Device
 from runtime_sim.timing_result import TimingResult
 from runtime_sim.timing_tables import covered
@@ -122,7 +122,7 @@ def _decisions(artifact: Artifact, bucket: Bucket) -> tuple[list[Streamed | Choi
         options = replace(options, cache_capacity=manifest.caches[0].capacity, cache_batch=manifest.caches[0].batch)
     machine, module = load_machine(manifest.machine.name), parse_module(artifact.text(bucket.ir), bucket.ir)
     made = _instructions_of(artifact.stream(bucket))
-    tried = sorted({v.spill * share for v in EFFORTS[level].variants for share in SPILL_SHARES}, reverse=True)
+    tried = sorted({v.spill * share for v in EFFORTS[level].variants for share, _ in SMALLER}, reverse=True)
     first: list[Streamed | Choice] = []
     for share in tried:
         try:

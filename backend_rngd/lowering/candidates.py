@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from backend_rngd.isa.descriptors import FLIT_BYTES
 from backend_rngd.lowering.choices import Piece, Streamed
 from backend_rngd.lowering.contract_base import k_multiple, split_k
+from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.stream_tokens import CHANNELS, LANES, TRF_K_BYTES, channel_groups
-from backend_rngd.lowering.stream_weights import IN_FLIGHT, LONG_TILE_BYTES, TILE_BYTES, column_tiles
+from backend_rngd.lowering.stream_weights import LONG_TILE_BYTES, TILE_BYTES, column_tiles
 from backend_rngd.lowering.tensor import REPLICATED_ROWS, power_of_two
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import contraction_cycles, dma_requests, fetch_cycles, switch_cycles
@@ -188,7 +189,9 @@ def _others(s: Streamed, machine: Machine) -> Iterator[tuple[Streamed, bool]]:
         for whole in (False, True):
             groups = channel_groups(s.rows, s.slices, limit, local, s.k * s.element, machine, whole=whole)
             pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
-            other = replace(s, streams="tokens", local=local, chunks=chunks, pieces=pieces, slots=2, limit=limit)
+            other = replace(
+                s, streams="tokens", local=local, chunks=chunks, pieces=pieces, slots=IN_FLIGHT, limit=limit
+            )
             yield other, tokens > REPLICATED_ROWS
 
 

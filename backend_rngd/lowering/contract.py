@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
-from backend_rngd.lowering.contract_base import Matrix, vector_ops
+from backend_rngd.lowering.contract_base import Matrix, Stack, vector_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.exchange import Exchange, row_dim
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.gated import Gated, Join
+from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.scatter import TokenScatter
-from backend_rngd.lowering.stream_tokens import TokensStream
+from backend_rngd.lowering.stream_tokens import StackHome, TokensStream, best_stack
 from backend_rngd.lowering.stream_weights import WeightsStream
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
@@ -26,9 +27,9 @@ from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 class ContractLowering:
     """Lowers `x[rows, K] . w[N, K] -> y[rows, N]`."""
 
-    def __init__(self, em: Emitter, spill: int) -> None:
-        self.few = WeightsStream(em, spill)
-        self.many = TokensStream(em, spill)
+    def __init__(self, em: Emitter, spill: int, in_flight: int = IN_FLIGHT) -> None:
+        self.few = WeightsStream(em, spill, in_flight)
+        self.many = TokensStream(em, spill, in_flight)
 
     def run(
         self,
@@ -69,7 +70,7 @@ class ContractLowering:
         own = [row_dim(d, mine) for d in dims]
         sink = TokenScatter(exchange, x.rows, self.many.result(own, dtype, mine, w.rows))
         self.many.scales = scales or Scales()
-        self.many.stream(x, [w], dtype, vector_ops(epilogue), sink)
+        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink)
         self.many.scales = Scales()
         sink.finish()
         return sink.result
@@ -79,5 +80,22 @@ class ContractLowering:
         assert x.rows is not None
         out = self.many.result(dims, result, x.rows, matrices[0].rows)
         dtype = Dtype.BF16
-        self.many.stream(x, matrices, dtype, (), Gated(self.many.em, len(matrices), dtype, out, join))
+        self.many.stream(
+            x, [Stack((m,)) for m in matrices], dtype, (), Gated(self.many.em, len(matrices), dtype, out, join)
+        )
         return out
+
+    def best_stack(self, x: Tensor, matrices: Sequence[Matrix]) -> tuple[int, ...]:
+        """Which contractions of `x` should share their passes."""
+        assert x.rows is not None
+        return best_stack(matrices, self.many.em.slices, x.rows.local, self.many.em.machine)
+
+    def stacked(
+        self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Sequence[Dim]], dtype: Dtype
+    ) -> list[Tensor]:
+        """The results [rows, N] of contractions of `x`, many tokens, with several matrices; `dims` of each."""
+        assert x.rows is not None
+        results = [self.many.result(d, dtype, x.rows, m.rows) for d, m in zip(dims, matrices, strict=True)]
+        stack = Stack(tuple(matrices))
+        self.many.stream(x, [stack], dtype, (), StackHome(self.many.em, stack, results))
+        return results

@@ -14,6 +14,7 @@ from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, 
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
 from backend_rngd.lowering.packed import Packed
+from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.scales import TO_FLOAT, Scales
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
 from ir import expr as ex
@@ -49,6 +50,34 @@ class Matrix:
         return (TO_FLOAT,) if self.dtype == Dtype.I8 else ()
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of equal K one below the other: contractions of the same tokens in the same passes."""
+
+    parts: tuple[Matrix, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(m.rows for m in self.parts)
+
+    @property
+    def like(self) -> Matrix:
+        """What all parts have in common but their rows."""
+        return self.parts[0]
+
+    def cut(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
+        """Rows [start, start + count) by part: (part, first row in it, rows, rows of the range before them)."""
+        out: list[tuple[int, int, int, int]] = []
+        top = 0
+        for i, m in enumerate(self.parts):
+            low, high = max(start, top), min(start + count, top + m.rows)
+            if low < high:
+                out.append((i, low - top, high - low, low - start))
+            top += m.rows
+        return out
+
+
 def epilogue_ops(e: ex.Expr | None) -> list[ChainOp] | None:
     """The chain of an expression of the contraction's result and numbers, if it fits one pass after it."""
     if e is None:
@@ -81,9 +110,10 @@ def split_k(k: int, limit: int, multiple: int) -> list[tuple[int, int]]:
 class ContractionMapping:
     """Common part of the two mappings. `half`: the TRF half used last, shared so that loads alternate."""
 
-    def __init__(self, em: Emitter, spill: int) -> None:
+    def __init__(self, em: Emitter, spill: int, in_flight: int = IN_FLIGHT) -> None:
         self.em = em
         self.spill = spill
+        self.in_flight = in_flight  # tiles of weights in DM at a time
         self.half = 0
         self.target: Callable[[Space, int], SSAValue] | None = None  # where the next result goes instead of a local
         self.scales = Scales()  # of the next result

@@ -39,6 +39,7 @@ from backend_rngd.isa.descriptors import (
     Switch,
     VectorOp,
 )
+from backend_rngd.lowering.order import best_order, canonical
 from backend_rngd.machine import Machine
 
 Loops = tuple[tuple[int, int], ...]
@@ -74,23 +75,6 @@ class Offsets(NamedTuple):
     scatter: bool = False
 
 
-def canonical(loops: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Drop loops of size 1 and merge neighbours: outer stride = inner size * inner stride in every column."""
-    out: list[tuple[int, ...]] = []
-    for entry in loops:
-        if entry[0] == 1:
-            continue
-        if (
-            out
-            and out[-1][0] * entry[0] <= MAX_LOOP
-            and all(o == entry[0] * i for o, i in zip(out[-1][1:], entry[1:], strict=True))
-        ):
-            out[-1] = (out[-1][0] * entry[0], *entry[1:])
-        else:
-            out.append(tuple(entry))
-    return tuple(out)
-
-
 @dataclass
 class Emitter:
     """Appends operations to the block of one routine."""
@@ -102,6 +86,8 @@ class Emitter:
     location: str = ""
     probes: bool = True
     early_bytes: int = 0  # of DM a slice that weights loaded before the routine starts may take
+    _early: int = 0  # buffers of that kind
+    _start: Operation | None = None  # the first instruction that is not moved to the start
     _globals: dict[str, SSAValue] = field(default_factory=dict[str, SSAValue])
     _declared: dict[str, GlobalOp] = field(default_factory=dict[str, GlobalOp])
     _seen: Operation | None = None
@@ -182,26 +168,35 @@ class Emitter:
         self._vrf_next += nbytes
         return base
 
-    def take_early(self, sizes: Sequence[int]) -> list[SSAValue]:
-        """Buffers of so many bytes for the first weights of the routine, which may be loaded while the routine before it
-        is at work; none if they are taken already or too large."""
-        if sum(sizes) > self.early_bytes:
+    def take_early(self, sizes: Sequence[int], last: bool = True) -> list[SSAValue]:
+        """Buffers of so many bytes for what the routine reads first, which may be loaded while the routine before it is
+        at work; none if they are too large together. last: there will be no more of them."""
+        room = self.early_bytes
+        self.early_bytes = 0 if last else max(0, room - sum(sizes))
+        if sum(sizes) > room:
             return []
-        self.early_bytes = 0
-        return [self.global_buffer(f"early{i}.{n}", "dm", n, EARLY) for i, n in enumerate(sizes)]
+        self._early += len(sizes)
+        first = self._early - len(sizes)
+        return [self.global_buffer(f"early{first + i}.{n}", "dm", n, EARLY) for i, n in enumerate(sizes)]
 
     @contextmanager
     def at_start(self) -> Generator[None]:
-        """Transfers emitted inside stand before all other instructions of the routine."""
+        """Transfers emitted inside stand before all other instructions of the routine, in order of emission."""
         last = self.block.last_op
         yield
         added = last.next_op if last is not None else self.block.first_op
-        place = next(op for op in self.block.ops if not isinstance(op, GetGlobalOp) and op is not added)
-        while added is not None and added is not place:
+        while added is not None:
             following = added.next_op
             if isinstance(added, DmaOp):
-                added.detach()
-                self.block.insert_op_before(added, place)
+                place = self._start
+                if place is None:
+                    place = next(op for op in self.block.ops if not isinstance(op, (GetGlobalOp, AllocOp)))
+                    self._start = place
+                if place is not added:
+                    added.detach()
+                    self.block.insert_op_before(added, place)
+                else:
+                    self._start = following
             added = following
 
     # Instructions ------------------------------------------------------------
@@ -309,9 +304,7 @@ class Emitter:
         nest = list(loops)
         steps = index.strides if index is not None else [0] * len(nest)
         entries, packet = _fit_packet([(*loop, step) for loop, step in zip(nest, steps, strict=True)], packet)
-        merged = list(canonical(entries))
-        if not (source.space.is_peer or target.space.is_peer):
-            merged = list(canonical(_alternate_networks(merged, packet, self.machine)))
+        merged = best_order(canonical(entries), packet, source[1:], target[1:], self.machine)
         desc = Dma(
             Endpoint(source.space, source.base, source.register),
             Endpoint(target.space, target.base, target.register),
@@ -349,25 +342,6 @@ def _merge_digits(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int
         else:
             out.append((size, stride, flags))
     return tuple(out)
-
-
-def _alternate_networks(entries: list[tuple[int, ...]], packet: int, machine: Machine) -> list[tuple[int, ...]]:
-    """Let the two data-memory networks of a PE take turns: a loop whose halves lie in different ones (over 64 slices,
-    or over rings of slices) is cut in two, and the choice of the half moves innermost, where bursts to one network are
-    short (hardware.md 5.8: only one network of a pair used)."""
-    inner = packet
-    for k in range(len(entries) - 1, -1, -1):
-        n, *steps = entries[k]
-        slices = max(abs(s) // machine.dm_slice_stride for s in steps[:2])
-        long = inner * machine.slices_per_dmn > machine.dma_packet_max_bytes
-        if long and n % 2 == 0 and n * slices > machine.slices_per_dmn:
-            moved = [s * (n // 2) for s in steps]
-            rest = [(n // 2, *steps)] if n > 2 else []
-            fits = len(entries) + len(rest) <= machine.max_loops
-            if fits and all(-(2**31) <= s < 2**31 for s in moved):
-                return [*entries[:k], *rest, *entries[k + 1 :], (2, *moved)]
-        inner *= n
-    return entries
 
 
 def _fit_packet(entries: list[tuple[int, int, int, int]], packet: int) -> tuple[list[tuple[int, int, int, int]], int]:

@@ -40,6 +40,8 @@ class Contractions(FunctionBase):
 
     def op_tc_contract(self, op: tc.ContractOp) -> None:
         """Contraction engine, see `contract.py`. A result that the program returns goes straight to its output."""
+        if op.result in self.env or self._stacked(op):
+            return
         if self._joins(op):
             self.joined[op.result] = op
             return
@@ -97,6 +99,35 @@ class Contractions(FunctionBase):
             bound[0].x, [b.matrix for b in bound], bound[0].dims, join, dtype
         )
 
+    def _stacked(self, op: tc.ContractOp) -> bool:
+        """Compute contractions of the tokens of `op` in common passes, if that is worth it; whether `op` is of them."""
+        if not self._many_tokens(op):
+            return False
+        block = op.parent
+        assert block is not None
+        alike = [o for o in block.ops if isinstance(o, tc.ContractOp) and self._is_alone(o, op)]
+        if len(alike) < 2 or op not in alike:
+            return False
+        bound = [self._operands(o) for o in alike]
+        stack = self.contracts.best_stack(bound[0].x, [b.matrix for b in bound])
+        if stack:
+            matrices, dims = [bound[i].matrix for i in stack], [bound[i].dims for i in stack]
+            results = self.contracts.stacked(bound[0].x, matrices, dims, dtype_of(op.result))
+            self.env |= {alike[i].result: r for i, r in zip(stack, results, strict=True)}
+        return op.result in self.env
+
+    def _is_alone(self, other: tc.ContractOp, op: tc.ContractOp) -> bool:
+        """Whether a contraction reads the tokens of `op` as it does, and nothing rides in its passes or takes its
+        results elsewhere."""
+        weight = self.env.get(other.rhs)
+        plain = isinstance(weight, Weight) and weight.packed is None and weight.dtype == Dtype.BF16
+        if not plain or other.lhs is not op.lhs or other.rule() != op.rule() or elem_of(other.result) != "bf16":
+            return False
+        users = [use.operation for use in other.result.uses]
+        elsewhere = any(isinstance(u, (tc.AllReduceOp, tc.AllGatherOp, tc.ReduceScatterOp)) for u in users)
+        rides = self._epilogue(other)[1] is not None or self._scales(other) is not None or self._joins(other)
+        return not elsewhere and not rides and self.output_name(other.result) is None and other.result not in self.env
+
     def _joins(self, op: tc.ContractOp) -> bool:
         """Whether a map of nothing but contractions like `op`, which read the same tokens, is its only reader."""
         uses = list(op.result.uses)
@@ -113,6 +144,10 @@ class Contractions(FunctionBase):
                 return False
             if not isinstance(weight, Weight) or weight.packed is not None or weight.dtype != Dtype.BF16:
                 return False
+        return self._many_tokens(op) and elem_of(op.result) == "bf16"
+
+    def _many_tokens(self, op: tc.ContractOp) -> bool:
+        """Whether the left operand has many tokens in DM, as contractions read them, and the right one the channels."""
         x = self.env[op.lhs]
         if not isinstance(x, Tensor) or x.rows is None or x.rows.replicated or x.space != Space.DM:
             return False
@@ -120,7 +155,7 @@ class Contractions(FunctionBase):
             return False  # a slice holds its channels of all tokens: too many for the map's result to stay in DM
         (width, stride), *more = [(d.size, d.stride) for d in x.features] or [(0, 0)]
         ready = not more and stride == x.dtype.bytes and width % k_multiple(width) == 0
-        return ready and elem_of(op.result) == "bf16" and op.rule().output[-1] in op.rule().inputs[1]
+        return ready and op.rule().output[-1] in op.rule().inputs[1]
 
     def _contract(
         self,

@@ -34,12 +34,12 @@ class Gated:
         self.join = join
         self._held: list[Tensor] = []
 
-    def area(self, matrix: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
         """See `Sink`."""
         row = group.passes * CHANNELS * self.dtype.bytes
         return self.em.alloc(rows * row, "channels"), row
 
-    def done(self, matrix: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """See `Sink`."""
         tokens = self.result.rows
         assert tokens is not None
@@ -49,7 +49,7 @@ class Gated:
         )
         dims = (Dim("tokens", everywhere.length), Dim("feature", row // self.dtype.bytes, self.dtype.bytes))
         self._held.append(Tensor(area, Space.DM, self.dtype, dims, everywhere, 0, row))
-        if matrix == self.count - 1:
+        if stack == self.count - 1:
             joined = self.join(self._held)
             self._held = []
             rows_home(self.em, joined.buffer, joined.pitch, group, self.result)

@@ -9,6 +9,8 @@ import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 
 SPILL_BYTES = 96 * 1024  # a value larger than this a slice lives in HBM and is walked in chunks
+IN_FLIGHT = 4  # one tile is multiplied, the others are on the way or wait while the tokens are not known yet
+LEAST_IN_FLIGHT = 2  # if that takes more data memory than there is
 INPUT_PITCH = 8  # bytes between the i32 values of a program input: the smallest aligned DM write
 
 
@@ -16,6 +18,7 @@ INPUT_PITCH = 8  # bytes between the i32 values of a program input: the smallest
 class LoweringOptions:
     """slices: slices of a unit. cache_capacity, cache_batch: geometry of the KV cache shared by all buckets.
 
+    in_flight: tiles of a weight in DM at a time.
     opt_level: 0 to 3, how much time the build may spend on the program; see `rngdc.effort`.
     """
 
@@ -24,6 +27,7 @@ class LoweringOptions:
     cache_batch: int = 1
     probes: bool = True
     spill_bytes: int = SPILL_BYTES
+    in_flight: int = IN_FLIGHT
     opt_level: int = 2
 
 

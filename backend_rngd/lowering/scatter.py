@@ -42,13 +42,13 @@ class TokenScatter:
         self.result = result
         self._waiting: _Pulled | None = None
 
-    def area(self, matrix: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
         """See `Sink`: a buffer that the others can read."""
         units = self.exchange.group
         row = group.per_slice * self.result.dtype.bytes
         return units.publish(units.card_scope, "dm", rows * row), row
 
-    def done(self, matrix: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """See `Sink`: pull the own tokens from all units; what was pulled before is added meanwhile."""
         units, em, rows = self.exchange.group, self.exchange.em, self.rows
         share = em.slices // units.units

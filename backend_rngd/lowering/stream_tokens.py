@@ -30,7 +30,7 @@ from backend_rngd.isa.descriptors import (
     VectorOp,
 )
 from backend_rngd.lowering.choices import Piece, Streamed, record
-from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, k_multiple, needs_own_pass, split_k
+from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, Stack, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
@@ -110,20 +110,20 @@ class Sink(Protocol):
         chunks has time."""
         ...
 
-    def area(self, matrix: int, group: Group, rows: int) -> tuple[SSAValue, int]:
-        """A buffer for `rows` rows of a group, and the bytes of a row."""
+    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+        """A buffer for `rows` rows of a group of stack number `stack`, and the bytes of a row."""
         ...
 
-    def done(self, matrix: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """All passes of a group have been issued."""
         ...
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One pass: matrix, group and pass of the group, chunk of K."""
+    """One pass: stack of matrices, group and pass of the group, chunk of K."""
 
-    matrix: int
+    stack: int
     group: int
     number: int
     chunk: int
@@ -149,12 +149,12 @@ class TokensStream(ContractionMapping):
             result = self.result(dims, dtype, x.rows, w.rows)
         most = max(1, min(8, GROUP_BYTES // (x.rows.physical * CHANNELS * dtype.bytes)))
         plain = w.packed is None and self.scales.channels is None
-        self.stream(x, [w], dtype, vector, RowsHome(self.em, result, most, narrow=plain))
+        self.stream(x, [Stack((w,))], dtype, vector, RowsHome(self.em, result, most, narrow=plain))
         return result
 
-    def stream(self, x: Tensor, matrices: Sequence[Matrix], dtype: Dtype, vector: Sequence[VectorOp], to: Sink) -> None:
-        """Multiply by matrices of one shape, a group of channels of each after the other, and hand the results on."""
-        em, rows, w = self.em, x.rows, matrices[0]
+    def stream(self, x: Tensor, stacks: Sequence[Stack], dtype: Dtype, vector: Sequence[VectorOp], to: Sink) -> None:
+        """Multiply by stacks of one height, a group of channels of each after the other, and hand the results on."""
+        em, rows, w = self.em, x.rows, stacks[0].like
         assert rows is not None
         element = w.dtype.bytes
         packet = k_multiple(w.k, element)
@@ -163,12 +163,12 @@ class TokensStream(ContractionMapping):
         widest = max(k for _, k in chunks)
         count = rows.physical
         groups = channel_groups(
-            w.rows, em.slices, to.limit, rows.local, w.pitch, em.machine, whole=to.whole, narrow=to.narrow
+            stacks[0].rows, em.slices, to.limit, rows.local, w.pitch, em.machine, whole=to.whole, narrow=to.narrow
         )
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
         resident = x.space == Space.DM
-        passes = [(m, g, t) for g in range(len(groups)) for m in range(len(matrices)) for t in range(groups[g].passes)]
+        passes = [(m, g, t) for g in range(len(groups)) for m in range(len(stacks)) for t in range(groups[g].passes)]
         # Tokens in HBM are brought in one K chunk at a time, for as many passes as partial sums fit.
         several = split and (not resident or to.together)
         batch = max(1, PARTIAL_BYTES // (count * CHANNELS * 4)) if several else 1
@@ -178,16 +178,17 @@ class TokensStream(ContractionMapping):
             for c in range(len(chunks))
             for m, g, t in passes[first : first + batch]
         ]
-        pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
-        sizes_k = tuple(k for _, k in chunks)
-        record(Streamed(em.location, "tokens", rows.local, w.rows, w.k, len(matrices), element, sizes_k, pieces, 2,
-                        em.slices, resident, packed is not None, to.limit))  # fmt: skip
         # What takes part without channels needs some weights.
         spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[:2])
         spare = spare or any(g.slices < g.ring for g in groups)
         nbytes = CHANNELS * widest * element
         early = em.take_early([nbytes] * min(2, len(jobs))) if packed is None and not spare else []
-        buffers = early or [em.alloc(nbytes, "weights") for _ in range(2)]
+        slots = max(self.in_flight, len(early))
+        pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
+        sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
+        record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
+                        em.slices, resident, packed is not None, to.limit))  # fmt: skip
+        buffers = [*early, *(em.alloc(nbytes, "weights") for _ in range(slots - len(early)))]
         stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
         partial = CHANNELS * 4
         acc = [em.alloc(count * partial, "partial") for _ in range(min(batch, len(passes)))] if split else []
@@ -203,34 +204,36 @@ class TokensStream(ContractionMapping):
             job = jobs[i]
             if packed is None:
                 self._load_weights(
-                    matrices[job.matrix], groups[job.group], job.number, chunks[job.chunk], buffers[i % 2]
+                    stacks[job.stack], groups[job.group], job.number, chunks[job.chunk], buffers[i % slots]
                 )
                 return
             group, ring = groups[job.group], groups[job.group].ring
             steps = [(em.slices // ring, 0, ring * DM_SLICE_STRIDE), (group.slices, group.per_slice, DM_SLICE_STRIDE)]
             start = group.start + job.number * CHANNELS
-            load(em, packed, stages[i % 2], start, [*steps, (CHANNELS, 1, 0)], *chunks[job.chunk])
+            load(em, packed, stages[i % slots], start, [*steps, (CHANNELS, 1, 0)], *chunks[job.chunk])
 
         with em.at_start() if early else nullcontext():
-            for i in range(max(len(early), 1)):
+            for i in range(len(early)):
                 fetch_weights(i)
+        for i in range(len(early), min(slots - 1, len(jobs))):
+            fetch_weights(i)
         tokens, loaded = x, (-1, -1)
         scales = ScaleOps(em, self.scales)
         area: tuple[SSAValue, int] | None = None
         for i, job in enumerate(jobs):
-            if len(early) <= i + 1 < len(jobs):
-                fetch_weights(i + 1)
+            if max(len(early), slots - 1) <= i + slots - 1 < len(jobs):
+                fetch_weights(i + slots - 1)
             group, t, c = groups[job.group], job.number, job.chunk
             (k0, k), last = chunks[c], c == len(chunks) - 1
-            number = passes.index((job.matrix, job.group, t))
+            number = passes.index((job.stack, job.group, t))
             if not resident and loaded != (number // batch, c):
                 tokens, loaded = self._tokens_chunk(x, k0, k), (number // batch, c)
             if packed is not None:
-                expand(em, packed, stages[i % 2], CHANNELS, k0, k, buffers[i % 2], em.slices)
+                expand(em, packed, stages[i % slots], CHANNELS, k0, k, buffers[i % slots], em.slices)
             run = k * element
             base = self._next_half(em.machine.trf_bytes_per_slice // LANES, 2 * run)
             channels = em.fetch(0, [(LANES, run), (2, LANES * run), (k, element)], w.dtype, FLIT_BYTES // element)
-            em.load_trf(channels, buffers[i % 2], LANES, base)
+            em.load_trf(channels, buffers[i % slots], LANES, base)
             ring = group.ring
             seen = rows.local * ring  # tokens that a slice meets
             source = k0 if resident else 0
@@ -243,7 +246,7 @@ class TokensStream(ContractionMapping):
                     self._add(mine.buffer, part, seen * CHANNELS, mine.commit, mine.buffer, ())
                 continue
             if t == 0:
-                area = to.area(job.matrix, group, count)
+                area = to.area(job.stack, group, count)
                 scales.broadcast_tokens(ring)
                 scales.load_channels(group.start, group.per_slice, group.slices, ring)
             assert area is not None
@@ -259,7 +262,7 @@ class TokensStream(ContractionMapping):
                 if own_epilogue:
                     self._apply(mine.buffer, seen * CHANNELS, final.commit, final.buffer, after)
             if t == group.passes - 1:
-                to.done(job.matrix, group, buffer, row)
+                to.done(job.stack, group, buffer, row)
 
     def _output(self, dims: Sequence[Dim], dtype: Dtype, x: Tensor, w: Matrix, output: SSAValue) -> Tensor:
         """The result in an HBM buffer of the program, rows in physical order."""
@@ -270,19 +273,20 @@ class TokensStream(ContractionMapping):
             placed[i] = Dim("feature", dims[i].size, stride)
         return Tensor(output, Space.HBM, dtype, tuple(placed), x.rows, 0, max(pitch, w.rows * dtype.bytes))
 
-    def _load_weights(self, w: Matrix, group: Group, number: int, chunk: tuple[int, int], buffer: SSAValue) -> None:
-        """The rows of the weight that a pass of a group needs to each of its slices, one K chunk."""
-        (k0, k), element = chunk, w.dtype.bytes
-        self.em.dma(
-            hbm(w.buffer, (group.start + number * CHANNELS) * w.pitch + k0 * element),
-            dm(buffer),
-            [
-                (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
-                (group.slices, group.per_slice * w.pitch, DM_SLICE_STRIDE),
-                (group.width(number), w.pitch, k * element),
-            ],
-            k * element,
-        )
+    def _load_weights(self, w: Stack, group: Group, number: int, chunk: tuple[int, int], buffer: SSAValue) -> None:
+        """The rows of the weights that a pass of a group needs to each of its slices, one K chunk."""
+        (k0, k), element, pitch = chunk, w.like.dtype.bytes, w.like.pitch
+        for part, first, slices, before in slices_of(w, group):
+            self.em.dma(
+                hbm(w.parts[part].buffer, (first + number * CHANNELS) * pitch + k0 * element),
+                dm(buffer, before * DM_SLICE_STRIDE),
+                [
+                    (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
+                    (slices, group.per_slice * pitch, DM_SLICE_STRIDE),
+                    (group.width(number), pitch, k * element),
+                ],
+                k * element,
+            )
 
     def _tokens_chunk(self, x: Tensor, k0: int, k: int) -> Tensor:
         rows = x.rows
@@ -331,7 +335,7 @@ class RowsHome:
         self._areas: list[SSAValue] = []
         self._next = 0
 
-    def area(self, matrix: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
         """See `Sink`: two buffers in turn, so that a group is brought home while the next one is computed."""
         machine = self.em.machine
         row = _row_bytes(self.limit * CHANNELS * self.result.dtype.bytes, machine.dm_banks * machine.dm_bank_bytes)
@@ -340,13 +344,43 @@ class RowsHome:
         self._next += 1
         return self._areas[(self._next - 1) % len(self._areas)], row
 
-    def done(self, matrix: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """See `Sink`."""
         rows_home(self.em, area, row, group, self.result)
 
 
-def rows_home(em: Emitter, channels: SSAValue, row: int, group: Group, result: Tensor) -> None:
-    """`[local row][slice][channel]` of every slice to rows on their own slices (and on to HBM if spilled)."""
+class StackHome:
+    """Brings the results of stacked matrices home, each to a tensor of its own."""
+
+    limit = 1  # of passes, so that a slice holds channels of one matrix
+    whole = narrow = together = False
+
+    def __init__(self, em: Emitter, stack: Stack, results: Sequence[Tensor]) -> None:
+        self.em = em
+        self.stack = stack
+        self.results = results
+        self._home = RowsHome(em, results[0], self.limit, narrow=False)
+
+    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+        """See `Sink`."""
+        return self._home.area(stack, group, rows)
+
+    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+        """See `Sink`."""
+        for part, first, slices, before in slices_of(self.stack, group):
+            mine = replace(group, start=first, slices=slices)
+            rows_home(self.em, area, row, mine, self.results[part], before)
+
+
+def slices_of(stack: Stack, group: Group) -> list[tuple[int, int, int, int]]:
+    """Slices of a group by matrix: (part, first channel of it, slices, slices of the group before them)."""
+    cut = stack.cut(group.start, group.slices * group.per_slice)
+    return [(part, first, n // group.per_slice, before // group.per_slice) for part, first, n, before in cut]
+
+
+def rows_home(em: Emitter, channels: SSAValue, row: int, group: Group, result: Tensor, first_slice: int = 0) -> None:
+    """`[local row][slice][channel]` of every slice from `first_slice` on to rows on their own slices (and on to HBM if
+    spilled)."""
     rows = result.rows
     assert rows is not None
     width, local = result.dtype.bytes, rows.local
@@ -362,7 +396,7 @@ def rows_home(em: Emitter, channels: SSAValue, row: int, group: Group, result: T
         (group.ring, row, DM_SLICE_STRIDE),
         (local, group.ring * row, pitch),
     ]
-    em.dma(dm(channels), dm(target, base), loops, run)
+    em.dma(dm(channels, first_slice * DM_SLICE_STRIDE), dm(target, base), loops, run)
     if spilled:
         loops = [(em.slices, DM_SLICE_STRIDE, local * result.pitch), (local, pitch, result.pitch)]
         em.dma(dm(target), hbm(result.buffer, result.base + group.start * width), loops, group.slices * run)
@@ -435,15 +469,36 @@ def _last_channels(start: int, count: int, slices: int, local: int, row: int, ma
             parts.append(Group(at, CHANNELS, ring, ring))
             at, count = at + ring * CHANNELS, count - ring
 
-    def cycles(groups: Sequence[Group]) -> float:
-        """Multiplications behind the transfer of the weights, or the transfer where that takes longer."""
-        total = 0.0
-        for g in groups:
-            nbytes = g.slices * (slices // g.ring) * CHANNELS * row
-            transfer = machine.dma_startup_cycles + nbytes / min(
-                machine.dma_engine_bytes_per_cycle, machine.hbm_bytes_per_cycle / machine.pes_per_chip
-            )
-            total += max(local * (row / 64) * g.ring * 2, transfer) + machine.pass_issue_cycles
-        return total
+    return min(whole, parts, key=lambda groups: group_cycles(groups, slices, local, row, machine))
 
-    return min(whole, parts, key=cycles)
+
+def group_cycles(groups: Sequence[Group], slices: int, local: int, row: int, machine: Machine) -> float:
+    """Multiplications behind the transfer of the weights, or the transfer where that takes longer; `row`: bytes of a
+    channel's weights."""
+    total = 0.0
+    for g in groups:
+        nbytes = g.slices * (slices // g.ring) * g.per_slice * row
+        transfer = machine.dma_startup_cycles + nbytes / min(
+            machine.dma_hbm_bytes_per_cycle, machine.hbm_bytes_per_cycle / machine.pes_per_chip
+        )
+        total += max(g.passes * local * (row / 64) * g.ring * 2, transfer) + machine.pass_issue_cycles
+    return total
+
+
+def best_stack(matrices: Sequence[Matrix], slices: int, local: int, machine: Machine) -> tuple[int, ...]:
+    """Which of the matrices should share their passes: none, all, or all but the largest, whatever takes least time."""
+    row = matrices[0].pitch
+    largest = max(range(len(matrices)), key=lambda i: matrices[i].rows)
+    everything = tuple(range(len(matrices)))
+    rest = tuple(i for i in everything if i != largest)
+
+    def cycles(stack: tuple[int, ...]) -> float:
+        rows = sum(matrices[i].rows for i in stack)
+        groups = channel_groups(rows, slices, StackHome.limit, local, row, machine, narrow=False) if stack else []
+        for i in everything:
+            if i not in stack:
+                groups += channel_groups(matrices[i].rows, slices, 8, local, row, machine)
+        return group_cycles(groups, slices, local, row, machine)
+
+    candidates = [(), everything, *([rest] if len(rest) > 1 else [])]
+    return min(candidates, key=cycles)

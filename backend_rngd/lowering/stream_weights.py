@@ -36,7 +36,6 @@ SCALED_CHANNELS = 1024  # of a tile a slice, so that their scales fit half of VR
 TILE_BYTES = 64 * 1024  # one weight tile a slice; activations need what is left of 512 KB
 LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load whatever stands beside it: fewer transfers
 LONG_BYTES = 1024 * 1024  # of such a matrix, a slice
-IN_FLIGHT = 4  # tiles: one is multiplied, the others are on the way or wait while the tokens are not known yet
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class WeightsStream(ContractionMapping):
         largest = max(t.per_slice for t in tiles)
         scales = ScaleOps(em, self.scales)
         jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
-        slots = min(2 if long else IN_FLIGHT, len(jobs))
+        slots = min(2 if long else self.in_flight, len(jobs))
         sizes = [max(tiles[t].per_slice * chunks[c][1] for c, t in jobs[i::slots]) * element for i in range(slots)]
         pieces = tuple(Piece(t.per_slice, t.slices, em.slices) for t in tiles)
         sizes_k = tuple(k for _, k in chunks)

@@ -170,3 +170,28 @@ def test_gated_contractions(b: int, s: int, k: int, n: int, joint: str) -> None:
         if isinstance(i.what, Dma) and i.what.source.space == i.what.destination.space == Space.DM
     ]  # fmt: skip
     assert len(homes) == -(-n // 1024)  # one for every group of channels, not one for each contraction
+
+
+@pytest.mark.parametrize(("b", "s"), [(1, 128), (2, 40), (1, 100)])
+@pytest.mark.parametrize("heads", [(8, 2), (36, 12), (3, 3)])
+def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
+    """Projections of the same tokens share passes where that is worth it; each result is its own."""
+    k, q, kv = 96, heads[0] * 16, heads[1] * 16
+    x, results = tensor_text((b, s, k), "bf16"), [tensor_text((b, s, n), "bf16") for n in (q, kv, kv)]
+    arguments = ", ".join(f"%w{i}: {tensor_text((n, k), 'bf16')}" for i, n in enumerate((q, kv, kv)))
+    lines = "\n".join(f'  %y{i} = tc.contract "b s i, o i -> b s o" (%x, %w{i}) : {y}' for i, y in enumerate(results))
+    sums = f'  %t = tc.map "add(a, b)" over "b s o, b s o -> b s o" (%y1, %y2) : {results[1]}'
+    text = f"""func.func @main(%x: {x}, {arguments}) -> ({results[0]}, {results[1]})
+    attributes {{arg_names = ["x", "w0", "w1", "w2"], result_names = ["a", "b"]}} {{
+{lines}
+{sums}
+  %u = tc.map "mul(a, a)" over "b s o -> b s o" (%y0) : {results[0]}
+  func.return %u, %t : {results[0]}, {results[1]}
+}}"""
+    rng = np.random.default_rng(s)
+    values = {"x": bf16(rng.standard_normal((b, s, k)))}
+    values |= {f"w{i}": bf16(rng.standard_normal((n, k)) * 0.1) for i, n in enumerate((q, kv, kv))}
+    got = Run(text)(values)
+    y0, y1, y2 = (bf16(values["x"] @ values[f"w{i}"].T) for i in range(3))
+    assert relative(got["a"], y0 * y0) < 1e-2
+    assert relative(got["b"], y1 + y2) < 5e-3

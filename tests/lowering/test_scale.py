@@ -9,6 +9,7 @@ import pytest
 from backend_rngd.emit import Emitted, emit
 from backend_rngd.isa.legality import check_stream
 from backend_rngd.lowering import LoweringOptions, lower
+from backend_rngd.lowering.program import IN_FLIGHT, LEAST_IN_FLIGHT
 from backend_rngd.machine import load_machine
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
@@ -29,7 +30,10 @@ def build(bucket: tuple[int, int, int], layers: int | None = None) -> Emitted:
     batch, seq, kv = bucket
     run_pipeline(captured.module, [*simplify_stage(), *specialise_stage(batch, seq, kv)])
     outline(captured.module)
-    lowered = lower(captured.module, MACHINE, LoweringOptions(cache_capacity=kv, cache_batch=batch))
+    # As many tiles of weights on the way as fit beside the activations of all heads in one unit.
+    in_flight = LEAST_IN_FLIGHT if seq > 256 else IN_FLIGHT
+    options = LoweringOptions(cache_capacity=kv, cache_batch=batch, in_flight=in_flight)
+    lowered = lower(captured.module, MACHINE, options)
     lowered.module.verify()
     place(lowered.module, MACHINE)
     schedule(lowered.module)

@@ -1,0 +1,90 @@
+"""The order of a transfer's loops: any order moves the same bytes, but not at the same speed.
+
+32 slices share a data-memory network, and an engine that has too much on the way to one of them leaves the other idle;
+and lines that are on the way at the same time should lie in different HBM channels (hardware.md 3.4, 5.4, 5.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from backend_rngd.isa.descriptors import Dma, Endpoint, Space
+from backend_rngd.machine import Machine, load_machine
+from backend_rngd.machine.transfers import dma_startup, dma_time, dma_work
+
+MAX_LOOP = 65536
+Entries = tuple[tuple[int, ...], ...]
+Side = tuple[Space, int, int]
+
+
+def canonical(loops: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Drop loops of size 1 and merge neighbours: outer stride = inner size * inner stride in every column."""
+    out: list[tuple[int, ...]] = []
+    for entry in loops:
+        if entry[0] == 1:
+            continue
+        if (
+            out
+            and out[-1][0] * entry[0] <= MAX_LOOP
+            and all(o == entry[0] * i for o, i in zip(out[-1][1:], entry[1:], strict=True))
+        ):
+            out[-1] = (out[-1][0] * entry[0], *entry[1:])
+        else:
+            out.append(tuple(entry))
+    return tuple(out)
+
+
+def best_order(entries: Entries, packet: int, source: Side, target: Side, machine: Machine) -> Entries:
+    """The entries (size, stride of the source, of the target, ...) with the step from one data-memory network to the
+    other where the transfer takes least time; as they are for transfers between units and small ones."""
+    moved = packet
+    for n, *_ in entries:
+        moved *= n
+    if source[0].is_peer or target[0].is_peer or moved * 2 <= machine.dma_packet_max_bytes * machine.slices_per_dmn:
+        return entries
+    orders = [entries, *_alternating(entries, machine)]
+    if len(orders) == 1:
+        return entries
+    places = (Endpoint(source[0], 0), Endpoint(target[0], 0))
+
+    def cycles(order: Entries) -> float:
+        return _crowded(Dma(*places, tuple((n, a, b) for n, a, b, *_ in order), packet), machine.name)
+
+    return min(reversed(orders), key=cycles)
+
+
+def _alternating(entries: Entries, machine: Machine) -> list[Entries]:
+    """Orders in which the halves of a loop over slices (or rings of them) that lie in different networks take turns, at
+    every place behind that loop; innermost last."""
+    for k in range(len(entries) - 1, -1, -1):
+        n, *steps = entries[k]
+        slices = max(abs(s) // machine.dm_slice_stride for s in steps[:2])
+        if n % 2 or n * slices <= machine.slices_per_dmn:
+            continue
+        moved = [s * (n // 2) for s in steps]
+        rest = [(n // 2, *steps)] if n > 2 else []
+        if len(entries) + len(rest) > machine.max_loops or not all(-(2**31) <= s < 2**31 for s in moved):
+            continue
+        behind = entries[k + 1 :]
+        return [
+            canonical([*entries[:k], *rest, *behind[:at], (2, *moved), *behind[at:]]) for at in range(len(behind) + 1)
+        ]
+    return []
+
+
+@lru_cache
+def _judge(name: str) -> Machine:
+    """The machine as measured: the documented rates know no difference between orders."""
+    return load_machine(name, mode="silicon")
+
+
+@lru_cache(maxsize=1 << 14)
+def _crowded(desc: Dma, name: str) -> float:
+    """Cycles of a transfer if all engines of the card are busy with such transfers."""
+    machine = _judge(name)
+    work = dma_work(desc, machine)
+    lines = sum(side.busiest for side in (work.read, work.write) if side is not None)
+    share = machine.hbm_bytes_per_cycle * machine.hbm_efficiency / machine.pes_per_chip
+    together = lines * machine.hbm_channels * machine.hbm_line_bytes / share
+    return max(dma_time(desc, machine), dma_startup(desc, machine) + together)
