@@ -15,7 +15,7 @@ from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
 from backend_rngd.lowering.attention_types import Cache
 from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
 from backend_rngd.lowering.move import compact_like, feature_loops, load_rows, place_of, store_rows
-from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.vector import VectorLowering, output_tensor
 from ir import expr as ex
 
@@ -64,7 +64,7 @@ def embedding(
     run = 1
     for i in order:
         run *= dims[i].size
-    run *= dtype.bytes
+    run = round_up(run * dtype.bytes, 8)
     across = 0 if rows.replicated else rows.local * OFFSET_BYTES
     chunk = rows.local if out.space == Space.DM else max(1, spill // out.pitch)  # a gather writes DM
     for first in range(0, rows.local, chunk):
@@ -95,7 +95,7 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
     at = offsets(em, vector, index, x.pitch)
     order = [i for i, d in enumerate(dims) if d.kind == "feature"]
     out = output_tensor(em, dims, x.dtype, rows, order, em.machine.dm_slice_bytes)
-    run = x.row_bytes
+    run = round_up(x.row_bytes, 8)
     # Physical rows beyond the batch get row 0, so that every row is initialised.
     em.dma(hbm(x.buffer, x.base), dm(out.buffer), [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)], run)
     step = tokens.batch_stride * x.pitch

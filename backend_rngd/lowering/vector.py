@@ -420,7 +420,7 @@ class _Chunk:
                 "use head and rotary sizes that are multiples of 8",
             )
         if stream.tensor.dtype == Dtype.BF16 and packet == 2:
-            raise UnsupportedError("a bf16 tensor without features", "the smallest packet is 8 B", "keep it in f32")
+            raise _narrow(self.axes[-1].size)
         ops = list(step.ops)
         vector = self._vector(ops, sizes, integer)
         if stream.tensor.dtype == Dtype.I32 and not integer:
@@ -527,10 +527,15 @@ class _Chunk:
         inner = next((n for n in reversed(shape.sizes) if n > 1), 1) * (2 if pair else 1)
         packet = 8 if inner % 8 == 0 else (4 if inner % 4 == 0 else 2)
         if v.tensor.dtype == Dtype.BF16 and packet == 2:
-            raise UnsupportedError("a bf16 tensor without features", "the smallest packet is 8 B", "keep it in f32")
+            raise _narrow(inner)
         cast = Dtype.F32 if v.tensor.dtype == Dtype.BF16 else None
         loops = [(shape.rows, v.row_stride), *zip(shape.sizes, v.strides, strict=True), *pair]
         em.load_vrf(em.fetch(v.tensor.base, loops, v.tensor.dtype, packet, cast), v.tensor.buffer, base)
         use = [(self.rows, extent if v.row_stride else 0)]
         use += [(n, s if present else 0) for n, s, present in zip(iteration, strides, v.strides, strict=True)]
         return Operand(Source.VRF, base=base, loops=operand_loops(use))
+
+
+def _narrow(size: int) -> UnsupportedError:
+    why = "the smallest packet of a fetch is 8 B, four bf16"
+    return UnsupportedError(f"bf16 values whose last axis has {size} elements", why, "use a multiple of 4, or f32")
