@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from runtime_sim.analysis import BINS, MOMENTS, Analysis
@@ -10,8 +9,9 @@ from runtime_sim.engines import shortened
 from runtime_sim.memory_timeline import Timeline
 from runtime_sim.trace import LANES, spans
 
-MAX_SPANS = 800  # of a lane
-MAX_SEGMENTS = 400
+MAX_SPANS = 800  # of a lane; in a longer one neighbours too small to see are drawn as one
+SMALLEST = 2000  # parts of the makespan that are seen
+WIDEST = 8  # of those parts that a rectangle may join
 MAX_GROUPS = 100
 MAX_CAUSES = 12  # named for an engine
 MAX_WRITERS = 9  # named in a memory
@@ -23,8 +23,11 @@ def report_data(analysis: Analysis) -> dict[str, Any]:
     result = analysis.result
     unit, number = result.slowest, analysis.slowest
     every = list(spans(analysis, [unit]))
-    lanes = [sorted((s for s in every if s.lane == n), key=lambda s: s.begin - s.end) for n in range(len(LANES))]
-    kept = [s for lane in lanes for s in sorted(lane[:MAX_SPANS], key=lambda s: s.begin)]
+    lanes = [
+        _joined([(s.name, s.begin, s.end) for s in every if s.lane == lane], result.cycles)
+        for lane in range(len(LANES))
+    ]
+    path = [(_where(s), s["begin"], s["end"]) for s in analysis.path]
     account = shortened(analysis.charges(number), MAX_CAUSES)
     return {
         "machine": result.machine.name,
@@ -41,14 +44,14 @@ def report_data(analysis: Analysis) -> dict[str, Any]:
         "energy_joules": [watts * result.seconds for watts in result.power],
         "bounds": result.bounds.to_json() if result.bounds is not None else None,
         "lanes": list(LANES),
-        "spans": [[s.lane, s.name, s.begin, s.end] for s in kept],
+        "spans": [[lane, *drawn] for lane, all_drawn in enumerate(lanes) for drawn in all_drawn],
         "spans_total": len(every),
         "engines": analysis.engine_totals(number),
         "causes": [{**row.to_json(), "cause": row.cause} for row in account],
         "operations": analysis.operations,
         "layers": analysis.layer_path,
-        "path": list(islice(sorted(analysis.path, key=lambda s: s["begin"] - s["end"]), MAX_SEGMENTS)),
-        "path_total": len(analysis.path),
+        "path": [list(drawn) for drawn in _joined(path, result.cycles)],
+        "path_total": len(path),
         "path_groups": sorted(analysis.path_groups, key=lambda g: -g["cycles"])[:MAX_GROUPS],
         "roofline": analysis.roofline,
         "rates": {"bin_cycles": (result.cycles or 1.0) / BINS, **analysis.rates(number)},
@@ -60,6 +63,44 @@ def report_data(analysis: Analysis) -> dict[str, Any]:
             if line is not None
         ],
     }
+
+
+Drawn = tuple[str, float, float, int]  # name, begin, end, how many
+
+
+def _where(segment: dict[str, Any]) -> str:
+    """Operation, layer, unit and context of a segment of the critical path."""
+    operation = segment["location"].replace("|", " ").strip()
+    return f"{operation}\n{segment['layer']}, unit {segment['unit']} {segment['context']}"
+
+
+def _joined(items: list[tuple[str, float, float]], cycles: float) -> list[Drawn]:
+    """What is drawn of a lane: everything if it is little, else neighbours too small to see as one rectangle, named
+    after the one that takes most of it. Items are in order of time."""
+    if len(items) <= MAX_SPANS:
+        return [(name, begin, end, 1) for name, begin, end in items]
+    small = cycles / SMALLEST
+    out: list[Drawn] = []
+    group: list[tuple[str, float, float]] = []
+
+    def close() -> None:
+        if group:
+            total: dict[str, float] = {}
+            for name, begin, end in group:
+                total[name] = total.get(name, 0.0) + end - begin
+            out.append((max(total, key=lambda name: total[name]), group[0][1], group[-1][2], len(group)))
+            group.clear()
+
+    for name, begin, end in items:
+        if group and (begin - group[-1][2] > small or end - group[0][1] > WIDEST * small):
+            close()
+        if end - begin > small:
+            close()
+            out.append((name, begin, end, 1))
+        else:
+            group.append((name, begin, end))
+    close()
+    return out
 
 
 def _live(line: Timeline) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def timeline(data: dict[str, Any]) -> str:
     drawn = "".join(
         rect(
             begin * scale, lane * LANE + 3, (end - begin) * scale, LANE - 6, colour(name),
-            f"{data['lanes'][lane]}: {name}\n{begin:,.1f} to {end:,.1f} ({end - begin:,.1f} cycles)",
+            f"{data['lanes'][lane]}: {name}{_others(count)}\n{begin:,.1f} to {end:,.1f} ({end - begin:,.1f} cycles)",
         )
-        for lane, name, begin, end in data["spans"]
+        for lane, name, begin, end, count in data["spans"]
     )  # fmt: skip
     lanes = [*data["lanes"], "Critical path"]
     rows = svg(LANE * len(data["lanes"]), drawn, "timeline", stretch=True) + _path(data)
@@ -86,15 +86,18 @@ def timeline(data: dict[str, Any]) -> str:
     return f'<div class="lanes"><div class="labels">{labels}</div><div class="rows">{rows}{axis}</div></div>'
 
 
+def _others(count: int) -> str:
+    return f" and {count - 1} neighbours" if count > 1 else ""
+
+
 def _path(data: dict[str, Any]) -> str:
     scale = WIDTH / (data["cycles"] or 1.0)
     drawn = "".join(
         rect(
-            s["begin"] * scale, 3, (s["end"] - s["begin"]) * scale, LANE - 6, colour(plain(s["location"])),
-            f"{plain(s['location'])}\n{s['layer']}, unit {s['unit']} {s['context']}, "
-            f"{s['instructions']} instruction(s)\n{s['begin']:,.1f} to {s['end']:,.1f}",
+            begin * scale, 3, (end - begin) * scale, LANE - 6, colour(name.partition("\n")[0]),
+            f"{name}{_others(count)}\n{begin:,.1f} to {end:,.1f} ({end - begin:,.1f} cycles)",
         )
-        for s in data["path"]
+        for name, begin, end, count in data["path"]
     )  # fmt: skip
     return svg(LANE, drawn, "path", stretch=True)
 

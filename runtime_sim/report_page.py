@@ -97,7 +97,7 @@ def _facts(data: dict[str, Any]) -> str:
         (f"{data['mac_utilisation']:.1%}", "of the multipliers' time used"),
         (f"{data['hbm_utilisation']:.1%}", "of the HBM bandwidth used"),
         (f"{data['collective_share']:.1%}", "of the critical path in collectives"),
-        ("{:,.4g} to {:,.4g} mJ".format(*(1e3 * joules for joules in data["energy_joules"])), "board energy"),
+        (_energy(*data["energy_joules"]), "board energy"),
     ]
     if data["bounds"] is not None:
         at_least, at_most = data["bounds"]["lower"], data["bounds"]["upper"]
@@ -106,6 +106,10 @@ def _facts(data: dict[str, Any]) -> str:
         )
     cells = (f'<div class="fact"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in facts)
     return f'<div class="facts">{"".join(cells)}</div>'
+
+
+def _energy(low: float, high: float) -> str:
+    return f"{low:,.2f} to {high:,.2f} J" if high >= 1 else f"{low * 1e3:,.3f} to {high * 1e3:,.3f} mJ"
 
 
 def _unit(data: dict[str, Any]) -> str:
@@ -148,9 +152,12 @@ def _overview(data: dict[str, Any]) -> str:
 
 
 def _timeline(data: dict[str, Any]) -> str:
-    shown = f"{len(data['spans']):,} of {data['spans_total']:,} spans (the longest)"
-    path = f"the {len(data['path']):,} longest of {data['path_total']:,} segments of the critical path"
-    words = f"{_unit(data)}; {shown}; {path}. Wheel: zoom, drag: move, double click: all."
+    shown = f"{data['spans_total']:,} spans as {len(data['spans']):,} rectangles"
+    path = f"{data['path_total']:,} segments of the critical path as {len(data['path']):,}"
+    words = (
+        f"{_unit(data)}: {shown}, {path}; neighbours too small to see are drawn as one (a trace has each). "
+        "Wheel: zoom, drag: move, double click: all."
+    )
     return _heading("Timeline", words) + draw.timeline(data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -109,14 +110,22 @@ def test_it_loads_nothing(tmp_path: Path) -> None:
 
 def test_long_runs_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numbers, "MAX_SPANS", 1)
+    monkeypatch.setattr(numbers, "SMALLEST", 10)
     path = tmp_path / "report.html"
     write_report(run(2), path)
     text = path.read_text("utf-8")
     page = Page(text)
     data = json.loads(page.data)
-    lanes = [lane for lane, *_ in data["spans"]]
-    assert lanes == sorted(set(lanes)) and len(lanes) == len(page.shapes["timeline"]) < data["spans_total"]
-    assert f"{len(lanes)} of {data['spans_total']:,} spans" in text
+    drawn = data["spans"]
+    assert len(drawn) == len(page.shapes["timeline"]) < data["spans_total"]
+    assert sum(count for *_, count in drawn) == data["spans_total"]
+    assert f"{data['spans_total']:,} spans as {len(drawn)} rectangles" in text
+    # A rectangle joins what is close and small; what can be seen stands for itself.
+    seen = data["cycles"] / numbers.SMALLEST
+    for lane in range(len(data["lanes"])):
+        mine = [(begin, end, count) for at, _, begin, end, count in drawn if at == lane]
+        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(mine))
+        assert all(count == 1 or end - begin <= numbers.WIDEST * seen + 1e-6 for begin, end, count in mine)
 
 
 def test_roofline_peaks_bound_every_operation() -> None:
