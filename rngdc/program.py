@@ -117,10 +117,15 @@ def build_programs(
 def compile_programs(
     modules: Mapping[BucketSpec, ModuleOp], machine: Machine, watch: Watcher | None = None, dumps: Path | None = None
 ) -> Programs:
-    """Streams of modules that went through the passes, made in this process. Raises as `build_programs` does."""
+    """Streams of modules that went through the passes but `outline`, made in this process.
+
+    Raises as `build_programs` does.
+    """
     made: list[Programs] = []
     options = lowering_options(list(modules), machine.slices_per_pe)
-    builders = {b: BuildTask(b, "", "", machine, options, "", str(dumps / b.name) if dumps else None) for b in modules}
+    builders = {
+        b: BuildTask(b, "", "outline", machine, options, "", str(dumps / b.name) if dumps else None) for b in modules
+    }
     with InlineExecutor() as executor:
         request = Request(dict.fromkeys(modules, ""), "", machine, options, dumps=dumps, fast_fail=False)
         work = _Build(request, executor, None, watch or Watcher())

@@ -41,7 +41,8 @@ Listener = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BuildTask:
-    """Passes and lowering of a bucket. `text`: the simplified model; `passes`: a pipeline as `rngdc opt -p` takes it.
+    """Passes and lowering of a bucket. `text`: the simplified model; `passes`: a pipeline as `rngdc opt -p` takes it,
+    the last of which outlines.
 
     `digest` stands for files that passes read (a user's plan). `dumps`: directory for the IR after every pass.
     """
@@ -79,7 +80,7 @@ class BuildTask:
         low = self.lowering
         sizes = f"capacity={low.cache_capacity} batch={low.cache_batch} opt={low.opt_level}"
         last = f"rngd-lower{{machine={self.machine.name} {sizes}}}"
-        return self.text, ",".join(filter(None, [self.passes, "outline", last]))
+        return self.text, f"{self.passes},{last}"
 
     def run(self, listen: Listener, module: ModuleOp | None = None) -> Built:
         """Do it; `module` is the parsed text if the caller has it (it stays as it is)."""
@@ -272,7 +273,6 @@ def _model(text: str) -> ModuleOp:
 def _build(task: BuildTask, listen: Listener, model: ModuleOp | None) -> Built:
     from passes.notes import notes
     from passes.opt import run_pipeline
-    from passes.outline import outline
     from rngdc.estimate import memory_of
 
     steps = Steps(listen)
@@ -280,13 +280,11 @@ def _build(task: BuildTask, listen: Listener, model: ModuleOp | None) -> Built:
     steps("passes")
     module = (model if model is not None else _model(task.text)).clone()
     try:
-        if task.passes:
-            run_pipeline(module, task.passes, Path(task.dumps) if task.dumps else None)
+        run_pipeline(module, task.passes, Path(task.dumps) if task.dumps else None)
     except UserError as error:
         steps.close()
         out.pass_problems = triples(error)
         return out
-    outline(module)
     out.memory, out.notes = memory_of([module]), notes(module)
     steps("lower")
     machine = task.machine
