@@ -190,27 +190,6 @@ def _network_cycles(
     return max(engine, fullest / rate if bursts > 1 else moved / rate, moved * (1.0 - overlapped) / rate)
 
 
-def dma_cycles(
-    read_requests: int,
-    write_requests: int,
-    serial: bool,
-    machine: Machine,
-    engines: int = 1,
-    channel_requests: int = 0,
-    row_conflicts: bool = False,
-) -> float:
-    """Start-up + requests at one a cycle an engine; HBM to HBM and DM to DM pay reads and writes one after the other.
-
-    channel_requests: requests of the busiest HBM channel, which takes 5.33 cycles for each (a row switch if
-    `row_conflicts`).
-    """
-    rate = machine.dma_engine_bytes_per_cycle / machine.dma_request_bytes
-    requests = read_requests + write_requests if serial else max(read_requests, write_requests)
-    per_line = machine.hbm_line_bytes / machine.hbm_channel_bytes_per_cycle
-    channel = channel_requests * (machine.hbm_row_switch_cycles if row_conflicts else per_line)
-    return machine.dma_startup_cycles + max(requests / (rate * engines), channel)
-
-
 def dma_startup(desc: Dma, machine: Machine, reach: Reach = OWN) -> float:
     """Cycles before the first byte moves: the command, a descriptor for every further unit, the way to another card."""
     cycles = machine.dma_startup_cycles + (_descriptors(desc) - 1) * machine.dma_descriptor_cycles

@@ -150,7 +150,7 @@ def test_dma_hbm_to_dm() -> None:
     desc = _dma(Space.HBM, Space.DM, ((65536, 256, 256),), 256)
     work = f.dma_work(desc, BOOK)
     assert (work.read_requests, work.write_requests, work.serial) == (65536, 65536, False)
-    assert f.dma_cycles(work.read_requests, work.write_requests, work.serial, BOOK) == 66036
+    assert f.dma_time(desc, BOOK) == 66036
 
 
 def test_dma_dm_to_dm() -> None:
@@ -160,11 +160,11 @@ def test_dma_dm_to_dm() -> None:
 
 
 def test_dma_with_row_conflicts() -> None:
-    """Case 23: i8 [64, 2048, 1024] with 8 engines, every request switches the row of its channel."""
-    requests = f.dma_requests(64 * 2048, 1024)
-    per_channel = requests // BOOK.hbm_channels
-    assert per_channel == 16384
-    assert f.dma_cycles(requests, requests, False, BOOK, 8, per_channel, row_conflicts=True) == 655_860
+    """Case 23: i8 [64, 2048, 1024] read along its first axis by 8 engines. Its addresses say that every request of a
+    channel switches the row."""
+    desc = _dma(Space.HBM, Space.DM, ((2048, 1024, 1024), (64, 1 << 21, 1 << 21)), 1024)
+    assert f.dma_work(desc, BOOK).read_lines == 16384 * BOOK.hbm_channels
+    assert f.dma_time(desc, BOOK, engines=8) == 655_860
 
 
 @pytest.mark.parametrize(("elements", "latency"), [(128, 7), (64, 6), (32, 5)])

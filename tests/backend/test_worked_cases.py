@@ -231,13 +231,13 @@ def test_dma(
 
 
 @pytest.mark.parametrize(
-    ("rows", "engines", "cycles"),
-    [pytest.param(64 * 2048, 8, 655_860, id="23"), pytest.param(32 * 1024, 8, 164_340, id="23-quarter"),
-     pytest.param(64, 1, 820, id="engine-and-channel")],
+    ("planes", "rows", "switches"),
+    [pytest.param(64, 2048, 16_384, id="23"), pytest.param(128, 2048, 32_768, id="23-twice-the-planes"),
+     pytest.param(64, 4096, 32_768, id="23-twice-the-rows"), pytest.param(64, 1024, 8_192, id="23-half")],
 )  # fmt: skip
-def test_row_conflicts(rows: int, engines: int, cycles: int) -> None:
-    """Rows of 1,024 B, every request of a channel (a 32nd of all) switches its DRAM row: 40 cycles each."""
-    requests = f.dma_requests(rows, 1024)
-    assert requests == rows * 4
-    channel = requests // 32
-    assert f.dma_cycles(requests, requests, False, BOOK, engines, channel, row_conflicts=True) == cycles
+def test_row_conflicts(planes: int, rows: int, switches: int) -> None:
+    """i8 [planes, rows, 1024] read along its first axis: every request of a channel, a 32nd of all, switches its DRAM
+    row, 40 cycles each."""
+    plane = max(rows, 2048) * 1024  # planes of 1,024 rows lie 2 MB apart, too
+    desc = _dma(Space.HBM, Space.DM, ((rows, 1024, 1024), (planes, plane, plane)), 1024)
+    assert f.dma_time(desc, BOOK, engines=8) == 500 + 40 * switches
