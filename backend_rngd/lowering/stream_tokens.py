@@ -179,7 +179,7 @@ class TokensStream(ContractionMapping):
             for m, g, t in passes[first : first + batch]
         ]
         # What takes part without channels needs some weights.
-        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[:2])
+        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[: max(2, self.in_flight)])
         spare = spare or any(g.slices < g.ring for g in groups)
         nbytes = CHANNELS * widest * element
         early = em.take_early([nbytes] * min(2, len(jobs))) if packed is None and not spare else []
