@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -152,11 +153,24 @@ def test_compare_refuses(rngdc: Command, artifact: Path, tmp_path: Path) -> None
 
 
 def test_report_of_a_program(rngdc: Command, artifact: Path, tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
-    ran = rngdc("simulate", artifact, *DECODE, "--report", path, "--set", "dma_startup_cycles=0", "--json", "-")
+    path, trace = tmp_path / "page.html", tmp_path / "trace.json"
+    files = ("--report", path, "--trace", trace, "--json", "-")
+    ran = rngdc("simulate", artifact, *DECODE, *files, "--set", "dma_startup_cycles=0")
     text = path.read_text("utf-8")
     assert f"{ran.json['buckets'][0]['cycles']:,.0f} cycles" in text
     assert "dma_startup_cycles 1100 -&gt; 0 cycles" in text
+    # The page, the tables and the traces are views of one analysis.
+    (b,) = ran.json["buckets"]
+    data = json.loads(text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+    assert data["engines"] == b["account"]
+    assert data["operations"] == b["operations"]
+    assert data["layers"] == b["layer_path_cycles"]
+    for drawn, row in zip(data["memory"], b["memory"], strict=True):
+        assert {k: drawn[k] for k in row} == row
+    events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    instructions = [e for e in events if e["ph"] == "X" and e["tid"] not in (0, 3)]  # neither layers nor VE
+    assert len(instructions) == b["instructions"]
+    assert max(e["args"]["end_cycle"] for e in instructions) == b["cycles"]
     assert text.count("<circle") >= 8  # the matrix products of the model
     refused(rngdc("simulate", artifact, "--report", path), "--report with 2 buckets", "--bucket")
 
