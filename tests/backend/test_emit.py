@@ -95,6 +95,17 @@ def test_calls_pass_addresses_in_registers() -> None:
     assert (loads[0].source, loads[1].destination) == (Endpoint(Space.HBM, 0, 8), Endpoint(Space.HBM, 0, 9))
 
 
+def test_calls_pass_buffers_from_an_offset_on() -> None:
+    module = block_module()
+    call = next(op for op in module.walk() if isinstance(op, CallOp))
+    moved = CallOp("block", list(call.arguments), "layers.0", [512, 1024])
+    call.parent_block().insert_op_before(moved, call)  # type: ignore[union-attr]
+    call.detach()
+    (s,) = emit_of(module).streams
+    first = next(i.what for i in s.routines[0].instructions if isinstance(i.what, Call))
+    assert first == Call(1, ((8, 0, 512), (9, 1, 132096)))
+
+
 def test_caches_are_addressed_through_row_registers() -> None:
     out = emit_of(block_module())
     assert out.row_registers == {16384: 1}

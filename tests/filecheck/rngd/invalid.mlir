@@ -116,6 +116,16 @@ rngd.routine @main(%w: !rngd.buffer<dm, 64>) {
 }
 
 // -----
+// CHECK: an offset for every buffer, or none
+builtin.module {
+  rngd.routine @block(%w: !rngd.buffer<hbm, 64>) {
+  }
+  rngd.routine @main(%w: !rngd.buffer<hbm, 64>) {
+    rngd.call @block(%w) offsets [1, 2]
+  }
+}
+
+// -----
 // CHECK: no routine block
 rngd.routine @main() {
   rngd.call @block()

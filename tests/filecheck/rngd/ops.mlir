@@ -23,6 +23,7 @@ rngd.routine @main() {
   rngd.exec main "exec(slices=64 fetch=(base=0 loops=[64:4] dtype=f32 packet=8 second=0:[4]) commit=(base=0 loops=[64:2] dtype=bf16 valid=8) vector=[(alu=fp_mul0 op=mul operand=(source=vrf loops=[64:4]) group=1) (alu=fp_fma op=add mode=zip01)])" (%a, second %a, vrf %v -> %b)
   rngd.dma dma "dma(source=(space=hbm base=0) destination=(space=dm base=0) loops=[64:0:4194304] packet=256 index=(register=0 base=0 strides=[8] scatter=false))" (%w, index %w -> %b)
   rngd.call @block_0(%w) at "layers.0"
+  rngd.call @block_0(%w) offsets [4096] at "layers.0"
   rngd.probe %b "y" layout "{}" : !rngd.buffer<dm, 16384>
   %p = rngd.get_global @p : !rngd.buffer<dm, 1024>
   rngd.notify dma "notify(register=0 base=0 units=[2:1] semaphore=3)" (%p, %w) "after(main=1)" at "all_reduce"
@@ -53,6 +54,7 @@ rngd.routine @main() {
 // CHECK-NEXT:   rngd.exec main "exec(slices=64 {{.*}}mode=zip01)])" (%a, second %a, vrf %v -> %b)
 // CHECK-NEXT:   rngd.dma dma "dma({{.*}}scatter=false))" (%w, index %w -> %b)
 // CHECK-NEXT:   rngd.call @block_0(%w) at "layers.0"
+// CHECK-NEXT:   rngd.call @block_0(%w) offsets [4096] at "layers.0"
 // CHECK-NEXT:   rngd.probe %b "y" layout "{}" : !rngd.buffer<dm, 16384>
 // CHECK-NEXT:   %p = rngd.get_global @p : !rngd.buffer<dm, 1024>
 // CHECK-NEXT:   rngd.notify dma "notify(register=0 base=0 units=[2:1] semaphore=3)" (%p, %w) "after(main=1)" at "all_reduce"
