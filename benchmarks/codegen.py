@@ -132,7 +132,7 @@ class Shares:
                 continue
             path, kind = location.rsplit("|", 1) if "|" in location else ("", location)
             where = "" if layer == OUTSIDE or layer.startswith("model.layers.") else f"{layer}: "
-            name = f"{where}{path or 'own'} {kind.removeprefix('tc.')}"
+            name = f"{where}{path or 'own'} {kind.removeprefix('tc.') or 'loads of inputs'}"
             causes = self.path[layer, location] / count
             one = Loss(name, dict(zip(CAUSES, causes.tolist(), strict=True)), cost.scaled(1 / count))
             total[name] = total[name].plus(one) if name in total else one
