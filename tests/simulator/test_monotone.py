@@ -38,6 +38,7 @@ from backend_rngd.isa.descriptors import (
     VectorOp,
 )
 from backend_rngd.machine import load_machine
+from runtime_sim.bounds import BoundsError
 from runtime_sim.timing import TimingResult, simulate
 from runtime_sim.what_if import CHANGEABLE
 
@@ -166,3 +167,25 @@ def test_less_to_do_is_not_slower(units: int, data: st.DataObject) -> None:
         smaller = Dma(what.source, what.destination, loops, what.packet)
         programs[0][position] = (context, smaller, after)
         not_slower(simulate([stream(p) for p in programs], SILICON), before)
+
+
+def test_bounds_are_tight_where_nothing_is_shared_and_checked() -> None:
+    """One transfer is its own bound; several units that want more than HBM has are bound by it."""
+    alone = simulate(stream([(DMA, load(0, 8), (0, 0, 0))]), SILICON)
+    assert alone.bounds is not None
+    assert alone.bounds.lower == alone.bounds.upper == pytest.approx(alone.cycles)
+    many = simulate([stream([(DMA, load(1, 64), (0, 0, 0))])] * 16, SILICON)
+    assert many.bounds is not None and many.bounds.binds == "HBM"
+    assert many.cycles == pytest.approx(many.bounds.lower + SILICON.dma_startup_cycles)
+    assert many.cycles < many.bounds.upper
+    for wrong in (many.bounds.lower * 0.999, many.bounds.upper * 1.001):
+        with pytest.raises(BoundsError, match="outside the bounds"):
+            many.bounds.check(wrong)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.data())
+def test_two_runs_are_alike(data: st.DataObject) -> None:
+    programs = [stream(data.draw(items(True))) for _ in range(3)]
+    first, second = simulate(programs, SILICON), simulate(programs, SILICON)
+    assert (first.finish == second.finish).all() and first.bounds == second.bounds
