@@ -1,6 +1,6 @@
 """chunk-tokens: walk many tokens in chunks: all layers for the first chunk, then all layers for the second.
 
-Before (after `outline`):
+It runs after `outline`. Before:
     func.func @main(%ids: tensor<1x1024xi32, #tc.axes<"B,S">>, %pos, %last, %k) {
       %c = call @prepare(%pos)
       %x = call @embed(%ids)
@@ -34,7 +34,6 @@ A program is cut only where that changes no result (`passes.token_flow`); others
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,53 +47,17 @@ from xdsl.rewriter import Rewriter
 from xdsl.utils.exceptions import PassFailedException
 
 from ir.dialects import tc
-from ir.interpreter import names_of
-from ir.types import ELEMENT_BYTES, axis_names, elem_of, labelled_dims, shape_of, tensor, tensor_type
+from ir.types import labelled_dims, shape_of, tensor, tensor_type
+from passes.chunk_sizes import chunk_size, key_limits, token_sizes
 from passes.notes import add_notes
-from passes.outline import OUTLINED
+from passes.outline import OUTLINED, argument_names, set_type
 from passes.provenance import PATH
-from passes.token_flow import PLAIN, STATE, Flow, MixedTokensError, Program, has_tokens, program_flow
+from passes.token_flow import PLAIN, STATE, Flow, MixedTokensError, Program, check_parts, has_tokens, program_flow
 
 CHUNK = "chunk"
 """Attribute of a call of `@main`: the number of its chunk."""
 
 CUT, PICK, PICK_FIRST, TAIL = "cut_", "pick", "pick_first", "_tail"
-
-KEY_LIMITS = 4
-"""Most variants of a layer's function, which differ in the number of keys that their tokens can see."""
-
-KEY_MULTIPLE = 128
-
-VALUE_BYTES = 5 << 20
-"""Largest value that layers hand on: 80 KB in each of 64 slices of 512 KB, so that those of a layer fit beside it."""
-
-
-def chunk_size(batch: int, length: int, token_bytes: int, tokens: int | None = None) -> int:
-    """Tokens of a row in a chunk: equal chunks, as few as hold at most `tokens` tokens of all rows.
-
-    The default is the largest power of two with which a value of `token_bytes` a token takes at most `VALUE_BYTES`.
-    The length itself if nothing has to be, or can be, cut.
-    """
-    if tokens is None:
-        tokens = 1 << max(0, (VALUE_BYTES // max(1, token_bytes)).bit_length() - 1)
-    most = tokens // batch
-    return -(-length // -(-length // most)) if 0 < most < length else length
-
-
-def key_limits(keys: int, length: int, size: int) -> list[int]:
-    """For each chunk how many of `keys` keys its attention reads: what the last of its group of chunks can see.
-
-    Slots grow along the tokens and end before `keys`, so token i stands at `keys - length + i` or before.
-    """
-    count = -(-length // size)
-    groups = min(KEY_LIMITS, count)
-    limits: list[int] = []
-    for chunk in range(count):
-        group = chunk * groups // count
-        last = -(-(group + 1) * count // groups)  # the first chunk of the next group
-        end = keys - length + min(length, last * size)
-        limits.append(min(keys, -(-end // KEY_MULTIPLE) * KEY_MULTIPLE))
-    return limits
 
 
 @dataclass(frozen=True)
@@ -112,7 +75,7 @@ class ChunkTokens(ModulePass):
         main = functions.pop("main", None)
         if main is None or not any(OUTLINED in f.attributes for f in functions.values()):
             return
-        sizes = _sizes(main)
+        sizes = token_sizes(main)
         if sizes is None:
             return
         batch, length, token_bytes = sizes
@@ -121,23 +84,12 @@ class ChunkTokens(ModulePass):
             return
         try:
             program = program_flow(main, functions, length)
+            check_parts(program, size)
         except MixedTokensError as error:
             add_notes(op, [f"{batch} x {length} tokens are not computed in chunks: {error}"])
             return
         keys = [shape_of(v)[2] for v, role in program.roles.items() if role == STATE]
         _Chunker(op, main, functions, program, size, max(keys, default=0)).run()
-
-
-def _sizes(main: FuncOp) -> tuple[int, int, int] | None:
-    """Batch, length, and bytes a token of the largest value between calls; None if there are no tokens."""
-    tokens = next((a for a in main.body.block.args if axis_names(a)[:2] == ["B", "S"]), None)
-    if tokens is None or -1 in shape_of(tokens):
-        return None
-    batch, length = shape_of(tokens)[:2]
-    calls = [op for op in main.body.block.ops if isinstance(op, CallOp)]
-    passed = [v for call in calls for v in call.results if "S" in axis_names(v)]
-    widths = [math.prod(shape_of(v)) * ELEMENT_BYTES[elem_of(v)] // (batch * length) for v in passed]
-    return (batch, length, max(widths)) if widths else None
 
 
 @dataclass
@@ -228,17 +180,22 @@ class _Chunker:
         assert row is not None
         function = row.function.clone()
         block = function.body.block
-        gather = next(op for op in block.ops if isinstance(op, tc.GatherOp) and op.table is block.args[row.tokens])
+        number = list(row.function.body.block.ops).index(row.gather)
+        gather = list(block.ops)[number]
+        assert isinstance(gather, tc.GatherOp)
         argument = block.insert_arg(gather.result.type, row.tokens)
         gather.result.replace_all_uses_with(argument)
+        table = gather.table.owner
         Rewriter.erase_op(gather)
-        operands, names = list(row.call.operands), _argument_names(row.function)
+        if isinstance(table, tc.AllGatherOp):
+            Rewriter.erase_op(table)
+        operands, names = list(row.call.operands), argument_names(row.function)
         operands[row.tokens] = picked
         block.erase_arg(block.args[row.tokens + 1])
         if block.args[row.index].first_use is None:
             block.erase_arg(block.args[row.index])
             del operands[row.index], names[row.index]
-        _set_type(function, names)
+        set_type(function, names)
         self.made[function.sym_name.data] = function
         path = row.call.attributes.get(PATH)
         results = self._call(function, operands, None, path.data if isinstance(path, StringAttr) else "")
@@ -248,7 +205,7 @@ class _Chunker:
     def _part(self, value: SSAValue, dim: int, count: int) -> TensorType[Attribute]:
         """The type of a value with `count` tokens along a dimension, whose name it keeps."""
         dims = labelled_dims(value)
-        old, size = dims[dim], shape_of(value)[dim] // self.program.length * count
+        old, size = dims[dim], shape_of(value)[dim] * count // self.program.length
         dims[dim] = (old[0], size) if isinstance(old, tuple) else size
         return tensor_type(tensor(value).element_type, dims)
 
@@ -270,7 +227,7 @@ class _Chunker:
         for op in new.body.block.ops:
             if isinstance(op, tc.AttentionOp) and shape_of(op.k)[2] == self.keys != keys:
                 op.keys = IntegerAttr(keys, i64)
-        _set_type(new, _argument_names(new))
+        set_type(new, argument_names(new))
         self.made[given] = new
         return new
 
@@ -299,17 +256,25 @@ class _Chunker:
         function = self._function(name, operands)
         arguments = list(function.body.block.args)
         rule = row.gather.rule()
-        at, count = operands[1], shape_of(operands[0])[self.program.roles[row.call.operands[row.tokens]]]
+        role = self.program.roles[row.call.operands[row.tokens]]
+        at, count = operands[1], shape_of(operands[0])[role]
+        table: SSAValue = arguments[0]
+        ops: list[Operation] = []
+        if row.whole is not None:
+            count = count * shape_of(row.whole.result)[role] // shape_of(row.whole.x)[role]
+            kind = self._part(row.whole.result, role, count)
+            ops.append(tc.AllGatherOp(table, role, row.whole.axis.data, row.whole.why.data, kind))
+            table = ops[0].results[0]
         output, index = " ".join(rule.output), " ".join(rule.inputs[1])
         near = tc.MapOp([arguments[1]], f"min(max(a, 0.0), {count - 1}.0)", f"{index} -> {index}", tensor(at))
-        found = tc.GatherOp(arguments[0], near, row.gather.rule_text.data, tensor(row.gather.result))
+        found = tc.GatherOp(table, near, row.gather.rule_text.data, tensor(row.gather.result))
         inside = f"mul(min(max(add(b, 1.0), 0.0), 1.0), min(max(sub({count}.0, b), 0.0), 1.0))"
         # A factor of 1 or 0, and a sum in which all terms but one are zeros: no bit of the row changes.
         masked = f"mul(a, {inside})" if len(operands) == 2 else f"add(c, mul(a, {inside}))"
         sides = [output, index, *([output] if len(operands) == 3 else [])]
         inputs = [found.result, *arguments[1:]]
         kept = tc.MapOp(inputs, masked, f"{', '.join(sides)} -> {output}", tensor(row.gather.result))
-        return self._finish(function, [near, found, kept], [kept.result])
+        return self._finish(function, [*ops, near, found, kept], [kept.result])
 
     def _function(self, name: str, values: Sequence[SSAValue]) -> FuncOp:
         """A function without operations that takes such values."""
@@ -326,19 +291,6 @@ class _Chunker:
         for op in ops:
             op.attributes[PATH] = StringAttr(function.sym_name.data.removesuffix(TAIL))
         function.body.block.add_ops([*ops, ReturnOp(*results)])
-        _set_type(function, _argument_names(function))
+        set_type(function, argument_names(function))
         self.made[function.sym_name.data] = function
         return function
-
-
-def _argument_names(function: FuncOp) -> list[str]:
-    return names_of(function, "arg_names", len(function.body.block.args))
-
-
-def _set_type(function: FuncOp, names: Sequence[str]) -> None:
-    """Make the function's type that of its block, and name its arguments."""
-    block = function.body.block
-    last = block.last_op
-    assert last is not None
-    function.function_type = FunctionType.from_lists([a.type for a in block.args], [o.type for o in last.operands])
-    function.attributes["arg_names"] = ArrayAttr([StringAttr(n) for n in names])

@@ -150,3 +150,17 @@ def _name(value: SSAValue, index: int) -> str:
     if isinstance(owner, tc.WeightOp):
         return f"w:{owner.fqn.data}"
     return value.name_hint or f"arg{index}"
+
+
+def argument_names(function: FuncOp) -> list[str]:
+    """Names of a function's arguments."""
+    return names_of(function, "arg_names", len(function.body.block.args))
+
+
+def set_type(function: FuncOp, names: Sequence[str]) -> None:
+    """Make the function's type that of its block, and name its arguments."""
+    block = function.body.block
+    last = block.last_op
+    assert last is not None
+    function.function_type = FunctionType.from_lists([a.type for a in block.args], [o.type for o in last.operands])
+    function.attributes["arg_names"] = ArrayAttr([StringAttr(n) for n in names])

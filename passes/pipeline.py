@@ -54,11 +54,16 @@ def specialise_stage(batch: int, seq: int, kv: int | None, logits: bool = True) 
     ]
 
 
-def shard_stage(tensor: int, sequence_parallel: bool = False, plan: str | None = None) -> list[ModulePass]:
-    """Once per bucket, after specialise: one program for `tensor` units. Empty for one unit without a user's plan."""
+def shard_stage(
+    tensor: int, sequence_parallel: bool = False, plan: str | None = None, sequence_rows: int = 0
+) -> list[ModulePass]:
+    """Once per bucket, after specialise: one program for `tensor` units. Empty for one unit without a user's plan.
+
+    sequence_rows: see `plan-tp`.
+    """
     if tensor == 1 and plan is None:
         return []
-    place = PlanTp(size=tensor, sequence_parallel=sequence_parallel, plan=plan)
+    place = PlanTp(size=tensor, sequence_parallel=sequence_parallel, plan=plan, sequence_rows=sequence_rows)
     # A plan for one unit is only checked.
     return [place, Partition()] if tensor > 1 else [place]
 

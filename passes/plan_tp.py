@@ -29,6 +29,7 @@ from ir.errors import Problem, UserError
 from ir.interpreter import find_function
 from ir.placement import Mesh
 from ir.types import axis_names, shape_of
+from passes.chunk_sizes import chunk_size, token_sizes
 from passes.notes import add_notes
 from passes.partition import SEQUENCE
 from passes.sharding import Sharding
@@ -38,12 +39,17 @@ from passes.tp_styles import MODEL_PLAN, read_styles
 
 @dataclass(frozen=True)
 class PlanTp(ModulePass):
-    """Place weights and caches on `size` units; `plan` is a YAML file of styles."""
+    """Place weights and caches on `size` units; `plan` is a YAML file of styles.
+
+    sequence_parallel: every unit has a part of the tokens between the layers' collectives. sequence_rows: the same, but
+    only where the tokens of a program, or of a chunk (`chunk-tokens`), are a multiple of so many a unit; 0: never.
+    """
 
     name = "plan-tp"
     size: int = 1
     sequence_parallel: bool = False
     plan: str | None = None
+    sequence_rows: int = 0
 
     @override
     def apply(self, ctx: Context, op: ModuleOp) -> None:
@@ -66,9 +72,18 @@ class PlanTp(ModulePass):
         if rows is not None:
             op.attributes[SEQUENCE] = IntegerAttr(rows, i64)
 
+    def _divides(self, module: ModuleOp) -> bool:
+        """Whether all units can have equal parts of every chunk, of whole multiples of `sequence_rows` tokens."""
+        sizes = token_sizes(find_function(module, "main"))
+        if sizes is None or sizes[0] > 1:
+            return False
+        batch, length, token_bytes = sizes
+        size = chunk_size(batch, length, token_bytes)
+        return size % (self.size * self.sequence_rows) == 0 and length % size == 0
+
     def _sequence(self, module: ModuleOp) -> int | None:
         """The number of tokens to cut under sequence parallelism."""
-        if not self.sequence_parallel:
+        if not self.sequence_parallel and not (self.sequence_rows and self._divides(module)):
             return None
         for value in find_function(module, "main").body.block.args:
             if "S" in axis_names(value):

@@ -5,6 +5,7 @@ was merged into it, or is a *cache*. Tokens are independent
 if every operation on them is one of:
 * an operation whose rule carries the token axis from its operands to its result: maps, reductions and contractions over
   other axes, reshapes and transposes that keep it, embeddings;
+* a collective that gathers tokens or gives every unit its part of them: the parts are those of the chunk then;
 * `kv_update` at slots that are an argument, and causal attention to caches that were updated at its own positions:
   positions grow along the tokens, so a token sees only what it and those before it have written.
 """
@@ -25,7 +26,8 @@ from ir.types import axis_names, shape_of
 from passes.outline import CACHE, HEAD
 
 PLAIN, STATE = -1, -2
-"""Roles of values; any other role is the dimension of the tokens."""
+"""Roles of values; any other role is the dimension of the tokens, or of a unit's part of them."""
+REGROUPING = (tc.AllGatherOp, tc.ReduceScatterOp, tc.LocalSliceOp)
 
 
 class MixedTokensError(Exception):
@@ -47,13 +49,15 @@ class Flow:
 
 @dataclass
 class Row:
-    """The row that a head reads: operand `tokens` of its call holds the tokens, operand `index` the row's number."""
+    """The row that a head reads: operand `tokens` of its call holds the tokens, operand `index` the row's number.
+    `whole`: collects the tokens of all units before that."""
 
     call: CallOp
     function: FuncOp
     gather: tc.GatherOp
     tokens: int
     index: int
+    whole: tc.AllGatherOp | None = None
 
 
 @dataclass
@@ -167,6 +171,8 @@ def _result_role(op: Operation, flow: Flow) -> int:
         return PLAIN
     if isinstance(op, tc.ReshapeOp):
         return _reshaped(op, own[0], flow.length)
+    if isinstance(op, REGROUPING) and has_tokens(own[0]):
+        return own[0]  # which unit has which tokens changes nothing for a token
     rule = op.rule()
     axes = {side[role] for side, role in zip(rule.inputs, own, strict=True) if has_tokens(role)}
     axis = axes.pop()
@@ -182,8 +188,9 @@ def _reshaped(op: tc.ReshapeOp, role: int, length: int) -> int:
     """The dimension of the result in which a step of one token is as long as before."""
     source, target = shape_of(op.x), shape_of(op.result)
     inner = math.prod(source[role + 1 :])
+    tokens = length if source[role] % length == 0 else source[role]
     for i, size in enumerate(target):
-        if size % length == 0 and math.prod(target[i + 1 :]) == inner:
+        if size % tokens == 0 and math.prod(target[i + 1 :]) == inner:
             return i
     raise MixedTokensError(f"tc.reshape {source} -> {target} mixes tokens")
 
@@ -212,7 +219,11 @@ def _picked_row(call: CallOp, function: FuncOp, roles: Sequence[int], length: in
     [tokens, *others] = [i for i, role in enumerate(roles) if has_tokens(role)]
     uses = list(arguments[tokens].uses)
     gather = uses[0].operation if len(uses) == 1 and not others else None
-    if not isinstance(gather, tc.GatherOp) or gather.table is not arguments[tokens]:
+    table: SSAValue = arguments[tokens]
+    whole = gather if isinstance(gather, tc.AllGatherOp) else None
+    if whole is not None and int(whole.dim.value.data) == roles[tokens] and len(list(whole.result.uses)) == 1:
+        table, gather = whole.result, next(iter(whole.result.uses)).operation
+    if not isinstance(gather, tc.GatherOp) or gather.table is not table:
         raise MixedTokensError(f"@{function.sym_name.data} reads more than one token of a sequence")
     rule, index = gather.rule(), gather.indices
     indexed = rule.inputs[0].index(gather.indexed_axis()) == roles[tokens]
@@ -220,4 +231,13 @@ def _picked_row(call: CallOp, function: FuncOp, roles: Sequence[int], length: in
         raise MixedTokensError(f"@{function.sym_name.data} reads more than one token of a sequence")
     if not isinstance(index, BlockArgument) or roles[index.index] != PLAIN:
         raise MixedTokensError(f"@{function.sym_name.data} computes which token it reads")
-    return Row(call, function, gather, tokens, index.index)
+    return Row(call, function, gather, tokens, index.index, whole)
+
+
+def check_parts(program: Program, size: int) -> None:
+    """Raises MixedTokensError if units cannot have equal parts of every chunk."""
+    counts = {size, program.length % size} - {0}
+    for flow in program.flows.values():
+        for value, role in flow.roles.items():
+            if has_tokens(role) and any(shape_of(value)[role] * n % program.length for n in counts):
+                raise MixedTokensError(f"chunks of {size} tokens have no equal part for every unit")

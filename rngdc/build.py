@@ -18,7 +18,7 @@ from ir.errors import Problem, UserError
 from rngdc.buckets import BucketSpec, choose
 from rngdc.effort import EFFORTS
 from rngdc.model_files import check_model_files, copy_model_files, eos_ids, pooling, read_tokenizer
-from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages, recorded
+from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages, recorded, shard_passes
 from rngdc.places import check_directory, check_space, explained, problem_of
 from rngdc.work import TextWatcher, Watcher
 from rngdc.write import weight_sources, write_programs
@@ -226,11 +226,9 @@ def shard_modules(
     """With tensor parallelism, every module becomes that of one unit. Raises UserError for all buckets."""
     from passes.notes import notes as module_notes
     from passes.opt import run_pipeline
-    from passes.pipeline import shard_stage
 
     spread = options.parallel
-    plan = str(spread.plan) if spread.plan is not None else None
-    stage = shard_stage(spread.tensor, spread.sequence, plan)
+    stage = shard_passes(spread, load_machine(options.machine))
     if spread.sequence and spread.tensor == 1:
         notes.append("--sequence-parallel has no effect with -tp 1")
     if not stage:
@@ -287,13 +285,12 @@ def make_programs(
 
 def bucket_passes(options: BuildOptions, kind: str, bucket: BucketSpec) -> str:
     """The passes that make a bucket of the simplified model, as `rngdc opt -p` takes them."""
-    from passes.pipeline import outline_stage, shard_stage, spec, specialise_stage
+    from passes.pipeline import outline_stage, spec, specialise_stage
 
-    spread = options.parallel
     kv = None if kind == "encoder" else bucket.attention_size
-    plan = str(spread.plan) if spread.plan is not None else None
     stage = specialise_stage(bucket.batch, bucket.input_length, kv, bucket.logits)
-    return spec([*stage, *shard_stage(spread.tensor, spread.sequence, plan), *outline_stage()])
+    shard = shard_passes(options.parallel, load_machine(options.machine))
+    return spec([*stage, *shard, *outline_stage()])
 
 
 def compile_modules(

@@ -51,7 +51,7 @@ class ArtifactBuilder:
         num_hidden_layers: int | None = None,
         seed_for_random_weight: int | None = None,
         tensor_parallel_plan: PathLike | None = None,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool | None = None,
         opt_level: int = DEFAULT_LEVEL,
         device: str | int | None = None,
         additional_model_config: Mapping[str, object] | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend_rngd.artifact import Options
 from backend_rngd.machine import Machine
@@ -17,6 +18,9 @@ from rngdc.effort import EFFORTS
 from rngdc.places import check_directory
 from rngdc.work import WorkOptions, check_work
 
+if TYPE_CHECKING:
+    from xdsl.passes import ModulePass
+
 MAX_CARDS_OF_A_LAYER = 4
 """Cards that one layer may be spread over: tensor parallelism over PCIe gains nothing beyond."""
 WEIGHT_MODES = r"link|copy|none|random(:\d+)?"
@@ -28,13 +32,23 @@ class ParallelOptions:
 
     `tensor`: processing elements (PEs) that share every layer, fixed by the build. `pipeline`: stages of layers, a
     preference that loading may change. `plan`: a file with the user's placements, see docs/parallelism.md.
-    `sequence`: norms and residuals work on a part of the tokens each.
+    `sequence`: norms and residuals work on a part of the tokens each; None: where all PEs get whole slices of them.
     """
 
     tensor: int = defaults.TENSOR_PARALLEL
     pipeline: int = defaults.PIPELINE_PARALLEL
     plan: Path | None = None
-    sequence: bool = False
+    sequence: bool | None = None
+
+
+def shard_passes(parallel: ParallelOptions, machine: Machine) -> list[ModulePass]:
+    """The passes that make a bucket the program of one PE of a group."""
+    from passes.pipeline import shard_stage
+
+    plan = str(parallel.plan) if parallel.plan is not None else None
+    decide = parallel.sequence is None and parallel.tensor <= machine.pes_per_chip
+    rows = machine.slices_per_pe if decide else 0
+    return shard_stage(parallel.tensor, bool(parallel.sequence), plan, rows)
 
 
 @dataclass

@@ -118,8 +118,8 @@ class Options(_Record):
     """Preferred stages."""
     tensor_parallel_plan: str | None = None
     """Absolute path of the user's placements."""
-    sequence_parallel: bool = False
-    """Whether norms and residuals work on a part of the tokens each."""
+    sequence_parallel: bool | None = None
+    """Whether norms and residuals work on a part of the tokens each; null: where all units get whole slices of them."""
     weights: str = "link"
     """`link`, `copy`, `none` or `random:SEED`."""
     auto_bfloat16_cast: bool = False
@@ -156,6 +156,7 @@ class Options(_Record):
         words += [word for flag, value in valued if value is not None for word in (flag, str(value))]
         switches = (
             ("--sequence-parallel", self.sequence_parallel),
+            ("--no-sequence-parallel", self.sequence_parallel is False),
             ("--auto-bfloat16-cast", self.auto_bfloat16_cast),
             ("--trust-remote-code", self.trust_remote_code),
         )

@@ -114,11 +114,13 @@ def build(
         typer.Option(metavar="FILE", help="YAML with placements of weights.", show_default="the model's own"),
     ] = None,
     sequence_parallel: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--sequence-parallel", help="Norms and residuals on a part of the tokens each.", show_default="off"
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Norms and residuals on a part of the tokens each.",
+            show_default="where every PE gets whole slices of tokens",
         ),
-    ] = False,
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -383,13 +385,14 @@ def _suggest(path: Path, json: str | None) -> None:
 
 
 def _pipeline_text(auto_bfloat16_cast: bool, parallel: ParallelOptions, opt_level: int) -> str:
-    from passes.pipeline import outline_stage, shard_stage, simplify_stage, spec, specialise_stage
+    from backend_rngd.machine import load_machine
+    from passes.pipeline import outline_stage, simplify_stage, spec, specialise_stage
+    from rngdc.options import shard_passes
 
     if not 0 <= opt_level < len(EFFORTS):
         refuse(f"-O{opt_level}", "there is no such optimisation level", f"use -O0 to -O{len(EFFORTS) - 1}")
     effort = EFFORTS[opt_level]
-    plan = str(parallel.plan) if parallel.plan is not None else None
-    shard = spec(shard_stage(parallel.tensor, parallel.sequence, plan))
+    shard = spec(shard_passes(parallel, load_machine()))
     lines = [
         "capture      frontend.capture",
         f"simplify     {spec(simplify_stage(auto_bfloat16_cast, effort.fuse))}",

@@ -18,9 +18,11 @@ from ir import kernels
 from ir.compare import observe
 from ir.dialects import tc
 from ir.interpreter import find_function, names_of, run
+from ir.spmd import join_results, run_spmd
 from ir.types import numpy_dtype, shape_of
-from passes import chunk_tokens
-from passes.chunk_tokens import KEY_LIMITS, VALUE_BYTES, ChunkTokens, chunk_size, key_limits
+from passes import chunk_sizes
+from passes.chunk_sizes import KEY_LIMITS, VALUE_BYTES, chunk_size, key_limits
+from passes.chunk_tokens import ChunkTokens
 from passes.notes import notes
 from passes.opt import run_pipeline
 from passes.outline import Outline
@@ -102,7 +104,7 @@ def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: 
         return x.astype(np.float64)
 
     monkeypatch.setattr(kernels, "to_f32", wide)
-    monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 4)
+    monkeypatch.setattr(chunk_sizes, "KEY_MULTIPLE", 4)
     captured = model(case, tmp_path)
     for batch, length, kv, tokens in BUCKETS:
         whole = captured.module.clone()
@@ -127,7 +129,7 @@ def test_results_are_those_of_the_whole(case: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_faults_are_named_as_in_the_whole(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`rngdc check` joins the values of all chunks, and names the layer and the operation that a pass got wrong."""
-    monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 4)
+    monkeypatch.setattr(chunk_sizes, "KEY_MULTIPLE", 4)
     captured = model(case, tmp_path)
     before = capture(resolve_model(str(tmp_path))).module
     whole = captured.module.clone()
@@ -156,18 +158,44 @@ def test_programs_that_stay_whole(tmp_path: Path) -> None:
     assert notes_after(encoder) == ["1 x 24 tokens are not computed in chunks: @block_0: attention sees later tokens"]
     captured = model("llama", tmp_path / "llama")
     parallel = captured.module.clone()
-    run_pipeline(parallel, [*specialise_stage(1, 24, 24), *shard_stage(2, sequence_parallel=True), Outline()])
-    [note] = [n for n in notes_after(parallel) if "chunks" in n]
-    assert "tc.reduce_scatter" in note
-    assert "mixes tokens" in note
+    run_pipeline(parallel, [*specialise_stage(1, 24, 24), *shard_stage(8, sequence_parallel=True), Outline()])
+    [note] = [n for n in notes_after(parallel, 6) if "chunks" in n]
+    assert note.endswith("chunks of 6 tokens have no equal part for every unit")
     decode = captured.module.clone()
     run_pipeline(decode, [*specialise_stage(8, 1, 24), Outline()])
     assert notes_after(decode) == []
 
 
-def notes_after(module: ModuleOp) -> list[str]:
-    """The notes of a program that chunks of 8 tokens were asked for, which must not change."""
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("units", [2, 4])
+def test_units_have_a_part_of_every_chunk(
+    case: str, units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequence parallelism: other units hold other tokens than without chunks, and nothing else changes."""
+
+    def wide(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float64)
+
+    monkeypatch.setattr(kernels, "to_f32", wide)
+    monkeypatch.setattr(chunk_sizes, "KEY_MULTIPLE", 4)
+    captured = model(case, tmp_path)
+    whole = captured.module.clone()
+    stages = [*specialise_stage(1, 24, 32), *shard_stage(units, sequence_parallel=True), Outline()]
+    run_pipeline(whole, stages)
+    cut = whole.clone()
+    run_pipeline(cut, [ChunkTokens(8)])
+    assert not [n for n in notes(cut) if "chunks" in n]
+    bucket = captured.module.clone()
+    run_pipeline(bucket, specialise_stage(1, 24, 32))
+    args = inputs(bucket, 8)
+    want, got = (join_results(m, run_spmd(m, args, captured.weights.load)) for m in (whole, cut))
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, name)
+
+
+def notes_after(module: ModuleOp, tokens: int = 8) -> list[str]:
+    """The notes of a program that chunks of so many tokens were asked for, which must not change."""
     before = str(find_function(module, "main"))
-    run_pipeline(module, [ChunkTokens(8)])
+    run_pipeline(module, [ChunkTokens(tokens)])
     assert str(find_function(module, "main")) == before
     return notes(module)
