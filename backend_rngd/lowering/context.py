@@ -12,18 +12,22 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import CallOp, LaunchOp, RoutineOp
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype, Space
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.indexed import OFFSET_BYTES, offsets
+from backend_rngd.lowering.move import load_rows
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form
 from backend_rngd.lowering.vector import VectorLowering
 from backend_rngd.machine import Machine
+from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.placement import Mesh
 from passes.outline import PREPARE
+
+LIMIT_BYTES = 8  # between the last visible keys of two tokens: a commit writes at least 8 B
 
 
 class Program:
@@ -151,26 +155,54 @@ class Program:
                 block.add_op(op)
         return buffer
 
-    def input_offsets(self, em: Emitter, index: Tensor, scale: int) -> SSAValue | None:
-        """HBM global with a program input (cache slots), or a chunk's part of one, times `scale`, computed once for all
-        layers before the first of them; None if `index` is neither."""
+    def _before_layers(self, em: Emitter, index: Tensor) -> tuple[str, Emitter, Tensor] | None:
+        """Of a program input, or a chunk's part of one: its name, a writer before the first of all layers, and the
+        value seen from there; None if `index` is neither."""
         name = next((n for n, b in em.known_globals().items() if b is index.buffer), None)
         if name is None or index.rows is None:
             return None
         known = name in {port.buffer for port in self.out.inputs}
         if not known and name not in self.prepared:
             return None
+        routine = self._prologue() if known else self.routine(self.prepared[name])
+        first = Emitter(self.out.module, routine.block, self.machine, self.options.slices, "offsets")
+        space, kind = ("hbm", "input") if known else ("dm", "activation")
+        return name, first, replace(index, buffer=first.global_buffer(name, space, first.declared_bytes(name), kind))
+
+    def input_offsets(self, em: Emitter, index: Tensor, scale: int) -> SSAValue | None:
+        """HBM global with a program input (cache slots), or a chunk's part of one, times `scale`, computed once for all
+        layers before the first of them; None if `index` is neither."""
+        found = self._before_layers(em, index)
+        if found is None or index.rows is None:
+            return None
+        name, first, source = found
         target = f"offsets.{name}.{scale}"
         nbytes = index.rows.physical * OFFSET_BYTES
         if target not in self._offsets:
             self._offsets.add(target)
-            routine = self._prologue() if known else self.routine(self.prepared[name])
-            first = Emitter(self.out.module, routine.block, self.machine, self.options.slices, "offsets")
-            space, kind = ("hbm", "input") if known else ("dm", "activation")
-            source = replace(index, buffer=first.global_buffer(name, space, first.declared_bytes(name), kind))
             image = first.global_buffer(target, "hbm", nbytes, "activation")
             offsets(first, VectorLowering(first, self.options.spill_bytes), source, scale, image)
         return em.global_buffer(target, "hbm", nbytes, "activation")
+
+    def input_limits(self, em: Emitter, index: Tensor) -> Tensor | None:
+        """f32 in DM of a program input (positions), or a chunk's part of one, as `input_offsets`."""
+        found = self._before_layers(em, index)
+        rows = index.rows
+        if found is None or rows is None or any(d.kind == "feature" for d in index.dims):
+            return None
+        name, first, source = found
+        target = f"dm.limits.{name}"
+        held = replace(index, space=Space.DM, dtype=Dtype.F32, base=0, pitch=LIMIT_BYTES)
+        nbytes = rows.local * LIMIT_BYTES
+        if target not in self._offsets:
+            self._offsets.add(target)
+            here = load_rows(first, source, rows.local) if source.space == Space.HBM else source
+            into = replace(held, buffer=first.global_buffer(target, "dm", nbytes, "scratch"))
+            names = [f"d{i}" for i in range(len(index.dims))]
+            VectorLowering(first, self.options.spill_bytes).map(
+                ex.Input(0), [here], [names], names, Dtype.F32, target=into
+            )
+        return replace(held, buffer=em.global_buffer(target, "dm", nbytes, "scratch"))
 
     def constant_global(self, em: Emitter, name: str, values: np.ndarray[Any, Any]) -> SSAValue:
         """An HBM global with literal bytes."""

@@ -137,6 +137,10 @@ class Indexed(FunctionBase):
             raise UnsupportedError("full attention without lengths", "padding would be seen", "pass lengths")
         key = (source, causal, rows)
         if key not in self.limits:
+            before = self.parent.input_limits(self.em, self.tensor(source)) if causal and self.group.repeated else None
+            if before is not None:
+                self.limits[key] = before
+                return before
             if causal:
                 t, e = self.in_dm(source), ex.Input(0)
             else:

@@ -9,6 +9,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
 from backend_rngd.lowering.emitter import Emitter, Place, dm, hbm
+from backend_rngd.lowering.program import INPUT_PITCH
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
 
 CUT_BYTES = 4096  # constants from this size on reach the slices by the ring
@@ -40,6 +41,8 @@ def compact_like(em: Emitter, t: Tensor, rows: int) -> Tensor:
     """A DM buffer for `rows` local rows of `t`, features row-major in the order of their strides."""
     order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
     strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
+    if not order:
+        pitch = INPUT_PITCH  # as in HBM, so that a slice's rows arrive as one packet
     dims = list(t.dims)
     for i, stride in zip(order, strides, strict=True):
         dims[i] = Dim("feature", t.dims[i].size, stride)
