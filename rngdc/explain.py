@@ -17,8 +17,9 @@ from rich.table import Table
 
 from backend_rngd.artifact import Artifact, Bucket
 from backend_rngd.dialect import InstructionOp, RoutineOp
-from backend_rngd.isa.descriptors import Call, Stream
-from backend_rngd.lowering import lower
+from backend_rngd.instructions import DmaOp
+from backend_rngd.isa.descriptors import Call, Dma, Space, Stream
+from backend_rngd.lowering import Lowered, lower
 from backend_rngd.lowering.candidates import Candidate, candidates, reason, tokens_of
 from backend_rngd.lowering.choices import Choice, Streamed, recording
 from backend_rngd.machine import Machine, load_machine
@@ -112,7 +113,8 @@ def explain(device: Device, bucket: Bucket, named: str | None = None) -> Explain
 def _decisions(artifact: Artifact, bucket: Bucket) -> tuple[list[Streamed | Choice], float | None]:
     """What was decided for the program in the artifact, and the share of the usual size above which values lie in HBM.
 
-    The build tries several; the one is found whose instructions are those of the artifact (None: there is none).
+    The build tries several, also with fewer tiles of weights in flight: the one is found whose instructions and buffers
+    are those of the artifact (None: there is none).
     """
     manifest = artifact.manifest
     specs = [BucketSpec(b.phase, b.batch, b.input_length, b.attention_size) for b in manifest.buckets]
@@ -121,27 +123,54 @@ def _decisions(artifact: Artifact, bucket: Bucket) -> tuple[list[Streamed | Choi
     if manifest.caches:  # the artifact may hold fewer programs than were built
         options = replace(options, cache_capacity=manifest.caches[0].capacity, cache_batch=manifest.caches[0].batch)
     machine, module = load_machine(manifest.machine.name), parse_module(artifact.text(bucket.ir), bucket.ir)
-    made = _instructions_of(artifact.stream(bucket))
-    tried = sorted({v.spill * share for v in EFFORTS[level].variants for share, _ in SMALLER}, reverse=True)
+    made, buffers = _of_stream(artifact.stream(bucket))
+    tried = {
+        (int(options.spill_bytes * v.spill * share), min(tiles, options.in_flight)): v.spill * share
+        for v in EFFORTS[level].variants
+        for share, tiles in SMALLER
+    }
     first: list[Streamed | Choice] = []
-    for share in tried:
+    best: tuple[int, list[Streamed | Choice], float] | None = None
+    for (spill, tiles), share in sorted(tried.items(), reverse=True):
         try:
             with recording() as decisions:
-                lowered = lower(module, machine, replace(options, spill_bytes=int(options.spill_bytes * share)))
+                lowered = lower(module, machine, replace(options, spill_bytes=spill, in_flight=tiles))
         except UserError:
             continue
-        routines = (op for op in lowered.module.body.block.ops if isinstance(op, RoutineOp))
-        ours = Counter(op.where.data for r in routines for op in r.body.block.ops if isinstance(op, InstructionOp))
-        if ours == made:
-            return decisions, share
         first = first or decisions
-    return first, None
+        ours, theirs = _of_module(lowered)
+        far = abs(theirs - buffers)
+        if ours == made and (best is None or far < best[0]):
+            best = far, decisions, share
+    return (first, None) if best is None else best[1:]
 
 
-def _instructions_of(stream: Stream) -> Counter[str]:
-    """Instructions by the operation they were made for."""
-    items = (i for r in stream.routines for i in r.instructions if not isinstance(i.what, Call))
-    return Counter(stream.locations[i.location] if i.location >= 0 else "" for i in items)
+def _of_module(lowered: Lowered) -> tuple[Counter[str], int]:
+    """Instructions by the operation they were made for, and buffers that transfers from HBM fill, of all operations."""
+    routines = [op for op in lowered.module.body.block.ops if isinstance(op, RoutineOp)]
+    items = [(r, op) for r in routines for op in r.body.block.ops if isinstance(op, InstructionOp)]
+    filled = {
+        (r.sym_name.data, op.where.data, op.destination)
+        for r, op in items
+        if isinstance(op, DmaOp) and isinstance(op.descriptor, Dma) and _fills(op.descriptor)
+    }
+    return Counter(op.where.data for _, op in items), len(filled)
+
+
+def _of_stream(stream: Stream) -> tuple[Counter[str], int]:
+    """The same of an emitted program: a buffer has one address."""
+    items = [
+        (r.name, stream.locations[i.location] if i.location >= 0 else "", i.what)
+        for r in stream.routines
+        for i in r.instructions
+        if not isinstance(i.what, Call)
+    ]
+    filled = {(r, place, what.destination.base) for r, place, what in items if isinstance(what, Dma) and _fills(what)}
+    return Counter(place for _, place, _ in items), len(filled)
+
+
+def _fills(what: Dma) -> bool:
+    return what.source.space == Space.HBM and what.destination.space == Space.DM
 
 
 # Contractions ----------------------------------------------------------------------------------------------------
