@@ -59,12 +59,12 @@ class Gather(Exchange):
             )
         target = output(rows.physical * pitch)
         run = feature_count(x) * x.dtype.bytes
-        em.dma(
-            peer(held.buffer, Space.HBM, held.base, 0),
-            hbm(target),
-            [(group.units, UNIT_STRIDE, run), (rows.physical, x.pitch, pitch)],
-            run,
-        )
+        # Whole packets and the rest: equal pieces of a run would begin inside what HBM writes at once.
+        whole = run // em.machine.dma_packet_max_bytes * em.machine.dma_packet_max_bytes
+        for first, size in ((0, whole), (whole, run - whole)):
+            if size:
+                loops = [(group.units, UNIT_STRIDE, run), (rows.physical, x.pitch, pitch)]
+                em.dma(peer(held.buffer, Space.HBM, held.base + first, 0), hbm(target, first), loops, size)
         at = iter(strides)
         dims = [
             d if d.is_row else feature(n, next(at))
