@@ -12,9 +12,10 @@ from xdsl.dialects.builtin import ModuleOp
 from frontend.capture import capture
 from frontend.resolve import resolve_model
 from passes.opt import run_pipeline
-from passes.pipeline import shard_stage, simplify_stage, specialise_stage
+from passes.pipeline import outline_stage, simplify_stage, specialise_stage
 from rngdc.buckets import BucketSpec
 from rngdc.build import compile_modules
+from rngdc.options import ParallelOptions, shard_passes
 from runtime_sim.timing import TimingResult, simulate
 from runtime_sim.topology import Topology
 
@@ -39,16 +40,16 @@ class Model:
         """Time one bucket on `pes` PEs."""
         bucket = BucketSpec("decode" if tokens == 1 else "prefill", batch, tokens, cached)
         module = self.module.clone()
-        run_pipeline(module, [*specialise_stage(batch, tokens, cached), *shard_stage(pes)])
+        shard = shard_passes(ParallelOptions(tensor=pes), SILICON)
+        run_pipeline(module, [*specialise_stage(batch, tokens, cached), *shard, *outline_stage()])
         emitted = compile_modules({bucket: module}, SILICON, lambda _: None).programs[0].emitted
         assert emitted is not None
         topology = Topology.of(base.machine, pes)
         return simulate(emitted.streams[0], base.machine, topology=topology, launch=emitted.launch)
 
     def layer_us(self, result: TimingResult, base: Base) -> float:
-        """What a layer in the middle of the program adds to it."""
-        blocks = [x.advance for x in result.layers_of() if x.name.startswith("model.layers.")]
-        return blocks[len(blocks) // 2] * base.us
+        """What a layer adds to the program, on average; it may be several calls."""
+        return sum(x.advance for x in result.layers_of() if x.name.startswith("model.layers.")) / self.layers * base.us
 
     def bound(self, base: Base, batch: int, tokens: int, cached: int, layers: int) -> tuple[float, str]:
         """Of `layers` layers, with the last projection if they are all."""
