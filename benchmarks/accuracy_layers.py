@@ -10,7 +10,9 @@ from backend_rngd.lowering import LoweringOptions, lower
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
 from ir.text import parse_module
+from passes.opt import run_pipeline
 from passes.outline import outline
+from passes.pipeline import outline_stage
 from rngdc.buckets import BucketSpec
 from rngdc.build import compile_modules
 from runtime_sim.timing import TimingResult, simulate
@@ -122,7 +124,9 @@ def layer(
 ) -> Row:
     """A one-layer program; on several PEs each runs the same shard. macs, hbm: the least for one PE."""
     bucket = BucketSpec("prefill", 1, tokens, tokens)
-    emitted = compile_modules({bucket: parse_module(text)}, SILICON, lambda _: None).programs[0].emitted
+    module = parse_module(text)
+    run_pipeline(module, outline_stage())
+    emitted = compile_modules({bucket: module}, SILICON, lambda _: None).programs[0].emitted
     assert emitted is not None
     topology = Topology.of(base.machine, pes)
     result = simulate(emitted.streams[0], base.machine, topology=topology, launch=emitted.launch)
