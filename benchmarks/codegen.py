@@ -3,8 +3,7 @@
     python benchmarks/codegen.py [-O 0-3] [--output FILE] [--json FILE]
 
 Programs are built from the config alone, without weights and without a cache of earlier results, by the same function
-as `rngdc build`, at TP 8; prefill also with --sequence-parallel, and the faster one counts. They are timed in both
-modes. Writes docs/performance.md.
+as `rngdc build`, at TP 8 with the default options. They are timed in both modes. Writes docs/performance.md.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ LAYERS, HEADS, HEAD, PES = 32, 32, 128, 8
 LAYER_WEIGHTS = HIDDEN * (2 * HIDDEN + 2 * KV + 3 * INNER)
 ATTENTION = ("tc.attention", "tc.kv_update")
 CACHED = 1024
-DEFAULTS = "the default options"
 
 
 @dataclass(frozen=True)
@@ -155,12 +153,12 @@ class Work:
 
     name: str
     vendor: float | None
-    target: float
+    target: float | None
     least: Least
     pes: int = PES
     part: Callable[[str], bool] | None = None
 
-    def row(self, results: dict[str, TimingResult], options: str) -> Row:
+    def row(self, results: dict[str, TimingResult]) -> Row:
         """Times in us by mode; losses of the silicon mode. The mode "vendor's clock" is `silicon` on a slower card."""
         times: dict[str, float] = {}
         bounds: dict[str, tuple[float, str]] = {}
@@ -179,13 +177,13 @@ class Work:
                 more = sum(x.ideal for x in losses) - bounds[mode][0]
                 losses.append(Loss("more multiplications or bytes than the least", {}, Cost(), more, 0.0, us))
         losses.sort(key=lambda x: -x.lost)
-        return Row(self.name, self.vendor, self.target, times, bounds, losses, options)
+        return Row(self.name, self.vendor, self.target, times, bounds, losses)
 
 
-def build_model(level: int, sequence: bool, decode: list[tuple[int, int]], out: Path) -> BuildReport:
+def build_model(level: int, out: Path) -> BuildReport:
     """What `rngdc build` makes of the model, from scratch."""
     options = BuildOptions(
-        str(MODEL), out, BucketRequest([(1, 64), (1, 1024)], decode), ParallelOptions(PES, sequence=sequence),
+        str(MODEL), out, BucketRequest([(1, 64), (1, 1024)], [(1, CACHED), (16, CACHED)]), ParallelOptions(PES),
         weights="none", opt_level=level, work=WorkOptions(1, 1, "local", None, False),
     )  # fmt: skip
     return build(options, lambda _: None)
@@ -240,43 +238,32 @@ def warm_seconds(level: int, base: Path) -> tuple[dict[str, float], dict[str, fl
 
 def rows(level: int, base: Path) -> list[Row]:
     """All rows of the table."""
-    spread: dict[str, dict[str, dict[str, TimingResult]]] = {}
-    for label, sequence in ((DEFAULTS, False), ("--sequence-parallel", True)):
-        decode = [] if sequence else [(1, CACHED), (16, CACHED)]
-        out = base / f"model{sequence}"
-        build_model(level, sequence, decode, out)
-        spread[label] = programs(out)
-    decoding = {batch: spread[DEFAULTS][f"decode_b{batch}_kv{CACHED}"] for batch in (1, 16)}
-
-    def best(work: Work, name: str) -> Row:
-        made = [work.row(found[name], label) for label, found in spread.items()]
-        fastest = min(made, key=lambda row: row.times["silicon"])
-        return replace(fastest, tried={row.options: row.times["silicon"] for row in made})
-
+    build_model(level, base / "model")
+    found = programs(base / "model")
+    decoding = {batch: found[f"decode_b{batch}_kv{CACHED}"] for batch in (1, 16)}
+    few, many = (found[f"prefill_b1_s{n}_kv{n}"] for n in (64, 1024))
     out = [
-        Work("dense part of a layer, 1 token", 389, 330, dense(1), part=is_dense).row(decoding[1], ""),
-        best(Work("dense part of a layer, 64 tokens", 510, 380, dense(64), part=is_dense), "prefill_b1_s64_kv64"),
-        best(
-            Work("dense part of a layer, 1,024 tokens", 2686, 2050, dense(1024), part=is_dense),
-            "prefill_b1_s1024_kv1024",
-        ),
+        Work("dense part of a layer, 1 token", 389, 330, dense(1), part=is_dense).row(decoding[1]),
+        Work("dense part of a layer, 64 tokens", 510, 380, dense(64), part=is_dense).row(few),
+        Work("dense part of a layer, 1,024 tokens", 2686, 2050, dense(1024), part=is_dense).row(many),
     ]
     for batch, vendor, target in ((1, 48, 40), (16, 96, 70)):
         name = f"decode attention of a layer, batch {batch}, KV 1,024"
         work = Work(name, vendor, target, attend(batch, 1, CACHED))
         text = attention(batch, 1, CACHED, HEADS // PES, KV // HEAD // PES)
         results = alone(text, BucketSpec("decode", batch, 1, CACHED), PES)
-        inside = replace(work, part=is_attention).row(decoding[batch], "").times["silicon"]
-        out.append(replace(work.row(results, ""), inside=inside))
-    out.append(Work("decode step, batch 1, KV 1,024", 14_640, 12_000, step(1, 1, CACHED)).row(decoding[1], ""))
-    out.append(best(Work("prefill of 1,024 tokens", 86_000, 70_000, step(1, 1024, 1024)), "prefill_b1_s1024_kv1024"))
+        inside = replace(work, part=is_attention).row(decoding[batch]).times["silicon"]
+        out.append(replace(work.row(results), inside=inside))
+    out.append(Work("decode step, batch 1, KV 1,024", 14_640, 12_000, step(1, 1, CACHED)).row(decoding[1]))
+    out.append(Work("prefill of 1,024 tokens", 86_000, 70_000, step(1, 1024, 1024)).row(many))
     macs, nbytes = 2048 * HIDDEN * 2 * INNER, 2 * (HIDDEN * 2 * INNER + 2048 * (HIDDEN + 2 * INNER))
     work = Work("one PE, GEMM 2,048 x 4,096 x 28,672", 17_276, 0.0, Least(macs, nbytes), 1)
     peak = work.least.limits(load_machine(mode="silicon"), 1)["compute"] * 1e-3
     work = replace(work, target=peak / 0.9)
-    out.append(work.row(alone(linear(2048, HIDDEN, 2 * INNER), BucketSpec("prefill", 1, 2048, 2048), 1), ""))
+    out.append(work.row(alone(linear(2048, HIDDEN, 2 * INNER), BucketSpec("prefill", 1, 2048, 2048), 1)))
     moved = {m: (r.hbm_read_bytes + r.hbm_write_bytes) / r.seconds for m, r in decoding[1].items()}
-    return [*out, Row.utilisation(moved, out[5])]
+    out.append(Row.utilisation(moved, out[5]))
+    return [*out, Work("decode step, batch 16, KV 1,024", None, None, step(16, 1, CACHED)).row(decoding[16])]
 
 
 def main() -> None:
