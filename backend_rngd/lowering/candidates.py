@@ -82,7 +82,7 @@ def predicted(s: Streamed, machine: Machine, units: int) -> float | None:
     rate = hbm_rate(machine, units)
     if s.streams == "weights":
         return played(list(_weight_steps(s, machine, rate)), s.slots) + _spread(s, machine)
-    return played(list(_token_steps(s, machine, rate)), s.slots)
+    return played(list(_token_steps(s, machine, rate, units)), s.slots)
 
 
 def _weight_steps(s: Streamed, machine: Machine, rate: float) -> Iterator[Step]:
@@ -114,7 +114,7 @@ def _spread(s: Streamed, machine: Machine) -> float:
     return total
 
 
-def _token_steps(s: Streamed, machine: Machine, rate: float) -> Iterator[Step]:
+def _token_steps(s: Streamed, machine: Machine, rate: float, units: int) -> Iterator[Step]:
     packet = k_multiple(s.k, s.element) * s.element
     flits = packet // FLIT_BYTES
     for piece in (p for p in s.pieces for _ in range(s.matrices)):
@@ -139,13 +139,22 @@ def _token_steps(s: Streamed, machine: Machine, rate: float) -> Iterator[Step]:
                     work += _sum(s.local * piece.ring * CHANNELS, machine)
                 load = machine.pass_issue_cycles + CHANNELS * run / machine.fetch_sub_bytes
                 last = t == passes - 1 and c == len(s.chunks) - 1
-                yield Step(transfer, load, work, _home(s, piece, machine) if last else 0.0)
+                yield Step(transfer, load, work, _home(s, piece, machine, units) if last else 0.0)
 
 
-def _home(s: Streamed, piece: Piece, machine: Machine) -> float:
+def _home(s: Streamed, piece: Piece, machine: Machine, units: int) -> float:
     """Channels of a group from the slices that computed them to those of the tokens."""
-    runs = s.slices // piece.ring * piece.slices * piece.ring * s.local
-    requests = dma_requests(runs, piece.per_slice * RESULT_BYTES, machine.dma_request_bytes)
+    row = piece.per_slice * RESULT_BYTES
+    if not s.scattered:
+        return _inside(s.slices // piece.ring * piece.slices * piece.ring * s.local, row, machine)
+    share = s.slices // units
+    pulled = _inside(units * piece.slices * s.local, share * row, machine)
+    return pulled + (units - 1) * machine.dma_descriptor_cycles + _inside(piece.slices * s.local * share, row, machine)
+
+
+def _inside(runs: int, nbytes: int, machine: Machine) -> float:
+    """A transfer of runs of `nbytes` bytes inside data memory."""
+    requests = dma_requests(runs, nbytes, machine.dma_request_bytes)
     return machine.dma_startup_cycles + 2 * requests * machine.dma_request_bytes / machine.dma_engine_bytes_per_cycle
 
 

@@ -28,6 +28,7 @@ class Streamed:
     streams: what is not in TRF. local: tokens a slice (all, if the weights stream). matrices: of the same shape that
     are multiplied together. element: bytes. chunks: sizes of K. slots: weight buffers that are loaded and used in turn.
     resident: the tokens lie in DM. packed: weights of 4 bits, expanded in DM. limit: passes of a group at most.
+    scattered: every unit takes its own tokens from all units and adds them.
     """
 
     where: str
@@ -44,6 +45,7 @@ class Streamed:
     resident: bool = True
     packed: bool = False
     limit: int = 1
+    scattered: bool = False
 
 
 @dataclass(frozen=True)

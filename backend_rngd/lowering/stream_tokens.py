@@ -187,7 +187,7 @@ class TokensStream(ContractionMapping):
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
-                        em.slices, resident, packed is not None, to.limit))  # fmt: skip
+                        em.slices, resident, packed is not None, to.limit, to.together))  # fmt: skip
         buffers = [*early, *(em.alloc(nbytes, "weights") for _ in range(slots - len(early)))]
         stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
         partial = CHANNELS * 4
