@@ -9,7 +9,7 @@ in the end `head`. The number of stages is chosen when an artifact is loaded; th
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -125,7 +125,7 @@ def stage_stream(stream: Stream, cuts: Cuts, stage: int) -> Stream:
     if not parts or RECEIVE not in names or any(len(_layers(stream, p)) != cuts.spans[-1][1] for p in parts):
         why = "its entry is not made of calls of blocks, or it cannot receive and send"
         raise _refuse(f"{cuts.stages} pipeline stages", why, "build it again, or use one stage")
-    items: list[tuple[float, Instruction]] = []  # (position in the entry, call); new calls stand between others
+    calls: list[Instruction] = []  # which wait for nothing: the instructions of the routines do
     for part in parts:
         blocks = _layers(stream, part)
         mine = blocks[slice(*cuts.spans[stage])]
@@ -134,23 +134,17 @@ def stage_stream(stream: Stream, cuts: Cuts, stage: int) -> Stream:
             kind = role(_callee(stream, entry[i]))
             if kind in (PREPARE, CUT) or i in mine or kind == (EMBED if stage == 0 else None):
                 if stage > 0 and i == mine[0]:
-                    items.append((i - 0.5, _call(names[RECEIVE + tail], entry[i], i)))
-                items.append((i, entry[i]))
+                    calls.append(_call(names[RECEIVE + tail], entry[i]))
+                calls.append(entry[i])
                 if stage < cuts.stages - 1 and i == mine[-1]:
-                    items.append((i + 0.5, _call(names[SEND + tail], entry[i], i + 1)))
+                    calls.append(_call(names[SEND + tail], entry[i]))
             elif kind in (PICK, HEAD) and stage == cuts.stages - 1:
-                items.append((i, entry[i]))
-    kept = [i for i, _ in items]
-    calls: list[Instruction] = []
-    for _, item in items:
-        # a wait for the first n calls of the entry becomes one for those of them that are kept
-        waits = bisect_left(kept, item.after.call)
-        calls.append(replace(item, after=replace(item.after, call=min(waits, len(calls)))))
+                calls.append(entry[i])
     return replace(stream, routines=(Routine(stream.routines[0].name, tuple(calls)), *stream.routines[1:]))
 
 
-def _call(routine: int, model: Instruction, after: int) -> Instruction:
-    return Instruction(Context.CONTROL, After(call=after), Call(routine, ()), model.location)
+def _call(routine: int, model: Instruction) -> Instruction:
+    return Instruction(Context.CONTROL, After(), Call(routine, ()), model.location)
 
 
 def touched(stream: Stream) -> tuple[Span, ...]:

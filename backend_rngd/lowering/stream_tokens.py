@@ -8,7 +8,7 @@ longer pieces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -34,7 +34,7 @@ from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, Stac
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
-from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
+from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
 from backend_rngd.machine import Machine
 
 LANES = 8
@@ -42,6 +42,8 @@ CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (
 NARROW = (12,)  # channels of a pass that is not full: fewer would be better off in smaller rings
 TRF_K_BYTES = 2048  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
 PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
+BLOCK_BYTES = 64 * 1024  # tokens of a block a slice, if they lie in HBM
+BLOCK_ROWS = 4  # of them a slice at least: with fewer, the weights take longer than the multiplications
 GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
 
 
@@ -147,10 +149,39 @@ class TokensStream(ContractionMapping):
             result = self._output(dims, dtype, x, w, output)
         else:
             result = self.result(dims, dtype, x.rows, w.rows)
-        most = max(1, min(8, GROUP_BYTES // (x.rows.physical * CHANNELS * dtype.bytes)))
         plain = w.packed is None and self.scales.channels is None
-        self.stream(x, [Stack((w,))], dtype, vector, RowsHome(self.em, result, most, narrow=plain))
+        for first, part in self._blocks(x, w):
+            assert part.rows is not None
+            most = max(1, min(8, GROUP_BYTES // (part.rows.physical * CHANNELS * dtype.bytes)))
+            home = RowsHome(self.em, result, most, plain, first, part.rows)
+            self.stream(part, [Stack((w,))], dtype, vector, home)
         return result
+
+    def _blocks(self, x: Tensor, w: Matrix) -> Iterator[tuple[int, Tensor]]:
+        """The tokens to multiply at a time, and the first local row of each block of them. Tokens in HBM come into DM
+        in blocks of whole rows, if that leaves enough of them to hide the weights, which every block needs again; the
+        next block is on the way while one is multiplied."""
+        rows = x.rows
+        assert rows is not None
+        run = w.k * w.dtype.bytes
+        fitting = [n for n in range(1, rows.local) if rows.local % n == 0 and n * run <= BLOCK_BYTES]
+        if x.space == Space.DM or self.scales.tokens is not None or not fitting or fitting[-1] < BLOCK_ROWS:
+            yield 0, x
+            return
+        local, em = fitting[-1], self.em
+        part = replace(rows, local=local, batch=1, length=local * rows.slices, batch_stride=local * rows.slices)
+
+        def bring(first: int) -> tuple[int, Tensor]:
+            buffer = em.alloc(local * run, "tokens")
+            loops = [(em.slices, rows.local * x.pitch, DM_SLICE_STRIDE), (local, x.pitch, run)]
+            em.dma(hbm(x.buffer, x.base + first * x.pitch), dm(buffer), loops, run)
+            return first, Tensor(buffer, Space.DM, x.dtype, (), part, 0, run)
+
+        coming = bring(0)
+        for first in range(local, rows.local, local):
+            here, coming = coming, bring(first)
+            yield here
+        yield coming
 
     def stream(self, x: Tensor, stacks: Sequence[Stack], dtype: Dtype, vector: Sequence[VectorOp], to: Sink) -> None:
         """Multiply by stacks of one height, a group of channels of each after the other, and hand the results on."""
@@ -327,11 +358,15 @@ class RowsHome:
 
     whole = together = False
 
-    def __init__(self, em: Emitter, result: Tensor, limit: int, narrow: bool) -> None:
+    def __init__(
+        self, em: Emitter, result: Tensor, limit: int, narrow: bool, first: int = 0, block: RowSpace | None = None
+    ) -> None:
+        """`block`: the tokens that are multiplied, local rows of the result from `first` on; all if it is None."""
         self.em = em
         self.narrow = narrow
         self.result = result
         self.limit = limit
+        self._first, self._block = first, block
         self._areas: list[SSAValue] = []
         self._next = 0
 
@@ -346,7 +381,7 @@ class RowsHome:
 
     def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """See `Sink`."""
-        rows_home(self.em, area, row, group, self.result)
+        rows_home(self.em, area, row, group, self.result, first=self._first, block=self._block)
 
 
 class StackHome:
@@ -378,15 +413,25 @@ def slices_of(stack: Stack, group: Group) -> list[tuple[int, int, int, int]]:
     return [(part, first, n // group.per_slice, before // group.per_slice) for part, first, n, before in cut]
 
 
-def rows_home(em: Emitter, channels: SSAValue, row: int, group: Group, result: Tensor, first_slice: int = 0) -> None:
+def rows_home(
+    em: Emitter,
+    channels: SSAValue,
+    row: int,
+    group: Group,
+    result: Tensor,
+    first_slice: int = 0,
+    first: int = 0,
+    block: RowSpace | None = None,
+) -> None:
     """`[local row][slice][channel]` of every slice from `first_slice` on to rows on their own slices (and on to HBM if
-    spilled)."""
+    spilled). block: see `RowsHome`."""
     rows = result.rows
     assert rows is not None
-    width, local = result.dtype.bytes, rows.local
+    width, local = result.dtype.bytes, (block or rows).local
     run = group.per_slice * width
-    target, base, pitch = result.buffer, result.base + group.start * width, result.pitch
-    spilled = result.space == Space.HBM
+    pitch = result.pitch
+    target, base = result.buffer, result.base + first * pitch + group.start * width
+    home, spilled = base, result.space == Space.HBM
     if spilled:
         pitch = group.slices * run
         target, base = em.alloc(local * pitch, "rows"), 0
@@ -398,8 +443,8 @@ def rows_home(em: Emitter, channels: SSAValue, row: int, group: Group, result: T
     ]
     em.dma(dm(channels, first_slice * DM_SLICE_STRIDE), dm(target, base), loops, run)
     if spilled:
-        loops = [(em.slices, DM_SLICE_STRIDE, local * result.pitch), (local, pitch, result.pitch)]
-        em.dma(dm(target), hbm(result.buffer, result.base + group.start * width), loops, group.slices * run)
+        loops = [(em.slices, DM_SLICE_STRIDE, rows.local * result.pitch), (local, pitch, result.pitch)]
+        em.dma(dm(target), hbm(result.buffer, home), loops, group.slices * run)
 
 
 def _row_bytes(nbytes: int, banks: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -195,3 +197,19 @@ def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
     y0, y1, y2 = (bf16(values["x"] @ values[f"w{i}"].T) for i in range(3))
     assert relative(got["a"], y0 * y0) < 1e-2
     assert relative(got["b"], y1 + y2) < 5e-3
+
+
+@pytest.mark.parametrize("spill", [None, 64])
+@pytest.mark.parametrize(("s", "k", "n", "rows"), [(1024, 4096, 64, 8), (750, 4128, 192, 6)])
+def test_tokens_in_blocks(s: int, k: int, n: int, rows: int, spill: int | None) -> None:
+    """Tokens in HBM come in blocks of whole rows; the result goes to DM or, if it is large, to HBM too."""
+    rng = np.random.default_rng(k)
+    x, w = bf16(rng.standard_normal((1, s, k))), bf16(rng.standard_normal((n, k)) * 0.1)
+    made = Run(contraction(1, s, k, n), **({} if spill is None else {"spill_bytes": spill}))
+    loads = [
+        i.what for i in made.emitted.streams[0].routines[0].instructions
+        if isinstance(i.what, Dma) and (i.what.source.space, i.what.destination.space) == (Space.HBM, Space.DM)
+    ]  # fmt: skip
+    moved = [d.packet * math.prod(count for count, _, _ in d.loops) for d in loads]
+    assert moved.count(64 * rows * k * 2) == 2
+    assert relative(made({"x": x, "w": w})["y"], x @ w.T) < 3e-3

@@ -25,7 +25,7 @@ def program(blocks: int = 4) -> Stream:
     """Block b reads 256 bytes at 4096 * b and, relative to register 9, its cache at 65536 + 4096 * b."""
 
     def call(routine: int, number: int, *moves: tuple[int, int, int]) -> Instruction:
-        return Instruction(Context.CONTROL, After(call=number), Call(routine, moves), number)
+        return Instruction(Context.CONTROL, After(), Call(routine, moves), number)
 
     entry = [call(1, 0), call(2, 1)]
     entry += [call(3, 2 + b, (8, 0, 4096 * b), (9, 1, 65536 + 4096 * b)) for b in range(blocks)]
@@ -57,8 +57,8 @@ def test_entries_of_stages():
     assert names(found[0]) == ["prepare", "embed", "block", "send"]
     assert names(found[1]) == ["prepare", "receive", "block", "block", "send"]
     assert names(found[2]) == ["prepare", "receive", "block", "head"]
-    for stage in found:  # every call waits for all calls before it, as in the whole program
-        assert [i.after.call for i in stage.routines[0].instructions] == list(range(len(names(stage))))
+    for stage in found:  # calls wait for nothing, as in the whole program: the instructions of the routines do
+        assert {i.after for i in stage.routines[0].instructions} == {After()}
     moves = [call.moves for stage in found for call in calls(stage) if call.routine == 3]
     assert moves == [call.moves for call in calls(stream) if call.routine == 3]
     assert stage_stream(stream, Cuts(((0, 4),)), 0) is stream
@@ -82,7 +82,7 @@ def test_stages_of_chunks():
     names_ += ("prepare_tail", "embed_tail", "block_tail", "receive_tail", "send_tail")
     order = ["cut_0", "prepare", "embed", "block", "block", "pick_first"]
     order += ["cut_1", "prepare_tail", "embed_tail", "block_tail", "block_tail", "pick_tail", "head"]
-    entry = [Instruction(Context.CONTROL, After(call=i), Call(names_.index(n), ())) for i, n in enumerate(order)]
+    entry = [Instruction(Context.CONTROL, After(), Call(names_.index(n), ())) for i, n in enumerate(order)]
     stream = Stream(0, 64, tuple(Routine(n, tuple(entry) if n == "main" else ()) for n in names_), ("x",))
     assert [len(part) for part in passes_of(stream)] == [6, 7]
     assert len(blocks_of(stream)) == 2
@@ -97,7 +97,7 @@ def test_stages_of_chunks():
         *["cut_1", "prepare_tail", "receive_tail", "block_tail", "pick_tail", "head"],
     ]
     for stage in (first, second):
-        assert [i.after.call for i in stage.routines[0].instructions] == list(range(len(names(stage))))
+        assert {i.after for i in stage.routines[0].instructions} == {After()}
 
 
 def test_what_a_stage_holds():
