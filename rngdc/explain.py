@@ -22,6 +22,7 @@ from backend_rngd.isa.descriptors import Call, Dma, Space, Stream
 from backend_rngd.lowering import Lowered, lower
 from backend_rngd.lowering.candidates import Candidate, candidates, reason, tokens_of
 from backend_rngd.lowering.choices import Choice, Streamed, recording
+from backend_rngd.lowering.tensor import RowSpace
 from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.formulas import CollectiveKind, collective_algorithms, collective_time
 from ir.errors import UserError
@@ -222,6 +223,7 @@ def _collectives(
     decided = {d.where: d for d in decisions if isinstance(d, Choice)}
     units = artifact.manifest.parallel.tensor
     cards = -(-units // machine.pes_per_chip)
+    everywhere = RowSpace.make(bucket.batch, bucket.input_length, artifact.manifest.parallel.slices).replicated
     groups: dict[tuple[str, int, str], list[str]] = {}
     for row in collectives_report(artifact, [bucket])[0]["collectives"]:
         places = groups.setdefault((row["kind"], row["nbytes"], row["algorithm"]), [])
@@ -232,7 +234,7 @@ def _collectives(
         kind: CollectiveKind = _kind(name)
         choice = next((decided[p] for p in places if p in decided), None)
         ways = collective_algorithms(kind, units, cards)
-        few = choice is not None or bucket.batch * bucket.input_length <= 8
+        few = choice is not None or everywhere
         found = [
             Candidate(a, collective_time(kind, a, nbytes, units, cards, machine, replicate=few), True, a == algorithm)
             for a in ways

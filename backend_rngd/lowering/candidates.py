@@ -16,7 +16,7 @@ from backend_rngd.lowering.contract_base import k_multiple, split_k
 from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.stream_tokens import CHANNELS, LANES, TRF_K_BYTES, channel_groups
 from backend_rngd.lowering.stream_weights import LONG_TILE_BYTES, TILE_BYTES, column_tiles
-from backend_rngd.lowering.tensor import REPLICATED_ROWS, power_of_two
+from backend_rngd.lowering.tensor import REPLICATED_BATCH, REPLICATED_ROWS, power_of_two
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import contraction_cycles, dma_requests, fetch_cycles, switch_cycles
 
@@ -233,7 +233,10 @@ def reason(s: Streamed, found: Sequence[Candidate]) -> str:
         rule = f"fixed: {tokens} token{'s fit' if tokens > 1 else ' fits'} the {REPLICATED_ROWS} lanes of TRF"
         rule += ", so that every weight is read once and HBM need not pause"
     else:
-        rule = f"fixed: more than {REPLICATED_ROWS} tokens lie on slices, each of which multiplies all of them"
+        rule = (
+            f"fixed: more than {REPLICATED_BATCH} rows to decode, or {REPLICATED_ROWS} tokens of prompts, lie on slices"
+        )
+        rule += ", each of which multiplies all of them"
     mine = next(c for c in found if c.chosen)
     best = next((c for c in found if c.built and c.cycles is not None), None)
     if mine.cycles is None:
