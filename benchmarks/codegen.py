@@ -68,6 +68,12 @@ def peak_macs(machine: Machine) -> float:
     return machine.slices_per_pe * machine.trf_lanes * machine.contraction_packet_bytes / 2
 
 
+def sustained(machine: Machine, pes: int) -> float:
+    """Share of HBM's peak that transfers of so many PEs get at most."""
+    engines = pes * min(machine.dma_hbm_bytes_per_cycle, machine.dma_engine_bytes_per_cycle)
+    return min(engines / machine.hbm_bytes_per_cycle, machine.hbm_efficiency)
+
+
 def dense(tokens: int) -> Least:
     """A layer without attention; activations stay in data memory."""
     return Least(tokens * LAYER_WEIGHTS, 2 * LAYER_WEIGHTS)
@@ -177,7 +183,8 @@ class Work:
                 more = sum(x.ideal for x in losses) - bounds[mode][0]
                 losses.append(Loss("more multiplications or bytes than the least", {}, Cost(), more, 0.0, us))
         losses.sort(key=lambda x: -x.lost)
-        return Row(self.name, self.vendor, self.target, times, bounds, losses)
+        share = sustained(results["silicon"].machine, self.pes)
+        return Row(self.name, self.vendor, self.target, times, bounds, losses, share)
 
 
 def build_model(level: int, out: Path) -> BuildReport:

@@ -103,7 +103,9 @@ class Loss:
 class Row:
     """A figure. Times in us by mode (`slow`: silicon at the vendor's clock); of the utilisation: bytes a second.
 
-    losses: sorted. inside: of attention, us in the layer."""
+    losses: sorted. sustained: share of HBM's peak that transfers get in silicon mode. inside: of attention, us in the
+    layer.
+    """
 
     name: str
     vendor: float | None
@@ -111,6 +113,7 @@ class Row:
     times: dict[str, float]
     bounds: dict[str, tuple[float, str]]
     losses: list[Loss] = field(default_factory=list[Loss])
+    sustained: float = 1.0
     inside: float | None = None
     rate: bool = False
 
@@ -199,6 +202,9 @@ def report(rows: Sequence[Row], cold: Mapping[str, float], warm: Mapping[str, fl
             lines.append(f"In the layer it adds {number(row.inside)} us.")
         excess = row.times["silicon"] - row.bounds["silicon"][0]
         lines.append(f"{number(excess)} us above the bound ({row.bounds['silicon'][1]}).")
+        if row.bounds["silicon"][1] == "HBM":
+            limit = number(row.bounds["silicon"][0] / row.sustained)
+            lines.append(f"Transfers get {row.sustained:.0%} of the peak of HBM in this mode: {limit} us at the least.")
         lines += [loss.sentence() for loss in row.losses[:3] if loss.lost > 0]
         text.append("\n".join(lines) + "\n")
     text.append(
