@@ -12,7 +12,7 @@ from xdsl.passes import ModulePass
 import passes.pipeline
 from backend_rngd.artifact import Artifact
 from backend_rngd.artifact.stages import passes_of
-from passes import chunk_tokens
+from passes import chunk_sizes
 from passes.chunk_tokens import ChunkTokens
 from passes.outline import Outline
 from rngdc.buckets import BucketRequest
@@ -55,7 +55,7 @@ def test_tokens_do_not_depend_on_chunks(
         monkeypatch.setattr(passes.pipeline, "outline_stage", stage)
         return built(tmp_path / "model", tmp_path / name, tensor, request_, opt_level=1)
 
-    monkeypatch.setattr(chunk_tokens, "KEY_MULTIPLE", 16)
+    monkeypatch.setattr(chunk_sizes, "KEY_MULTIPLE", 16)
     whole, cut = build("whole", None), build("cut", size)
     parts = {len(passes_of(cut.stream(b))) for b in cut.buckets}
     assert max(parts) == chunks
