@@ -101,9 +101,11 @@ def vector_ops(ops: Sequence[ChainOp]) -> tuple[VectorOp, ...]:
 
 
 def split_k(k: int, limit: int, multiple: int) -> list[tuple[int, int]]:
-    """Equal chunks (start, size) of K, each at most `limit` and a multiple of `multiple`."""
+    """Chunks (start, size) of K, each at most `limit` and a multiple of `multiple`: as many full ones as there are if
+    the last is at least half of one, because pieces of round sizes spread best over HBM channels, else equal ones."""
     count = -(-k // limit)
-    size = round_up(-(-k // count), multiple)
+    full = limit % multiple == 0 and 2 * (k - (count - 1) * limit) >= limit
+    size = min(k, limit) if full else round_up(-(-k // count), multiple)
     return [(start, min(size, k - start)) for start in range(0, k, size)]
 
 
