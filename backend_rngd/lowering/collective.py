@@ -20,13 +20,15 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype, Space
 from backend_rngd.lowering.choices import choose
 from backend_rngd.lowering.emitter import Place, dm, hbm
-from backend_rngd.lowering.exchange import Exchange, feature_count, peer, piece_size, row_bytes
+from backend_rngd.lowering.exchange import Exchange, feature, feature_count, peer, piece_size, row_bytes
 from backend_rngd.lowering.gather import Gather
 from backend_rngd.lowering.group import Scope
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.machine.formulas import collective_time
 from ir.errors import UnsupportedError
+
+LEAST_PART = 256  # bytes of a row in HBM that a unit adds at least: a line
 
 
 class AllReduce(Exchange):
@@ -213,20 +215,21 @@ class AllReduce(Exchange):
         return held
 
     def _sum_in_hbm(self, x: Tensor) -> Tensor:
-        """Rows in HBM: the unit with number u on its card owns an equal share of the physical rows."""
+        """Rows in HBM, the longer ones in parts: the unit with number u on its card owns an equal share of them."""
         group, em = self.group, self.em
         rows = x.rows
         assert rows is not None
-        if rows.physical % group.local:
+        held = self.published(x, False)
+        count, x = self._cut_rows(held, rows.physical)
+        if count % group.local:
             raise UnsupportedError(
-                f"an all-reduce of {rows.physical} rows over {group.units} units",
+                f"an all-reduce of {count} rows of {x.pitch} B over {group.units} units",
                 "every unit adds an equal share of the rows",
                 "use a bucket whose length is a multiple of 64",
             )
         scope = group.card_scope
-        held = self.published(x, False)
         group.exchange(scope, held.buffer, in_dm=False)
-        share = rows.physical // group.local
+        share = count // group.local
         own = group.register(on_card=share * x.pitch, card=1)
         rank = group.rank_scope
         then = rank if group.cards > 1 else scope
@@ -241,6 +244,15 @@ class AllReduce(Exchange):
         loops = [(group.local, UNIT_STRIDE, share * x.pitch), (share, x.pitch, x.pitch)]
         em.dma(peer(sums, Space.HBM, 0, scope.register), hbm(held.buffer, held.base), loops, row_bytes(x))
         return held
+
+    def _cut_rows(self, x: Tensor, count: int) -> tuple[int, Tensor]:
+        """The same bytes as more and shorter rows, until there is one for every slice of the units of a card."""
+        cuts, width = 1, x.dtype.bytes
+        if x.pitch == feature_count(x) * width:
+            while count * cuts < self.group.local * self.em.slices and x.pitch % (2 * cuts * LEAST_PART) == 0:
+                cuts *= 2
+        part = x.pitch // cuts
+        return count * cuts, replace(x, dims=(feature(part // width, width),), pitch=part) if cuts > 1 else x
 
     def _worth_two_phases(self, nbytes: int) -> bool:
         """Whether the cards should add a part each: fewer bytes over the links, one more exchange."""

@@ -60,6 +60,14 @@ def test_all_reduce_in_hbm(units: int) -> None:
     check_mlp(GroupRun(mlp(units, 1, 130, 96, 64), spill_bytes=256), 1, 130, 96, 64)
 
 
+@pytest.mark.parametrize("machine", [MACHINE, SMALL_CARDS])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_all_reduce_of_few_wide_rows_in_hbm(batch: int, machine: Machine) -> None:
+    """Fewer rows than units: they share the features."""
+    run = GroupRun(mlp(8, batch, 1, 1024, 64), machine, spill_bytes=256)
+    check_mlp(run, batch, 1, 1024, 64)
+
+
 @pytest.mark.parametrize("units", [4, 8])
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (2, 1), (1, 24)])
 def test_all_reduce_over_cards(units: int, batch: int, seq: int) -> None:
