@@ -28,6 +28,8 @@ def why_equivalent(m: Mutant) -> str | None:
     """Why this change of this program may change nothing, or None if that is unexpected."""
     what = m.stream.routines[m.routine].instructions[m.index].what
     field = m.path[-1]
+    if isinstance(what, Dma) and m.path == ("after", "enter"):
+        return "the DMA queue knows that the bytes are free, which the check has proved (isa.early)"
     if isinstance(what, Memset):
         if field == "value":
             return "the fill only makes padding defined: padded rows and lanes are computed and dropped"
