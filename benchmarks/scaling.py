@@ -31,9 +31,10 @@ from frontend.resolve import resolve_model
 from ir.errors import UserError
 from ir.text import parse_module
 from passes.opt import run_pipeline
-from passes.pipeline import shard_stage, simplify_stage, specialise_stage
+from passes.pipeline import outline_stage, simplify_stage, specialise_stage
 from rngdc.buckets import BucketSpec
 from rngdc.build import compile_modules
+from rngdc.options import ParallelOptions, shard_passes
 from rngdc.program import Programs
 from runtime_sim.timing import TimingResult, simulate
 from runtime_sim.topology import Topology
@@ -52,9 +53,8 @@ def compile_both(model: ModuleOp, tensor: int, machine: Machine) -> dict[BucketS
     out: dict[BucketSpec, Programs] = {}
     for bucket in (DECODE, PREFILL):
         module = model.clone()
-        run_pipeline(
-            module, [*specialise_stage(bucket.batch, bucket.input_length, bucket.attention_size), *shard_stage(tensor)]
-        )
+        sizes = specialise_stage(bucket.batch, bucket.input_length, bucket.attention_size)
+        run_pipeline(module, [*sizes, *shard_passes(ParallelOptions(tensor=tensor), machine), *outline_stage()])
         out[bucket] = compile_modules({bucket: module}, roomy, lambda _: None)
     return out
 
