@@ -150,14 +150,22 @@ class _Maker:
             for op, image in images:
                 op.address = IntegerAttr(task.addresses[image.key], i64)
             self.steps("place")
-            for prefetch in (variant.prefetch, variant.prefetch * LESS_PREFETCH, 0.0) if variant.prefetch else (0.0,):
-                self.moves = hoist(lowered.module, machine, prefetch) if prefetch else Moves()
-                dump(self.dumps, "hoist", lowered.module)
+            try:
+                place_in_order(lowered.module, machine, task.hbm_base)
+            except UserError as error:
+                first = first or error
+                continue
+            for prefetch in (variant.prefetch, variant.prefetch * LESS_PREFETCH) if variant.prefetch else ():
+                self.moves = hoist(lowered.module, machine, prefetch)
                 try:
-                    return lowered, place_in_order(lowered.module, machine, task.hbm_base)
-                except UserError as error:
-                    first = first or error
-                self._undo()  # early transfers keep buffers alive for longer
+                    peak = place_in_order(lowered.module, machine, task.hbm_base)
+                except UserError:
+                    self._undo()  # early transfers keep buffers alive for longer
+                    continue
+                dump(self.dumps, "hoist", lowered.module)
+                return lowered, peak
+            dump(self.dumps, "hoist", lowered.module)
+            return lowered, place_in_order(lowered.module, machine, task.hbm_base)
         assert first is not None
         raise first
 

@@ -30,6 +30,12 @@ def sides(desc: Dma) -> Iterator[tuple[Endpoint, list[tuple[int, int]], bool]]:
     yield desc.destination, [(n, b) for n, _, b in desc.loops], True
 
 
+def reach(endpoint: Endpoint, loops: Sequence[tuple[int, int]], packet: int) -> tuple[int, int]:
+    """First byte and end of what a side touches, its register left out."""
+    low = endpoint.base + sum((n - 1) * s for n, s in loops if s < 0)
+    return low, endpoint.base + sum((n - 1) * s for n, s in loops if s > 0) + packet
+
+
 def peer_pieces(
     endpoint: Endpoint, loops: Sequence[tuple[int, int]], packet: int, value: int, limit: int
 ) -> list[tuple[int, Piece]]:
@@ -94,12 +100,14 @@ class Grid:
     ) -> tuple[int, ...]:
         """Cells that a side touches inside one memory; value: contents of its register."""
         if endpoint.space == Space.HBM:
-            base = endpoint.base + value
-            low = base + sum((n - 1) * s for n, s in loops if s < 0)
-            high = base + sum((n - 1) * s for n, s in loops if s > 0) + packet
-            if not self._hbm or high <= self._hbm[0] or low >= self._hbm[-1]:
-                return ()  # the usual case: weights
+            low, high = reach(endpoint, loops, packet)
+            if not self.in_hbm(low + value, high + value):
+                return ()
         return self.cells(own_piece(endpoint, tuple(loops), packet, value))
+
+    def in_hbm(self, low: int, high: int) -> bool:
+        """Whether bytes [low, high) of HBM lie between the first and the last that a peer side touches."""
+        return bool(self._hbm) and low < self._hbm[-1] and high > self._hbm[0]
 
     def _find(self, piece: Piece) -> tuple[int, ...]:
         cuts = self._hbm if piece.hbm else self._dm

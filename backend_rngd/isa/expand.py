@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from backend_rngd.isa.cells import Grid, Piece, peer_pieces, sides
+from backend_rngd.isa.cells import Grid, Piece, peer_pieces, reach, sides
 from backend_rngd.isa.descriptors import (
     Call,
     Context,
@@ -133,6 +133,8 @@ class Expansion:
         self._entry = registers
         self.outside = frozenset[int]() if stages > 1 else self._outside()
         self._own: dict[tuple[int, int], list[tuple[tuple[int, ...], bool]]] = {}
+        # Transfers that others can notice only through own HBM: register, first byte and end of those sides.
+        self._hbm_only: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         self._items: dict[tuple[int, int, int, int, tuple[tuple[int, ...], ...]], Item | None] = {}
         self.pieces: set[Piece] = set()
         self._stretches = [self._kept(number, self._with_peers) for number in range(len(self._everything))]
@@ -189,8 +191,12 @@ class Expansion:
         if isinstance(what, (Notify, Wait)) or self._with_peers(number, index):
             return True
         if isinstance(what, Dma) and self.grid.count > self.grid.dm_cells:
-            spaces = (what.source.space, what.destination.space)
-            return Space.HBM in spaces or bool(self._own_cells(number, index))
+            hbm = [(e.register, *reach(e, loops, what.packet)) for e, loops, _ in sides(what) if e.space == Space.HBM]
+            if self._own_cells(number, index):
+                return True
+            if hbm and what.index is None:
+                self._hbm_only[number, index] = hbm
+            return bool(hbm)
         return bool(self._own_cells(number, index))
 
     def _own_cells(self, number: int, index: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -241,6 +247,12 @@ class Expansion:
         return [chunk for chunk in out if chunk.transfers or chunk.items]
 
     def _item(self, number: int, step: _Step, registers: Registers) -> Item | None:
+        hbm = self._hbm_only.get((number, step.index))
+        if hbm is not None and not any(
+            self.grid.in_hbm(min(registers[register]) + low, max(registers[register]) + high)
+            for register, low, high in hbm
+        ):
+            return None  # the usual case: weights
         what = self.stream.routines[number].instructions[step.index].what
         used: tuple[tuple[int, ...], ...] = ()
         if isinstance(what, Notify):
