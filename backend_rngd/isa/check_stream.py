@@ -274,9 +274,7 @@ def _check_waits(
 
     def check_open(where: _Place) -> None:
         for context in watch.open(hazards):
-            where.add(
-                "race", f"{context.name.lower()} may still use bytes that the next routine overwrites"
-            )
+            where.add("race", f"{context.name.lower()} may still use bytes that the next routine overwrites")
 
     calls = 0
     seen = [0, 0, 0]

@@ -85,20 +85,18 @@ class Slots:
     def _check_lives(self, caches: set[Key]) -> None:
         """A value may be overwritten by the next one in its buffer only when nothing reads it any more."""
         order = {call: i for i, call in enumerate(self.calls)}
-        written: dict[Key, list[int]] = {}
-        for call in self.calls:
+        following: dict[Key, int] = {}  # the next call that writes a buffer, seen from the call at hand
+        for call in reversed(self.calls):
             for value in call.results:
-                written.setdefault(self._root(value), []).append(order[call])
-        for call in self.calls:
-            for value in call.results:
+                root = self._root(value)
                 uses = [order[u.operation] for u in value.uses if isinstance(u.operation, func.CallOp)]
-                following = [i for i in written[self._root(value)] if i > order[call]]
-                if self._root(value) not in caches and uses and following and max(uses) > min(following):
+                if root not in caches and max(uses, default=0) > following.get(root, len(order)):
                     raise UnsupportedError(
                         f"result of {call.callee.string_value()}",
                         "a later layer reads it after the next layer has written its own result",
                         "pass it through the layers",
                     )
+            following |= {self._root(value): order[call] for value in call.results}
 
     def _join(self, a: Key, b: Key) -> None:
         self._parent[self._root(a)] = self._root(b)

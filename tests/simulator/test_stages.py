@@ -82,7 +82,7 @@ def test_stages_of_chunks():
     names_ += ("prepare_tail", "embed_tail", "block_tail", "receive_tail", "send_tail")
     order = ["cut_0", "prepare", "embed", "block", "block", "pick_first"]
     order += ["cut_1", "prepare_tail", "embed_tail", "block_tail", "block_tail", "pick_tail", "head"]
-    entry = [Instruction(Context.CONTROL, After(), Call(names_.index(n), ())) for i, n in enumerate(order)]
+    entry = [Instruction(Context.CONTROL, After(), Call(names_.index(n), ())) for n in order]
     stream = Stream(0, 64, tuple(Routine(n, tuple(entry) if n == "main" else ()) for n in names_), ("x",))
     assert [len(part) for part in passes_of(stream)] == [6, 7]
     assert len(blocks_of(stream)) == 2
