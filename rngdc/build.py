@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from backend_rngd.machine import Machine, load_machine
 from ir.errors import Problem, UserError
 from rngdc.buckets import BucketSpec, choose
 from rngdc.effort import EFFORTS
+from rngdc.memory import peak_memory_bytes as peak_of_process
 from rngdc.model_files import check_model_files, copy_model_files, eos_ids, pooling, read_tokenizer
 from rngdc.options import BuildOptions, ParallelOptions, check_options, check_stages, recorded, shard_passes
 from rngdc.places import check_directory, check_space, explained, problem_of
@@ -69,7 +69,7 @@ class BuildReport:
     peak_bytes: dict[str, int]
     worker_memory_bytes: int = 0
     """Of the largest worker process, 0 if there was none."""
-    peak_memory_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peak_memory_bytes: int = field(default_factory=peak_of_process)
 
     def to_json(self) -> dict[str, Any]:
         """The report of `rngdc build --json`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ir.errors import Problem, UserError
 from rngdc.cache import compiler_digest
 from rngdc.executor import Failure, Finished, Listeners, failure_of
+from rngdc.memory import peak_memory_bytes
 from rngdc.tasks import Task
 
 PACKAGES = ("ir", "passes", "backend_rngd", "frontend", "runtime_sim", "rngdc")
@@ -110,4 +110,4 @@ def _do(task: Task, digest: str) -> tuple[Any, int]:
             outcome: Any = task.run(lambda _: None).plain()
     except Exception as error:
         outcome = failure_of(error)
-    return outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return outcome, peak_memory_bytes()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
+
+from rngdc.memory import peak_memory_bytes
 
 KEPT = 4
 """Buckets whose modules a pipeline builder keeps, in case it gets to compile them as well."""
@@ -51,4 +52,4 @@ def _do(task: Any, connection: Connection) -> None:
                 outcome = outcome.plain()
     except Exception as error:
         outcome = failure_of(error)
-    connection.send(("done", outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    connection.send(("done", outcome, peak_memory_bytes()))
