@@ -18,6 +18,7 @@ from backend_rngd.artifact import Bucket, Cache, Port
 from backend_rngd.emit import Emitted, emit
 from backend_rngd.hoist import Moves, hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
+from backend_rngd.lowering.program import IN_FLIGHT, LEAST_IN_FLIGHT
 from backend_rngd.machine import Machine
 from backend_rngd.place import place_in_order
 from backend_rngd.schedule import schedule
@@ -27,7 +28,7 @@ from rngdc.buckets import BucketSpec
 from rngdc.effort import EFFORTS, Variant
 from rngdc.tasks import Compiled, CompileTask, Listener, Steps, dump, shared_images, triples
 
-SMALLER = ((1.0, 4), (1.0, 2), (0.6, 2), (0.4, 2), (0.25, 2), (0.12, 2))
+SMALLER = ((1.0, IN_FLIGHT), *((share, LEAST_IN_FLIGHT) for share in (1.0, 0.6, 0.4, 0.25, 0.12)))
 """What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM, and tiles of a
 weight in DM at a time."""
 

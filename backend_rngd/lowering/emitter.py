@@ -39,12 +39,10 @@ from backend_rngd.isa.descriptors import (
     Switch,
     VectorOp,
 )
-from backend_rngd.lowering.order import best_order, canonical
+from backend_rngd.lowering.order import MAX_LOOP, best_order, canonical
 from backend_rngd.machine import Machine
 
 Loops = tuple[tuple[int, int], ...]
-MAX_LOOP = 65536
-HBM_LINE = 256
 
 
 class Place(NamedTuple):
@@ -303,7 +301,8 @@ class Emitter:
         """
         nest = list(loops)
         steps = index.strides if index is not None else [0] * len(nest)
-        entries, packet = _fit_packet([(*loop, step) for loop, step in zip(nest, steps, strict=True)], packet)
+        given = [(*loop, step) for loop, step in zip(nest, steps, strict=True)]
+        entries, packet = _fit_packet(given, packet, self.machine)
         merged = best_order(canonical(entries), packet, source[1:], target[1:], self.machine)
         desc = Dma(
             Endpoint(source.space, source.base, source.register),
@@ -344,24 +343,26 @@ def _merge_digits(loops: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int
     return tuple(out)
 
 
-def _fit_packet(entries: list[tuple[int, int, int, int]], packet: int) -> tuple[list[tuple[int, int, int, int]], int]:
+def _fit_packet(
+    entries: list[tuple[int, int, int, int]], packet: int, machine: Machine
+) -> tuple[list[tuple[int, int, int, int]], int]:
     """Choose the innermost contiguous run: at most 4,096 B, at most 65,536 of anything."""
-    limit = 4096
+    limit, line = machine.dma_packet_max_bytes, machine.hbm_line_bytes
     while entries and entries[-1][1:] == (packet, packet, 0) and entries[-1][0] * packet <= limit:
         packet *= entries[-1][0]
         entries = entries[:-1]
     if packet > limit:
         # Whole lines where they divide it: a request that ends inside a line of HBM writes part of it.
-        whole = [n for n in range(HBM_LINE, limit + 1, HBM_LINE) if packet % n == 0]
+        whole = [n for n in range(line, limit + 1, line) if packet % n == 0]
         size = max(whole) if whole else max(n for n in range(8, limit + 1, 8) if packet % n == 0)
         entries = [*entries, (packet // size, size, size, 0)]
         packet = size
     out: list[tuple[int, int, int, int]] = []
     for n, a, b, i in entries:
-        if n > MAX_LOOP:
+        if n > machine.max_loop_size:
             outer = n
             inner = 1
-            while outer > MAX_LOOP:
+            while outer > machine.max_loop_size:
                 factor = next(f for f in (2, 3, 5, 7, 11, 13, n) if outer % f == 0)
                 outer //= factor
                 inner *= factor

@@ -1,4 +1,5 @@
-"""Collectives that move parts: tokens (sequence parallelism) and columns of logits, all through HBM."""
+"""Collectives that move parts: tokens (sequence parallelism) from slices to slices or through HBM, columns of logits
+through HBM."""
 
 from __future__ import annotations
 
@@ -13,10 +14,9 @@ from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.exchange import Exchange, feature, feature_count, peer, row_bytes, row_dim
 from backend_rngd.lowering.move import place_of, store_rows
 from backend_rngd.lowering.shares import own_rows, own_tokens
+from backend_rngd.lowering.stream_tokens import TRF_K_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
 from ir.errors import UnsupportedError
-
-GATHER_BYTES = 2048  # of a row that one transfer brings: as much as the contraction behind it reads in a pass
 
 
 class Gather(Exchange):
@@ -98,7 +98,7 @@ class Gather(Exchange):
         return self.where_it_fits(gathered)
 
     def _gather_in_dm(self, x: Tensor, whole: RowSpace) -> Tensor:
-        """Slices to slices, features in parts: what reads the first ones need not wait for the last ones."""
+        """Slices to slices, features in parts as a contraction reads them, so that its first pass starts early."""
         group, em = self.group, self.em
         rows = x.rows
         assert rows is not None
@@ -125,7 +125,7 @@ class Gather(Exchange):
             ),
         ]
         run = row_bytes(x)
-        for start, size in split_k(run, GATHER_BYTES, 8):
+        for start, size in split_k(run, TRF_K_BYTES, 8):
             source = peer(held.buffer, Space.DM, held.base + start, scope.register)
             em.dma(source, dm(out.buffer, start), loops, size)
         return out
