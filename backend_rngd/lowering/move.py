@@ -33,7 +33,10 @@ def feature_loops(source: Tensor, target: Tensor) -> tuple[list[tuple[int, int, 
         return [], 8  # rows only: the value and its padding
     size, from_stride, to_stride = pairs[-1]
     if from_stride == width and to_stride == width:
-        return pairs[:-1], round_up(size * width, 8)
+        # Passes read the padding of odd rows, in packets of four: it must hold something.
+        padded = round_up(size, 4) * width
+        whole = len(pairs) == 1 and padded <= min(source.pitch, target.pitch)
+        return pairs[:-1], padded if whole else round_up(size * width, 8)
     return pairs, width
 
 

@@ -6,6 +6,7 @@ chunks so that intermediate f32 values stay small, and values that live in HBM a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,9 @@ TO_I8 = (
     VectorOp(Alu.CLIP_MIN, Op.MIN, Mode.STREAM_OPERAND, Operand(Source.CONST, 127.0)),
 )
 """Nearest even and saturated; the cast engine behind it wraps (hardware.md 2.10)."""
-PAIR = "\0pair"  # dummy axis of tensors that have rows only: two f32 values fill the smallest packet (8 B)
+REPEATED = "\0repeated"
+"""Innermost axis along which one value is read again, so that it fills the smallest packet (8 B): of tensors that have
+rows only, and of reductions over counts that are no whole packets."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ class VectorLowering:
 
         Returns a compact tensor (rows like the inputs) or `target` filled in.
         """
+        if reduce is not None and dtype.bytes < Dtype.F32.bytes:
+            exact = self.map(e, inputs, names, out_names, Dtype.F32, reduce)
+            return self.map(ex.Input(0), [exact], [out_names], out_names, dtype, target=target)
         if dtype != Dtype.I32:
             e, inputs, names = self._hoist(e, inputs, names)
         rows = next((t.rows for t in inputs if t.rows is not None), None)
@@ -126,6 +132,13 @@ class VectorLowering:
                 sizes[n] = max(sizes.get(n, 1), d.size)
                 if d.is_row:
                     row_kind[n] = d
+        for t, ns in zip(inputs, names, strict=True):
+            if any(n in row_kind and d.kind == "feature" for d, n in zip(t.dims, ns, strict=True)):
+                raise UnsupportedError(
+                    "an element-wise operation that gives each token its own part of a constant",
+                    f"tokens lie on the slices, the constant of {t.shape} is the same in all of them",
+                    "make the constant an input, with tokens as its first axes",
+                )
         lead = max(
             range(len(inputs)),
             key=lambda i: (len([d for d in inputs[i].dims if d.kind == "feature"]), inputs[i].rows is not None),
@@ -270,7 +283,10 @@ class VectorLowering:
             for i, stride in zip(order, strides, strict=True):
                 dims[i] = Dim("feature", target.dims[i].size, stride)
             out = Tensor(self.em.alloc(rows * pitch), Space.DM, dtype, tuple(dims), target.rows, 0, pitch)
-        _Chunk(self.em, axes, rows, reduced).run(e, placed, names, out, out_names, dtype, reduce)
+        narrowest = min(t.dtype.bytes for t in [*placed, out])
+        if "round_bf16" in ex.functions(e):
+            narrowest = min(narrowest, Dtype.BF16.bytes)
+        _Chunk(self.em, axes, rows, reduced, 8 // narrowest).run(e, placed, names, out, out_names, dtype, reduce)
         if target.space == Space.HBM:
             store_rows(self.em, out, target, rows)
 
@@ -283,12 +299,13 @@ def _rows_view(t: Tensor, row: int) -> Tensor:
 class _Chunk:
     """Runs the steps of an expression over `rows` local rows and `axes`."""
 
-    def __init__(self, em: Emitter, axes: list[Axis], rows: int, reduced: int) -> None:
+    def __init__(self, em: Emitter, axes: list[Axis], rows: int, reduced: int, packet: int) -> None:
+        """reduced: how many of the innermost axes are; packet: elements that fill the smallest packet in every type."""
         self.em = em
         self.rows = rows
-        self.reduced = reduced
-        self.axes = axes if axes else [Axis(PAIR, 2)]
-        self.pair = not axes
+        self.kept = len(axes) - reduced
+        self.repeated = packet if not axes or (reduced and axes[-1].size % packet) else 1
+        self.axes = [*axes, Axis(REPEATED, packet)] if self.repeated > 1 else axes
         self.values: dict[Ref, View] = {}
 
     def run(
@@ -314,7 +331,7 @@ class _Chunk:
                 raise
             scheduler = self._scheduler(e, LAST_STAGE)
             steps, fused = scheduler.run(), False
-        target = self._target(out, out_names, bool(reduce))
+        target = self._target(out, out_names)
         if not steps or (reduce and not fused):
             steps = [*steps, Step(scheduler.root, None, [], scheduler.root)]
         for i, step in enumerate(steps):
@@ -334,18 +351,18 @@ class _Chunk:
         )
         return View(t, t.pitch if t.rows is not None else 0, strides)
 
-    def _target(self, out: Tensor, ns: Sequence[str], reduce: bool) -> View:
+    def _target(self, out: Tensor, ns: Sequence[str]) -> View:
         by_name = {n: d for n, d in zip(ns, out.dims, strict=True)}
-        strides = tuple(
-            out.dtype.bytes if a.name == PAIR else (by_name[a.name].stride if a.name in by_name else 0)
-            for a in self.axes
-        )
-        return View(out, out.pitch, strides)
+        return View(out, out.pitch, tuple(by_name[a.name].stride if a.name in by_name else 0 for a in self.axes))
 
     def _temporary(self, dtype: Dtype) -> View:
-        strides, pitch = feature_dims([a.size for a in self.axes], dtype.bytes)
+        if self.repeated > 1:
+            strides, pitch = feature_dims([a.size for a in self.axes[:-1]], dtype.bytes, REDUCED_SPACING)
+            strides.append(0)
+        else:
+            strides, pitch = feature_dims([a.size for a in self.axes], dtype.bytes)
         buffer = self.em.alloc(self.rows * pitch)
-        if self.axes[-1].size % 4 and not self.pair:
+        if self.axes[-1].size % 4 and self.repeated == 1:
             self.em.memset(buffer, 0, self.rows * pitch)
         return View(Tensor(buffer, Space.DM, dtype, (), None, 0, pitch), pitch, tuple(strides))
 
@@ -359,7 +376,8 @@ class _Chunk:
         shape = self._vrf_shape(v)
         inner = next((s for s in reversed(v.strides) if s), None)
         plain = inner is None or inner == shape.element or (inner == v.tensor.dtype.bytes and shape.element == 4)
-        return plain and shape.bytes <= VRF_OPERAND_BYTES
+        aligned = v.tensor.base % 8 == 0 and not any(s % 8 for s in (v.row_stride, *v.strides) if s > shape.element)
+        return plain and aligned and shape.bytes <= VRF_OPERAND_BYTES
 
     def _vrf_room(self, refs: Sequence[Ref]) -> bool:
         machine = self.em.machine
@@ -377,7 +395,7 @@ class _Chunk:
         spaced = inner is None or (v.tensor.dtype == Dtype.F32 and v.strides[inner] == REDUCED_SPACING)
         if inner is not None:
             sizes[inner] = round_up(sizes[inner], 4)
-        return VrfShape(rows, tuple(sizes), REDUCED_SPACING if spaced else 4)
+        return VrfShape(rows, tuple(sizes), 8 // v.tensor.dtype.bytes * 4 if spaced else 4)
 
     def _repeats(self, ref: Ref) -> bool:
         return ref in self.values and self.values[ref].strides[-1] == 0
@@ -389,18 +407,11 @@ class _Chunk:
     def _sizes(self, target: View, reduce: bool) -> tuple[list[int], int]:
         """Axis sizes with the innermost padded to a packet, and the packet's elements."""
         sizes = [a.size for a in self.axes]
-        inner = sizes[-1]
-        if self.pair:
+        if self.repeated > 1:
+            return sizes, self.repeated
+        if sizes[-1] % 4 and reduce:
             return sizes, 2
-        if inner % 2 and reduce:
-            raise UnsupportedError(
-                f"a reduction over {inner} elements",
-                "a fetch packet holds two elements and padding would be summed",
-                "use a size that is a multiple of 2",
-            )
-        if inner % 4 and reduce:
-            return sizes, 2
-        sizes[-1] = round_up(inner, 4)
+        sizes[-1] = round_up(sizes[-1], 4)
         return sizes, 8 if sizes[-1] % 8 == 0 else 4
 
     def _emit(self, step: Step, target: View, integer: bool, reduce: str | None) -> None:
@@ -419,8 +430,6 @@ class _Chunk:
                 "a commit writes multiples of 8 B (four bf16)",
                 "use head and rotary sizes that are multiples of 8",
             )
-        if stream.tensor.dtype == Dtype.BF16 and packet == 2:
-            raise _narrow(self.axes[-1].size)
         ops = list(step.ops)
         vector = self._vector(ops, sizes, integer)
         if stream.tensor.dtype == Dtype.I32 and not integer:
@@ -428,15 +437,16 @@ class _Chunk:
         outer = self.rows
         valid = packet
         out_sizes, out_strides = sizes, list(target.strides)
-        if reduce is not None:
-            kept = sizes[: len(sizes) - self.reduced]
-            reduced_count = 1
-            for n in sizes[len(sizes) - self.reduced :]:
-                reduced_count *= n
-            op = {"add": Op.ADD, "max": Op.MAX, "min": Op.MIN}[reduce]
-            vector.append(VectorOp(Alu.REDUCE, op, Mode.UNARY, count=reduced_count, inner=1))
-            out_sizes, out_strides, valid = [*kept, 2], [*out_strides[: len(kept)], target.tensor.dtype.bytes], 2
         dtype = target.tensor.dtype
+        if reduce is not None:
+            op = {"add": Op.ADD, "max": Op.MAX, "min": Op.MIN}[reduce]
+            count = math.prod(sizes[self.kept :]) // self.repeated
+            if count > 1:
+                vector.append(VectorOp(Alu.REDUCE, op, Mode.UNARY, count=count, inner=self.repeated))
+        if reduce is not None or self.repeated > 1:
+            values = self.kept if reduce is not None else len(sizes) - 1
+            valid = 8 // dtype.bytes
+            out_sizes, out_strides = [*sizes[:values], valid], [*out_strides[:values], dtype.bytes]
         if dtype == Dtype.I32 and not integer:
             vector.append(VectorOp(Alu.FP_TO_FXP, Op.CONVERT, Mode.UNARY))
         if dtype == Dtype.I8 and stream.tensor.dtype != Dtype.I8:
@@ -523,19 +533,13 @@ class _Chunk:
             extent *= n
         strides.reverse()
         base = em.vrf_space(round_up(shape.bytes, 32))
-        pair = [(2, 4)] if shape.element == REDUCED_SPACING else []
-        inner = next((n for n in reversed(shape.sizes) if n > 1), 1) * (2 if pair else 1)
+        least = 8 // v.tensor.dtype.bytes
+        filled = [(least, v.tensor.dtype.bytes)] if shape.element > 4 else []
+        inner = next((n for n in reversed(shape.sizes) if n > 1), 1) * (least if filled else 1)
         packet = 8 if inner % 8 == 0 else (4 if inner % 4 == 0 else 2)
-        if v.tensor.dtype == Dtype.BF16 and packet == 2:
-            raise _narrow(inner)
         cast = Dtype.F32 if v.tensor.dtype == Dtype.BF16 else None
-        loops = [(shape.rows, v.row_stride), *zip(shape.sizes, v.strides, strict=True), *pair]
+        loops = [(shape.rows, v.row_stride), *zip(shape.sizes, v.strides, strict=True), *filled]
         em.load_vrf(em.fetch(v.tensor.base, loops, v.tensor.dtype, packet, cast), v.tensor.buffer, base)
         use = [(self.rows, extent if v.row_stride else 0)]
         use += [(n, s if present else 0) for n, s, present in zip(iteration, strides, v.strides, strict=True)]
         return Operand(Source.VRF, base=base, loops=operand_loops(use))
-
-
-def _narrow(size: int) -> UnsupportedError:
-    why = "the smallest packet of a fetch is 8 B, four bf16"
-    return UnsupportedError(f"bf16 values whose last axis has {size} elements", why, "use a multiple of 4, or f32")
