@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from backend_rngd.isa.descriptors import FLIT_BYTES
 from backend_rngd.lowering.choices import Piece, Streamed
 from backend_rngd.lowering.contract_base import k_multiple, split_k
+from backend_rngd.lowering.mapping import CHANNELS, LANES, LONG_TILE_BYTES, TILE_BYTES, TRF_K_BYTES
 from backend_rngd.lowering.program import IN_FLIGHT
-from backend_rngd.lowering.stream_tokens import CHANNELS, LANES, TRF_K_BYTES, channel_groups
-from backend_rngd.lowering.stream_weights import LONG_TILE_BYTES, TILE_BYTES, column_tiles
+from backend_rngd.lowering.stream_tokens import channel_groups
+from backend_rngd.lowering.stream_weights import column_tiles
 from backend_rngd.lowering.tensor import REPLICATED_BATCH, REPLICATED_ROWS, power_of_two
 from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import contraction_cycles, dma_requests, fetch_cycles, switch_cycles

@@ -16,6 +16,14 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.exchange import Exchange, row_dim
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.gated import Gated, Join
+from backend_rngd.lowering.mapping import (
+    BLOCK_BYTES,
+    Mapping,
+    block_rows,
+    fixed_tokens,
+    fixed_weights,
+    passes_home,
+)
 from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.scatter import TokenScatter
@@ -28,8 +36,9 @@ class ContractLowering:
     """Lowers `x[rows, K] . w[N, K] -> y[rows, N]`."""
 
     def __init__(self, em: Emitter, spill: int, in_flight: int = IN_FLIGHT) -> None:
-        self.few = WeightsStream(em, spill, in_flight)
-        self.many = TokensStream(em, spill, in_flight)
+        self.few = WeightsStream(em, spill)
+        self.many = TokensStream(em, spill)
+        self.in_flight = in_flight  # tiles of weights in DM at a time
 
     def run(
         self,
@@ -48,11 +57,25 @@ class ContractLowering:
         target: gives the buffer of the result (memory, bytes) instead of a local one. scales: factors of the result.
         """
         assert x.rows is not None
-        mapping = self.few if x.rows.replicated else self.many
-        mapping.target, mapping.scales = target, scales or Scales()
-        result = mapping.run(x, w, dims, dtype, vector_ops(epilogue), output)
-        mapping.target, mapping.scales = None, Scales()
+        engine = self.few if x.rows.replicated else self.many
+        engine.target, engine.scales = target, scales or Scales()
+        result = engine.run(x, w, dims, dtype, vector_ops(epilogue), output, self._fixed(x, w, dtype))
+        engine.target, engine.scales = None, Scales()
         return result
+
+    def _fixed(self, x: Tensor, w: Matrix, dtype: Dtype) -> Mapping:
+        """The mapping of a contraction whose results go home."""
+        rows, machine = x.rows, self.few.em.machine
+        assert rows is not None
+        if rows.replicated:
+            return fixed_weights(rows.local, w.rows, w.pitch, self.few.em.slices, self.in_flight, machine)
+        whole = x.space == Space.DM or self.many.scales.tokens is not None
+        local = rows.local if whole else block_rows(rows.local, w.pitch, BLOCK_BYTES)
+        return self._passes(passes_home(local * rows.slices, dtype.bytes))
+
+    def _passes(self, passes: int) -> Mapping:
+        """The mapping of many tokens with groups of so many passes."""
+        return fixed_tokens(passes, self.in_flight)
 
     def scatter(
         self,
@@ -70,7 +93,7 @@ class ContractLowering:
         own = [row_dim(d, mine) for d in dims]
         sink = TokenScatter(exchange, x.rows, self.many.result(own, dtype, mine, w.rows))
         self.many.scales = scales or Scales()
-        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink)
+        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink, self._passes(sink.limit))
         self.many.scales = Scales()
         sink.finish()
         return sink.result
@@ -80,9 +103,8 @@ class ContractLowering:
         assert x.rows is not None
         out = self.many.result(dims, result, x.rows, matrices[0].rows)
         dtype = Dtype.BF16
-        self.many.stream(
-            x, [Stack((m,)) for m in matrices], dtype, (), Gated(self.many.em, len(matrices), dtype, out, join)
-        )
+        sink = Gated(self.many.em, len(matrices), dtype, out, join)
+        self.many.stream(x, [Stack((m,)) for m in matrices], dtype, (), sink, self._passes(sink.limit))
         return out
 
     def best_stack(self, x: Tensor, matrices: Sequence[Matrix]) -> tuple[int, ...]:
@@ -97,5 +119,6 @@ class ContractLowering:
         assert x.rows is not None
         results = [self.many.result(d, dtype, x.rows, m.rows) for d, m in zip(dims, matrices, strict=True)]
         stack = Stack(tuple(matrices))
-        self.many.stream(x, [stack], dtype, (), StackHome(self.many.em, stack, results))
+        sink = StackHome(self.many.em, stack, results)
+        self.many.stream(x, [stack], dtype, (), sink, self._passes(sink.limit))
         return results

@@ -14,7 +14,6 @@ from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, 
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp, DoesNotFitError, Scheduler
 from backend_rngd.lowering.packed import Packed
-from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.scales import TO_FLOAT, Scales
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
 from ir import expr as ex
@@ -112,10 +111,9 @@ def split_k(k: int, limit: int, multiple: int) -> list[tuple[int, int]]:
 class ContractionMapping:
     """Common part of the two mappings. `half`: the TRF half used last, shared so that loads alternate."""
 
-    def __init__(self, em: Emitter, spill: int, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(self, em: Emitter, spill: int) -> None:
         self.em = em
         self.spill = spill
-        self.in_flight = in_flight  # tiles of weights in DM at a time
         self.half = 0
         self.target: Callable[[Space, int], SSAValue] | None = None  # where the next result goes instead of a local
         self.scales = Scales()  # of the next result

@@ -12,9 +12,9 @@ from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Space
 from backend_rngd.lowering.contract_base import split_k
 from backend_rngd.lowering.emitter import dm, hbm
 from backend_rngd.lowering.exchange import Exchange, feature, feature_count, peer, row_bytes, row_dim
+from backend_rngd.lowering.mapping import TRF_K_BYTES
 from backend_rngd.lowering.move import place_of, store_rows
 from backend_rngd.lowering.shares import own_rows, own_tokens
-from backend_rngd.lowering.stream_tokens import TRF_K_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
 from ir.errors import UnsupportedError
 

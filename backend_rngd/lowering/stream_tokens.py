@@ -32,19 +32,13 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.choices import Piece, Streamed, record
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, Stack, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
+from backend_rngd.lowering.mapping import CHANNELS, LANES, Mapping, block_rows
 from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
 from backend_rngd.machine import Machine
 
-LANES = 8
-CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (hardware.md 2.8 supply limit)
 NARROW = (12,)  # channels of a pass that is not full: fewer would be better off in smaller rings
-TRF_K_BYTES = 2048  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
-PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
-BLOCK_BYTES = 64 * 1024  # tokens of a block a slice, if they lie in HBM
-BLOCK_ROWS = 4  # of them a slice at least: with fewer, the weights take longer than the multiplications
-GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
 
 
 @dataclass(frozen=True)
@@ -142,6 +136,7 @@ class TokensStream(ContractionMapping):
         dtype: Dtype,
         vector: Sequence[VectorOp],
         output: SSAValue | None,
+        m: Mapping,
     ) -> Tensor:
         """See `ContractLowering.run`."""
         assert x.rows is not None
@@ -150,25 +145,23 @@ class TokensStream(ContractionMapping):
         else:
             result = self.result(dims, dtype, x.rows, w.rows)
         plain = w.packed is None and self.scales.channels is None
-        for first, part in self._blocks(x, w):
+        for first, part in self._blocks(x, w, m):
             assert part.rows is not None
-            most = max(1, min(8, GROUP_BYTES // (part.rows.physical * CHANNELS * dtype.bytes)))
-            home = RowsHome(self.em, result, most, plain, first, part.rows)
-            self.stream(part, [Stack((w,))], dtype, vector, home)
+            home = RowsHome(self.em, result, m.passes, plain, first, part.rows)
+            self.stream(part, [Stack((w,))], dtype, vector, home, m)
         return result
 
-    def _blocks(self, x: Tensor, w: Matrix) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, x: Tensor, w: Matrix, m: Mapping) -> Iterator[tuple[int, Tensor]]:
         """The tokens to multiply at a time, and the first local row of each block of them. Tokens in HBM come into DM
         in blocks of whole rows, if that leaves enough of them to hide the weights, which every block needs again; the
         next block is on the way while one is multiplied."""
         rows = x.rows
         assert rows is not None
         run = w.k * w.dtype.bytes
-        fitting = [n for n in range(1, rows.local) if rows.local % n == 0 and n * run <= BLOCK_BYTES]
-        if x.space == Space.DM or self.scales.tokens is not None or not fitting or fitting[-1] < BLOCK_ROWS:
+        local, em = block_rows(rows.local, run, m.block_bytes), self.em
+        if x.space == Space.DM or self.scales.tokens is not None or local == rows.local:
             yield 0, x
             return
-        local, em = fitting[-1], self.em
         part = replace(rows, local=local, batch=1, length=local * rows.slices, batch_stride=local * rows.slices)
 
         def bring(first: int) -> tuple[int, Tensor]:
@@ -183,18 +176,27 @@ class TokensStream(ContractionMapping):
             yield here
         yield coming
 
-    def stream(self, x: Tensor, stacks: Sequence[Stack], dtype: Dtype, vector: Sequence[VectorOp], to: Sink) -> None:
+    def stream(
+        self,
+        x: Tensor,
+        stacks: Sequence[Stack],
+        dtype: Dtype,
+        vector: Sequence[VectorOp],
+        to: Sink,
+        m: Mapping,
+    ) -> None:
         """Multiply by stacks of one height, a group of channels of each after the other, and hand the results on."""
         em, rows, w = self.em, x.rows, stacks[0].like
         assert rows is not None
         element = w.dtype.bytes
         packet = k_multiple(w.k, element)
         packed = w.packed
-        chunks = split_k(w.k, TRF_K_BYTES // element, packet if packed is None else packed.multiple(packet))
+        chunks = split_k(w.k, m.k_bytes // element, packet if packed is None else packed.multiple(packet))
         widest = max(k for _, k in chunks)
         count = rows.physical
+        most, whole = min(m.passes, to.limit), to.whole or not m.small_rings
         groups = channel_groups(
-            stacks[0].rows, em.slices, to.limit, rows.local, w.pitch, em.machine, whole=to.whole, narrow=to.narrow
+            stacks[0].rows, em.slices, most, rows.local, w.pitch, em.machine, whole=whole, narrow=to.narrow
         )
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
@@ -202,7 +204,7 @@ class TokensStream(ContractionMapping):
         passes = [(m, g, t) for g in range(len(groups)) for m in range(len(stacks)) for t in range(groups[g].passes)]
         # Tokens in HBM are brought in one K chunk at a time, for as many passes as partial sums fit.
         several = split and (not resident or to.together)
-        batch = max(1, PARTIAL_BYTES // (count * CHANNELS * 4)) if several else 1
+        batch = max(1, m.partial_bytes // (count * CHANNELS * 4)) if several else 1
         jobs = [
             _Job(m, g, t, c)
             for first in range(0, len(passes), batch)
@@ -210,15 +212,15 @@ class TokensStream(ContractionMapping):
             for m, g, t in passes[first : first + batch]
         ]
         # What takes part without channels needs some weights.
-        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[: max(2, self.in_flight)])
+        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[: max(2, m.in_flight)])
         spare = spare or any(g.slices < g.ring for g in groups)
         nbytes = CHANNELS * widest * element
         early = em.take_early([nbytes] * min(2, len(jobs))) if packed is None and not spare else []
-        slots = max(self.in_flight, len(early))
+        slots = max(m.in_flight, len(early))
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
-                        em.slices, resident, packed is not None, to.limit, to.together))  # fmt: skip
+                        em.slices, resident, packed is not None, most, to.together))  # fmt: skip
         buffers = [*early, *(em.alloc(nbytes, "weights") for _ in range(slots - len(early)))]
         stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
         partial = CHANNELS * 4

@@ -27,15 +27,13 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.choices import Piece, Streamed, record
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import dm, hbm
+from backend_rngd.lowering.mapping import Mapping, lane_bytes
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.packed import expand_numbers, group_sums, load, scaled_rows, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor
 
 SCALED_CHANNELS = 1024  # of a tile a slice, so that their scales fit half of VRF
-TILE_BYTES = 64 * 1024  # one weight tile a slice; activations need what is left of 512 KB
-LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load whatever stands beside it: fewer transfers
-LONG_BYTES = 1024 * 1024  # of such a matrix, a slice
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,19 @@ class WeightsStream(ContractionMapping):
         dtype: Dtype,
         vector: Sequence[VectorOp],
         output: SSAValue | None,
+        m: Mapping,
     ) -> Tensor:
         em = self.em
         assert x.rows is not None
         local = x.rows.local
         lanes = max(4, local)
-        lane_bytes = em.machine.trf_bytes_per_slice // lanes
+        lane = lane_bytes(local, em.machine)
         element = w.dtype.bytes
         packet = k_multiple(w.k, element)
         packed = w.packed
-        chunks = split_k(w.k, lane_bytes // element, packet if packed is None else packed.multiple(packet))
+        chunks = split_k(w.k, m.k_bytes // element, packet if packed is None else packed.multiple(packet))
         widest = max(k for _, k in chunks)
-        long = w.rows * w.pitch >= LONG_BYTES * em.slices
-        most = (LONG_TILE_BYTES if long else TILE_BYTES) // (widest * element)
+        most = m.tile_bytes // (widest * element)
         if self.scales.channels is not None:
             most = min(most, SCALED_CHANNELS)
         if packed is not None:
@@ -86,7 +84,7 @@ class WeightsStream(ContractionMapping):
         largest = max(t.per_slice for t in tiles)
         scales = ScaleOps(em, self.scales)
         jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
-        slots = min(2 if long else self.in_flight, len(jobs))
+        slots = min(m.in_flight, len(jobs))
         sizes = [max(tiles[t].per_slice * chunks[c][1] for c, t in jobs[i::slots]) * element for i in range(slots)]
         pieces = tuple(Piece(t.per_slice, t.slices, em.slices) for t in tiles)
         sizes_k = tuple(k for _, k in chunks)
@@ -137,7 +135,7 @@ class WeightsStream(ContractionMapping):
                 before = group_sums(em, packed, stages[i % slots], rows, k0, k, lanes, slices)
                 groups = packed.part(k0, k)[1]
             if t == 0:
-                base = self._next_half(lane_bytes, k * element)
+                base = self._next_half(lane, k * element)
                 self._tokens_to_trf(x, k0, k, lanes, base)
             tile, last = tiles[t], c == len(chunks) - 1
             after: tuple[VectorOp, ...] = ()

@@ -1,0 +1,83 @@
+"""What is free to choose when a contraction `[tokens, K] . [N, K]` is mapped, in one place.
+
+The engines (`stream_weights.py`, `stream_tokens.py`) take a `Mapping` and do what it says; `fixed` has the one that is
+taken without a search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from backend_rngd.machine import Machine
+
+LANES = 8
+CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (hardware.md 2.8 supply limit)
+TRF_K_BYTES = 2048  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
+TILE_BYTES = 64 * 1024  # one weight tile a slice; activations need what is left of 512 KB
+LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load whatever stands beside it: fewer transfers
+LONG_BYTES = 1024 * 1024  # of such a matrix, a slice
+LONG_IN_FLIGHT = 2  # of its tiles
+MOST_PASSES = 8  # of a group
+GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
+PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
+BLOCK_BYTES = 64 * 1024  # tokens of a block a slice, if they lie in HBM
+BLOCK_ROWS = 4  # of them a slice at least: with fewer, the weights take longer than the multiplications
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How a contraction is done.
+
+    streams: the operand that is not stationary in TRF. in_flight: tiles of weights in DM at a time, at most. k_bytes:
+    of K in TRF at a time, of a token (weights stream) or of a channel (tokens stream); what fits half of TRF is loaded
+    while the other half is used.
+
+    Weights stream. tile_bytes: of a tile of weights, a slice.
+
+    Tokens stream. passes: of 16 channels a slice, whose results go home together. small_rings: channels that do not
+    fill all slices go to rings of fewer slices, which multiply less and load copies of the weights, where the formulas
+    say so. partial_bytes: partial sums of a split K a slice, for passes that share a chunk of K. block_bytes: tokens
+    that come from HBM at a time, a slice.
+    """
+
+    streams: Literal["weights", "tokens"]
+    in_flight: int
+    k_bytes: int
+    tile_bytes: int = TILE_BYTES
+    passes: int = 1
+    small_rings: bool = True
+    partial_bytes: int = PARTIAL_BYTES
+    block_bytes: int = BLOCK_BYTES
+
+
+def lane_bytes(tokens: int, machine: Machine) -> int:
+    """Bytes of TRF for each of `tokens` tokens of a slice, which lie one a lane."""
+    return machine.trf_bytes_per_slice // max(4, tokens)
+
+
+def fixed_weights(tokens: int, rows: int, pitch: int, slices: int, in_flight: int, machine: Machine) -> Mapping:
+    """Few tokens, weights of `rows` rows of `pitch` bytes."""
+    long = rows * pitch >= LONG_BYTES * slices
+    return Mapping(
+        "weights",
+        min(in_flight, LONG_IN_FLIGHT) if long else in_flight,
+        lane_bytes(tokens, machine),
+        LONG_TILE_BYTES if long else TILE_BYTES,
+    )
+
+
+def fixed_tokens(passes: int, in_flight: int) -> Mapping:
+    """Many tokens; `passes` of a group."""
+    return Mapping("tokens", in_flight, TRF_K_BYTES, passes=passes)
+
+
+def passes_home(tokens: int, element: int) -> int:
+    """Passes of a group whose results, of `tokens` tokens and elements of so many bytes, are brought home together."""
+    return max(1, min(MOST_PASSES, GROUP_BYTES // (tokens * CHANNELS * element)))
+
+
+def block_rows(local: int, run: int, most: int) -> int:
+    """Local rows of `run` bytes that come from HBM at a time: a divisor of `local` of at most `most` bytes."""
+    fitting = [n for n in range(1, local) if local % n == 0 and n * run <= most]
+    return fitting[-1] if fitting and fitting[-1] >= BLOCK_ROWS else local
