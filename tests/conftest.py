@@ -18,7 +18,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-# The same examples in every run, so that a change is at fault when a run fails. `--hypothesis-profile=random` draws others.
+# The same examples in every run, so that a change is at fault when a run fails;
+# `--hypothesis-profile=random` draws others.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("random", derandomize=False, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
