@@ -82,7 +82,7 @@ def epilogue_ops(e: ex.Expr | None) -> list[ChainOp] | None:
     if e is None:
         return []
     try:
-        steps = Scheduler(e, lambda _: False, lambda _a, _b: True).run()
+        steps = Scheduler(e, lambda _: False, lambda _: Dtype.F32).run()
     except DoesNotFitError:
         return None
     if len(steps) != 1 or steps[0].second is not None or steps[0].stash_input or steps[0].rounded:

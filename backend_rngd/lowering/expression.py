@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from backend_rngd.isa.descriptors import Alu, Mode, Op
+from backend_rngd.isa.descriptors import Alu, Dtype, Mode, Op
 from ir import expr as ex
 from ir.errors import UnsupportedError
 
@@ -232,10 +232,19 @@ FLOAT_STAGE = Alu.FP_FMA.stage
 LAST_STAGE = Alu.CLIP_ADD.stage
 
 
+def _wide(ops: list[ChainOp]) -> list[ChainOp]:
+    """The same chain with its sum in the clip stage, if that spares it the float stages: they are half as wide."""
+    narrow = [op for op in ops if FLOAT_STAGE <= op.alu.stage <= Alu.FP_DIV.stage]
+    used = {op.alu for op in ops}
+    if len(narrow) != 1 or narrow[0].alu != Alu.FP_FMA or narrow[0].op != Op.ADD or Alu.CLIP_ADD in used:
+        return ops
+    return [replace(op, alu=Alu.CLIP_ADD) if op is narrow[0] else op for op in ops]
+
+
 class Scheduler:
     """Greedy pass former. `through_vrf(ref)` says whether a tensor can be an operand from VRF.
 
-    `same_type(a, b)`: two tensors can be fetched interleaved (one fetch has one element type).
+    `dtype(ref)`: element type of an input (one fetch has one type, also of two interleaved tensors).
     `repeats(ref)`: the tensor has one value for a whole row of the iteration, so as a stream it would hit one bank.
     `vrf_room(refs)`: the operands that one pass takes from VRF fit there side by side.
     `final_stage`: last stage the final step may use (a reduction must still follow).
@@ -245,7 +254,7 @@ class Scheduler:
         self,
         e: ex.Expr,
         through_vrf: Callable[[Ref], bool],
-        same_type: Callable[[Ref, Ref], bool],
+        dtype: Callable[[Ref], Dtype],
         repeats: Callable[[Ref], bool] = lambda _: False,
         vrf_room: Callable[[Sequence[Ref]], bool] = lambda _: True,
         vrf_slots: int = 4,
@@ -255,7 +264,7 @@ class Scheduler:
         self.root = builder.build(e)
         self.nodes = builder.nodes
         self.through_vrf = through_vrf
-        self.same_type = same_type
+        self.dtype = dtype
         self.repeats = repeats
         self.vrf_room = vrf_room
         self.vrf_slots = vrf_slots
@@ -265,6 +274,7 @@ class Scheduler:
             for a in dict.fromkeys(node.args):
                 self.consumers.setdefault(a, []).append(Ref("node", i))
         self.done: set[Ref] = set()
+        self.rounded: set[Ref] = set()
 
     def run(self) -> list[Step]:
         """All steps in order; empty if the expression is an input itself."""
@@ -272,6 +282,10 @@ class Scheduler:
         while self.root.kind == "node" and self.root not in self.done:
             step = self._next()
             self.done.add(step.result)
+            if step.rounded:
+                self.rounded.add(step.result)
+            if step.result != self.root or self.final_stage == LAST_STAGE:
+                step.ops = _wide(step.ops)
             steps.append(step)
         return steps
 
@@ -282,13 +296,14 @@ class Scheduler:
         return ref.kind == "in" or (ref.kind == "node" and ref in self.done)
 
     def _next(self) -> Step:
-        for i, node in enumerate(self.nodes):
-            ref = Ref("node", i)
-            if ref in self.done or not self._needed(ref):
-                continue
+        waiting = [(Ref("node", i), node) for i, node in enumerate(self.nodes)]
+        waiting = [(ref, node) for ref, node in waiting if ref not in self.done and self._needed(ref)]
+        # Pairs first: what they take in would be passes of its own.
+        for ref, node in waiting:
             pair = self._pair(ref, node)
             if pair is not None:
                 return self._extend(*pair, ref)
+        for ref, node in waiting:
             if all(self._ready(a) for a in node.args):
                 return self._extend(*self._single(node), ref)
         raise AssertionError("expression without a ready node")
@@ -296,6 +311,11 @@ class Scheduler:
     def _needed(self, ref: Ref) -> bool:
         """Whether some consumer still waits for `ref`."""
         return ref == self.root or any(c not in self.done for c in self.consumers.get(ref, ()))
+
+    def _dtype(self, ref: Ref) -> Dtype:
+        if ref.kind == "in":
+            return self.dtype(ref)
+        return Dtype.BF16 if ref in self.rounded else Dtype.F32
 
     # Starting a pass ------------------------------------------------------------
     def _single(self, node: Node) -> tuple[Step, _Chain]:
@@ -336,7 +356,9 @@ class Scheduler:
         if sides[0] is None or sides[1] is None or not (sides[0][1] or sides[1][1]):
             return None  # nothing to fold in: the ordinary start serves
         (base0, ops0), (base1, ops1) = sides[0], sides[1]
-        if self.through_vrf(base0) or self.through_vrf(base1) or not self.same_type(base0, base1):
+        if base0 == base1 or self.through_vrf(base0) or self.through_vrf(base1):
+            return None
+        if self._dtype(base0) != self._dtype(base1):
             return None
         chain = _Chain()
         for group, (base, ops) in enumerate(((base0, ops0), (base1, ops1))):

@@ -321,7 +321,8 @@ class _Chunk:
         for i, (t, ns) in enumerate(zip(inputs, names, strict=True)):
             self.values[Ref("in", i)] = self._operand(t, ns)
         integer = dtype == Dtype.I32 and all(t.dtype == Dtype.I32 for t in inputs)
-        last_stage = Alu.FP_DIV.stage if dtype == Dtype.I8 else LAST_STAGE  # clipping follows
+        converted = dtype == Dtype.I8 or (dtype == Dtype.I32 and not integer)  # which precedes the last stage
+        last_stage = Alu.FP_DIV.stage if converted else LAST_STAGE
         scheduler = self._scheduler(e, FLOAT_STAGE if reduce else last_stage)
         try:
             steps = scheduler.run()
@@ -341,7 +342,7 @@ class _Chunk:
             self.values[step.result] = where if not last else self.values.get(step.result, where)
 
     def _scheduler(self, e: ex.Expr, final: int) -> Scheduler:
-        return Scheduler(e, self._through_vrf, self._same_type, self._repeats, self._vrf_room, final_stage=final)
+        return Scheduler(e, self._through_vrf, self._dtype, self._repeats, self._vrf_room, final_stage=final)
 
     # Views ------------------------------------------------------------
     def _operand(self, t: Tensor, ns: Sequence[str]) -> View:
@@ -400,8 +401,8 @@ class _Chunk:
     def _repeats(self, ref: Ref) -> bool:
         return ref in self.values and self.values[ref].strides[-1] == 0
 
-    def _same_type(self, a: Ref, b: Ref) -> bool:
-        return self.values[a].tensor.dtype == self.values[b].tensor.dtype
+    def _dtype(self, ref: Ref) -> Dtype:
+        return self.values[ref].tensor.dtype
 
     # Emission ------------------------------------------------------------
     def _sizes(self, target: View, reduce: bool) -> tuple[list[int], int]:
