@@ -223,15 +223,12 @@ class Chain:
             if not self._stashed:
                 raise illegal(f"{op.alu.name} reads a stash that was never written")
             self._stashed = False
-            both = len(self._members(op)) == 2
+            pair = self.pair  # it is none any more when the chain runs, if a zip follows
 
             def stashed(state: State, i: int) -> Array:
-                if len(state.stash) == 2:
-                    value = state.stash[i] if self.pair or both else None
-                    if value is None:
-                        raise illegal("a stash of a pair read after the zip")
-                else:
-                    value = state.stash[0]
+                if len(state.stash) == 2 and not pair:
+                    raise illegal("a stash of a pair read after the zip")
+                value = state.stash[i if len(state.stash) == 2 else 0]
                 if value.shape[3] != state.groups[i].shape[3]:
                     raise illegal(f"stash of {value.shape[3]} elements read by {state.groups[i].shape[3]}")
                 return value.view(kind)

@@ -15,7 +15,7 @@ from backend_rngd.lowering.contract_base import Matrix, Stack, vector_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.exchange import Exchange, row_dim
 from backend_rngd.lowering.expression import ChainOp
-from backend_rngd.lowering.gated import Gated, Join
+from backend_rngd.lowering.gated import Gated, GatedBlocks, Join
 from backend_rngd.lowering.mapping import (
     BLOCK_BYTES,
     Mapping,
@@ -98,12 +98,21 @@ class ContractLowering:
         sink.finish()
         return sink.result
 
-    def gated(self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Dim], join: Join, result: Dtype) -> Tensor:
-        """`join` of the results [rows, N] of contractions of `x` with matrices of one shape (`gated.py`)."""
+    def gated(
+        self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Dim], join: Join, result: Dtype, blocks: bool
+    ) -> Tensor:
+        """`join` of the results [rows, N] of contractions of `x` with matrices of one shape (`gated.py`). blocks: the
+        result may have blocks of features."""
         assert x.rows is not None
-        out = self.many.result(dims, result, x.rows, matrices[0].rows)
+        em, height = self.many.em, matrices[0].rows
+        if blocks and len(matrices) == 2 and GatedBlocks.suits(x.rows, height, result, self.many.spill, em):
+            out = GatedBlocks.result_of(em, tuple(dims), result, x.rows, height)
+            joined = GatedBlocks(em, out, join)
+            self.many.stream(x, [Stack(tuple(matrices), True)], Dtype.F32, (), joined, self._passes(joined.limit))
+            return out
+        out = self.many.result(dims, result, x.rows, height)
         dtype = Dtype.BF16
-        sink = Gated(self.many.em, len(matrices), dtype, out, join)
+        sink = Gated(em, len(matrices), dtype, out, join)
         self.many.stream(x, [Stack((m,)) for m in matrices], dtype, (), sink, self._passes(sink.limit))
         return out
 

@@ -51,9 +51,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of equal K one below the other: contractions of the same tokens in the same passes."""
+    """Matrices of equal K one below the other: contractions of the same tokens in the same passes.
+
+    interleaved: matrices of one shape; a slice has as many channels of each in a pass, and they are the same ones.
+    """
 
     parts: tuple[Matrix, ...]
+    interleaved: bool = False
 
     @property
     def rows(self) -> int:
@@ -146,7 +150,14 @@ class ContractionMapping:
         return Tensor(buffer, space, dtype, tuple(out), rows, 0, pitch)
 
     def _add(
-        self, acc: SSAValue, part: SSAValue, count: int, commit: Commit, target: SSAValue, vector: Sequence[VectorOp]
+        self,
+        acc: SSAValue,
+        part: SSAValue,
+        count: int,
+        commit: Commit,
+        target: SSAValue,
+        vector: Sequence[VectorOp],
+        context: str = "main",
     ) -> None:
         """target = acc + part over `count` f32 elements a slice, then `vector` (which must leave FP_FMA free)."""
         packet = 8 if count % 8 == 0 else 4
@@ -157,6 +168,7 @@ class ContractionMapping:
             target,
             second=part,
             vector=(VectorOp(Alu.FP_FMA, Op.ADD, Mode.ZIP01), *vector),
+            context=context,
         )
 
     def _apply(

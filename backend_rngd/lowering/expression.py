@@ -298,8 +298,8 @@ class Scheduler:
     def _next(self) -> Step:
         waiting = [(Ref("node", i), node) for i, node in enumerate(self.nodes)]
         waiting = [(ref, node) for ref, node in waiting if ref not in self.done and self._needed(ref)]
-        # Pairs first: what they take in would be passes of its own.
-        for ref, node in waiting:
+        # Pairs first: what they take in would be passes of its own; the outermost takes in most.
+        for ref, node in reversed(waiting):
             pair = self._pair(ref, node)
             if pair is not None:
                 return self._extend(*pair, ref)
@@ -309,8 +309,8 @@ class Scheduler:
         raise AssertionError("expression without a ready node")
 
     def _needed(self, ref: Ref) -> bool:
-        """Whether some consumer still waits for `ref`."""
-        return ref == self.root or any(c not in self.done for c in self.consumers.get(ref, ()))
+        """Whether some consumer that is needed itself still waits for `ref`."""
+        return ref == self.root or any(c not in self.done and self._needed(c) for c in self.consumers.get(ref, ()))
 
     def _dtype(self, ref: Ref) -> Dtype:
         if ref.kind == "in":
@@ -361,31 +361,38 @@ class Scheduler:
         if self._dtype(base0) != self._dtype(base1):
             return None
         chain = _Chain()
+        step = Step(base0, base1, chain.ops, ref)
         for group, (base, ops) in enumerate(((base0, ops0), (base1, ops1))):
             current = base
             for n in ops:
-                if not self._push(chain, self.nodes[n.index], current, None, group + 1):
+                if not self._push(chain, self.nodes[n.index], current, step, group + 1):
                     return None
                 current = n
         picked = chain.pick(((Alu.FP_FPU, Op.DIV),) if node.fn == "div" else BINARY[node.fn], LAST_STAGE)
         if picked is None:
             return None
         chain.push(picked[0], picked[1], Mode.ZIP01, Arg("none"))
-        return Step(base0, base1, chain.ops, ref), chain
+        return step, chain
 
     def _side(self, ref: Ref, consumer: Ref) -> tuple[Ref, list[Ref]] | None:
-        """Walk from `ref` down single-use one-tensor nodes to a tensor in memory: (tensor, nodes bottom up)."""
+        """Walk from `ref` down single-use nodes to a tensor in memory: (tensor, nodes bottom up). The nodes have no
+        other tensor, but the tensor itself once more (from the stash)."""
         ops: list[Ref] = []
+        again: Ref | None = None
         while not self._tensor(ref):
             if ref.kind != "node" or self.consumers.get(ref) != [consumer] or ref == self.root:
                 return None
             node = self.nodes[ref.index]
             streams = [a for a in node.args if a.kind != "const" and not (self._tensor(a) and self.through_vrf(a))]
-            if node.fn == "round" or len(dict.fromkeys(streams)) != 1 or len(streams) != 1:
+            held = [a for a in streams if self._tensor(a)]
+            if len(streams) == 2 and len(held) == 1 and again is None:
+                again = held[0]
+                streams.remove(again)
+            if node.fn == "round" or len(streams) != 1:
                 return None
             ops.insert(0, ref)
             consumer, ref = ref, streams[0]
-        return ref, ops
+        return (ref, ops) if again in (None, ref) else None
 
     # Growing a pass ------------------------------------------------------------
     def _extend(self, step: Step, chain: _Chain, current: Ref) -> Step:
@@ -404,7 +411,7 @@ class Scheduler:
         step.result = current
         return step
 
-    def _push(self, chain: _Chain, node: Node, current: Ref, step: Step | None, group: int = 0) -> bool:
+    def _push(self, chain: _Chain, node: Node, current: Ref, step: Step, group: int = 0) -> bool:
         """Append `node` applied to the running value `current`; False if it does not fit."""
         final = self.final_stage if self.root.kind == "node" and node is self.nodes[self.root.index] else LAST_STAGE
         if group:
@@ -438,7 +445,7 @@ class Scheduler:
             arg = Arg("const", other.value)
         elif not self._tensor(other):
             return False
-        elif step is not None and step.second is None and other == step.stream and not step.stash_input:
+        elif other == self._streams(step, group) and not step.stash_input:
             arg = Arg("stash")
         elif self.through_vrf(other) and self._has_vrf_room(chain, other):
             arg = Arg("vrf", ref=other)
@@ -447,10 +454,17 @@ class Scheduler:
         picked = chain.pick(options, final)
         if picked is None:
             return False
-        if arg.kind == "stash" and step is not None:
+        if arg.kind == "stash":
             step.stash_input = True
         chain.push(*picked, mode, arg, group)
         return True
+
+    @staticmethod
+    def _streams(step: Step, group: int) -> Ref | None:
+        """The tensor that a pass, or a group of it, reads; of a pair that was merged there is none."""
+        if group == 0:
+            return None if step.second is not None else step.stream
+        return step.stream if group == 1 else step.second
 
     def _has_vrf_room(self, chain: _Chain, ref: Ref) -> bool:
         held = [o.arg.ref for o in chain.ops if o.arg.kind == "vrf" and o.arg.ref is not None]

@@ -92,12 +92,25 @@ class Contractions(FunctionBase):
         dtype = dtype_of(op.results[0])
 
         def join(held: list[Tensor]) -> Tensor:
-            names = ["token", "channel"]
+            names = [f"d{i}" for i in range(len(held[0].dims))]
             return self.vector.map(op.expression(), held, [names] * len(held), names, dtype)
 
         self.env[op.results[0]] = self.contracts.gated(
-            bound[0].x, [b.matrix for b in bound], bound[0].dims, join, dtype
+            bound[0].x, [b.matrix for b in bound], bound[0].dims, join, dtype, self._reads_blocks(op, bound[0])
         )
+
+    def _reads_blocks(self, op: tc.MapOp, bound: Bound) -> bool:
+        """Whether the only reader of a map is a contraction with a weight over all its channels."""
+        uses = list(op.results[0].uses)
+        user = uses[0].operation if len(uses) == 1 else None
+        if not isinstance(user, tc.ContractOp) or user.lhs is not op.results[0] or elem_of(op.results[0]) != "bf16":
+            return False
+        axes, weight, width = user.rule().inputs, self.env.get(user.rhs), op.rule().output
+        channel = axes[0][-1]
+        plain = isinstance(weight, Weight) and weight.packed is None and weight.dtype == Dtype.BF16
+        whole = bound.dims[-1].kind == "feature" and bound.dims[-1].size == bound.matrix.rows
+        over = [a for a in axes[0] if a in axes[1]] == [channel] and channel not in user.rule().output
+        return plain and whole and over and len(width) == len(axes[0]) and bound.matrix.rows % k_multiple(1) == 0
 
     def _stacked(self, op: tc.ContractOp) -> bool:
         """Compute contractions of the tokens of `op` in common passes, if that is worth it; whether `op` is of them."""

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import Dtype, Space
-from backend_rngd.lowering.emitter import Emitter
-from backend_rngd.lowering.stream_tokens import CHANNELS, Group, rows_home
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
+from backend_rngd.lowering.emitter import Emitter, dm
+from backend_rngd.lowering.stream_tokens import CHANNELS, Group, rows_home, spread_bytes
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
+BLOCK_TOKENS = 4  # of a slice, from which on blocks are longer pieces than a group's channels of a token
 Join = Callable[[list[Tensor]], Tensor]
 
 
@@ -24,7 +25,7 @@ class Gated:
 
     limit = 1  # passes of a group: the sooner the first channels are back, the sooner the contraction behind may start
     whole = narrow = True
-    together = False
+    scattered = sums = False
 
     def __init__(self, em: Emitter, count: int, dtype: Dtype, result: Tensor, join: Join) -> None:
         self.em = em
@@ -53,3 +54,59 @@ class Gated:
             joined = self.join(self._held)
             self._held = []
             rows_home(self.em, joined.buffer, joined.pitch, group, self.result)
+
+
+class GatedBlocks:
+    """Takes the sums of passes in which a slice has the same 8 channels of two contractions (a `Sink`), joins them, and
+    brings them home in blocks of 8 channels: the tokens of a slice are one piece of a transfer."""
+
+    limit = 1
+    whole = narrow = scattered = False
+    sums = True
+    BLOCK = CHANNELS // 2
+
+    def __init__(self, em: Emitter, result: Tensor, join: Join) -> None:
+        """`result` has blocks of `BLOCK` features."""
+        self.em = em
+        self.result = result
+        self.join = join
+
+    @classmethod
+    def _stride(cls, rows: RowSpace, dtype: Dtype, em: Emitter) -> int:
+        return spread_bytes(rows.local * cls.BLOCK * dtype.bytes, em.machine)
+
+    @classmethod
+    def suits(cls, rows: RowSpace, width: int, dtype: Dtype, most: int, em: Emitter) -> bool:
+        """Whether the blocks of a result with `width` features are long enough pieces, and at most `most` bytes."""
+        return rows.local >= BLOCK_TOKENS and width // cls.BLOCK * cls._stride(rows, dtype, em) <= most
+
+    @classmethod
+    def result_of(cls, em: Emitter, dims: tuple[Dim, ...], dtype: Dtype, rows: RowSpace, width: int) -> Tensor:
+        """A result with `width` features, in DM."""
+        pitch, stride = cls.BLOCK * dtype.bytes, cls._stride(rows, dtype, em)
+        dims = (*dims[:-1], Dim("feature", width, dtype.bytes))
+        buffer = em.alloc(width // cls.BLOCK * stride, "blocks")
+        return Tensor(buffer, Space.DM, dtype, dims, rows, 0, pitch, cls.BLOCK, stride)
+
+    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+        """See `Sink`."""
+        raise AssertionError("it takes sums")
+
+    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+        """See `Sink`."""
+        tokens, em, ring = self.result.rows, self.em, group.ring
+        assert tokens is not None
+        # The ring leaves rows (local row, slice). Of a slice's tokens the local row counts as a feature here.
+        slices = RowSpace(1, em.slices * ring, em.slices, ring, em.slices * ring, False)
+        local = Dim("feature", tokens.local, ring * row) if tokens.local > 1 else Dim("one", 1)
+        dims = (Dim("tokens", slices.length), local, Dim("feature", self.BLOCK, Dtype.F32.bytes))
+        sums = [Tensor(area, Space.DM, Dtype.F32, dims, slices, i * self.BLOCK * Dtype.F32.bytes, row) for i in (0, 1)]
+        joined = self.join(sums)
+        run = tokens.local * self.result.pitch
+        loops = [
+            (em.slices // ring, ring * DM_SLICE_STRIDE, ring * DM_SLICE_STRIDE),
+            (group.slices, DM_SLICE_STRIDE, self.result.block_stride),
+            (ring, joined.pitch, DM_SLICE_STRIDE),
+        ]
+        first = group.start // CHANNELS * self.result.block_stride
+        em.dma(dm(joined.buffer), dm(self.result.buffer, first), loops, run)

@@ -30,9 +30,9 @@ class _Pulled:
 class TokenScatter:
     """Takes the groups of a contraction (a `Sink`) and leaves in `result` the sums of the unit's own tokens."""
 
-    limit = 2  # passes of a group: longer pieces than with one, and half of the exchange is still hidden
-    whole = together = True
-    narrow = False
+    limit = 1  # passes of a group: the last group is not hidden
+    whole = scattered = True
+    narrow = sums = False
 
     def __init__(self, exchange: Exchange, rows: RowSpace, result: Tensor) -> None:
         assert result.rows is not None and result.space == Space.DM

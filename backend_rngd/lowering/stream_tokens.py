@@ -8,7 +8,8 @@ longer pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -101,9 +102,13 @@ class Sink(Protocol):
         ...
 
     @property
-    def together(self) -> bool:
-        """Whether a chunk of K is worked off for several passes before the next one, so that what makes the later
-        chunks has time."""
+    def scattered(self) -> bool:
+        """Whether every unit takes its own tokens from all units and adds them."""
+        ...
+
+    @property
+    def sums(self) -> bool:
+        """Whether it takes the f32 sums of a pass as they are: its groups have one pass, and it has no areas."""
         ...
 
     def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
@@ -111,7 +116,7 @@ class Sink(Protocol):
         ...
 
     def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
-        """All passes of a group have been issued."""
+        """All passes of a group have been issued. An area of sums serves another pass afterwards."""
         ...
 
 
@@ -203,8 +208,7 @@ class TokensStream(ContractionMapping):
         resident = x.space == Space.DM
         passes = [(m, g, t) for g in range(len(groups)) for m in range(len(stacks)) for t in range(groups[g].passes)]
         # Tokens in HBM are brought in one K chunk at a time, for as many passes as partial sums fit.
-        several = split and (not resident or to.together)
-        batch = max(1, m.partial_bytes // (count * CHANNELS * 4)) if several else 1
+        batch = max(1, m.partial_bytes // (count * CHANNELS * 4)) if split and not resident else 1
         jobs = [
             _Job(m, g, t, c)
             for first in range(0, len(passes), batch)
@@ -220,12 +224,13 @@ class TokensStream(ContractionMapping):
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
-                        em.slices, resident, packed is not None, most, to.together))  # fmt: skip
+                        em.slices, resident, packed is not None, most, to.scattered))  # fmt: skip
         buffers = [*early, *(em.alloc(nbytes, "weights") for _ in range(slots - len(early)))]
         stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
         partial = CHANNELS * 4
-        acc = [em.alloc(count * partial, "partial") for _ in range(min(batch, len(passes)))] if split else []
-        part = em.alloc(count * partial, "partial") if split else None
+        room = min(batch, len(passes)) + min(2, len(chunks) - 1) if split else 2 if to.sums else 0
+        sums = deque(em.alloc(count * partial, "partial") for _ in range(room))
+        held: dict[int, Area] = {}  # sums of the passes that have begun
         if spare:
             for buffer in buffers if packed is None else ():
                 em.memset(buffer, 0, CHANNELS * widest * element)
@@ -245,6 +250,18 @@ class TokensStream(ContractionMapping):
             start = group.start + job.number * CHANNELS
             load(em, packed, stages[i % slots], start, [*steps, (CHANNELS, 1, 0)], *chunks[job.chunk])
 
+        bases: dict[int, int] = {}  # TRF address of a job's weights
+
+        def prepare(i: int) -> None:
+            """Weights of a job into the TRF half that the job before it does not use."""
+            (k0, k), buffer = chunks[jobs[i].chunk], buffers[i % slots]
+            if packed is not None:
+                expand(em, packed, stages[i % slots], CHANNELS, k0, k, buffer, em.slices)
+            run = k * element
+            bases[i] = self._next_half(em.machine.trf_bytes_per_slice // LANES, 2 * run)
+            channels = em.fetch(0, [(LANES, run), (2, LANES * run), (k, element)], w.dtype, FLIT_BYTES // element)
+            em.load_trf(channels, buffer, LANES, bases[i])
+
         with em.at_start() if early else nullcontext():
             for i in range(len(early)):
                 fetch_weights(i)
@@ -253,6 +270,8 @@ class TokensStream(ContractionMapping):
         tokens, loaded = x, (-1, -1)
         scales = ScaleOps(em, self.scales)
         area: tuple[SSAValue, int] | None = None
+        prepare(0)
+        later: list[Callable[[], None]] = []  # what needs a sum that the sub context is adding up
         for i, job in enumerate(jobs):
             if max(len(early), slots - 1) <= i + slots - 1 < len(jobs):
                 fetch_weights(i + slots - 1)
@@ -261,41 +280,53 @@ class TokensStream(ContractionMapping):
             number = passes.index((job.stack, job.group, t))
             if not resident and loaded != (number // batch, c):
                 tokens, loaded = self._tokens_chunk(x, k0, k), (number // batch, c)
-            if packed is not None:
-                expand(em, packed, stages[i % slots], CHANNELS, k0, k, buffers[i % slots], em.slices)
-            run = k * element
-            base = self._next_half(em.machine.trf_bytes_per_slice // LANES, 2 * run)
-            channels = em.fetch(0, [(LANES, run), (2, LANES * run), (k, element)], w.dtype, FLIT_BYTES // element)
-            em.load_trf(channels, buffers[i % slots], LANES, base)
             ring = group.ring
             seen = rows.local * ring  # tokens that a slice meets
-            source = k0 if resident else 0
-            mine = None if not split else Area(acc[number % batch], seen, partial, Dtype.F32)
+            final, after = None, ()
+            if last and not to.sums:
+                if t == 0:
+                    area = to.area(job.stack, group, count)
+                    scales.broadcast_tokens(ring)
+                    scales.load_channels(group.start, group.per_slice, group.slices, ring)
+                assert area is not None
+                final = Area(area[0], seen, area[1], dtype, t * CHANNELS * dtype.bytes)
+                after = (*scales.many(seen, CHANNELS, t * CHANNELS), *vector)
+            place = Area(sums.popleft(), seen, partial, Dtype.F32) if split or final is None else final
+            ops = (*w.raised, *after) if place is final else w.raised
+            self._pass(tokens, k0 if resident else 0, k, packet, bases[i], place, ring, ops)
+            if i + 1 < len(jobs):
+                prepare(i + 1)  # before the sub context is busy with sums
+            while later:
+                later.pop(0)()
+            total = held.setdefault(number, place)
+            if c > 0:
+                goal, ops, context = (total, (), "sub") if final is None or own_epilogue else (final, after, "main")
+                self._add(total.buffer, place.buffer, seen * CHANNELS, goal.commit, goal.buffer, ops, context)
+                sums.append(place.buffer)
             if not last:
-                assert mine is not None and part is not None
-                here = mine if c == 0 else replace(mine, buffer=part)
-                self._pass(tokens, source, k, packet, base, here, ring, w.raised)
-                if c > 0:
-                    self._add(mine.buffer, part, seen * CHANNELS, mine.commit, mine.buffer, ())
                 continue
-            if t == 0:
-                area = to.area(job.stack, group, count)
-                scales.broadcast_tokens(ring)
-                scales.load_channels(group.start, group.per_slice, group.slices, ring)
-            assert area is not None
-            buffer, row = area
-            final = Area(buffer, seen, row, dtype, t * CHANNELS * dtype.bytes)
-            after = (*scales.many(seen, CHANNELS, t * CHANNELS), *vector)
-            if mine is None or part is None:
-                self._pass(tokens, source, k, packet, base, final, ring, (*w.raised, *after))
+            del held[number]
+
+            def finish(
+                job: _Job = job, total: Area = total, final: Area | None = final,
+                after: Sequence[VectorOp] = after, area: tuple[SSAValue, int] | None = area,
+            ) -> None:  # fmt: skip
+                group = groups[job.group]
+                if final is None:
+                    to.done(job.stack, group, total.buffer, partial)
+                elif own_epilogue:
+                    self._apply(total.buffer, total.rows * CHANNELS, final.commit, final.buffer, after)
+                if total is not final:
+                    sums.append(total.buffer)
+                if area is not None and job.number == group.passes - 1:
+                    to.done(job.stack, group, *area)
+
+            if final is None or own_epilogue:
+                later.append(finish)
             else:
-                self._pass(tokens, source, k, packet, base, replace(mine, buffer=part), ring, w.raised)
-                goal, ops = (mine, ()) if own_epilogue else (final, after)
-                self._add(mine.buffer, part, seen * CHANNELS, goal.commit, goal.buffer, ops)
-                if own_epilogue:
-                    self._apply(mine.buffer, seen * CHANNELS, final.commit, final.buffer, after)
-            if t == group.passes - 1:
-                to.done(job.stack, group, buffer, row)
+                finish()
+        while later:
+            later.pop(0)()
 
     def _output(self, dims: Sequence[Dim], dtype: Dtype, x: Tensor, w: Matrix, output: SSAValue) -> Tensor:
         """The result in an HBM buffer of the program, rows in physical order."""
@@ -309,6 +340,21 @@ class TokensStream(ContractionMapping):
     def _load_weights(self, w: Stack, group: Group, number: int, chunk: tuple[int, int], buffer: SSAValue) -> None:
         """The rows of the weights that a pass of a group needs to each of its slices, one K chunk."""
         (k0, k), element, pitch = chunk, w.like.dtype.bytes, w.like.pitch
+        if w.interleaved:
+            block = CHANNELS // len(w.parts)
+            for i, matrix in enumerate(w.parts):
+                first = group.start // len(w.parts)
+                self.em.dma(
+                    hbm(matrix.buffer, first * pitch + k0 * element),
+                    dm(buffer, i * block * k * element),
+                    [
+                        (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
+                        (group.slices, block * pitch, DM_SLICE_STRIDE),
+                        (block, pitch, k * element),
+                    ],
+                    k * element,
+                )
+            return
         for part, first, slices, before in slices_of(w, group):
             self.em.dma(
                 hbm(w.parts[part].buffer, (first + number * CHANNELS) * pitch + k0 * element),
@@ -336,8 +382,12 @@ class TokensStream(ContractionMapping):
         """The tokens of a ring against the 16 channels that each slice holds; rows come out as (local row, slice)."""
         em, rows, width = self.em, x.rows, x.dtype.bytes
         assert rows is not None
+        start, features = x.base + k0 * width, [(k, width)]
+        if x.block:
+            start = x.base + k0 // x.block * x.block_stride
+            features = [(k // x.block, x.block_stride), (x.block, width)]
         em.execute(
-            em.fetch(x.base + k0 * width, [(rows.local, x.pitch), (k, width)], x.dtype, packet),
+            em.fetch(start, [(rows.local, x.pitch), *features], x.dtype, packet),
             x.buffer,
             target.commit,
             target.buffer,
@@ -358,7 +408,7 @@ class TokensStream(ContractionMapping):
 class RowsHome:
     """Brings every group back to the slices of its tokens (and on to HBM if the result is spilled)."""
 
-    whole = together = False
+    whole = scattered = sums = False
 
     def __init__(
         self, em: Emitter, result: Tensor, limit: int, narrow: bool, first: int = 0, block: RowSpace | None = None
@@ -375,7 +425,7 @@ class RowsHome:
     def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
         """See `Sink`: two buffers in turn, so that a group is brought home while the next one is computed."""
         machine = self.em.machine
-        row = _row_bytes(self.limit * CHANNELS * self.result.dtype.bytes, machine.dm_banks * machine.dm_bank_bytes)
+        row = spread_bytes(self.limit * CHANNELS * self.result.dtype.bytes, machine)
         if len(self._areas) < 2:
             self._areas.append(self.em.alloc(rows * row, "channels"))
         self._next += 1
@@ -390,7 +440,7 @@ class StackHome:
     """Brings the results of stacked matrices home, each to a tensor of its own."""
 
     limit = 1  # of passes, so that a slice holds channels of one matrix
-    whole = narrow = together = False
+    whole = narrow = scattered = sums = False
 
     def __init__(self, em: Emitter, stack: Stack, results: Sequence[Tensor]) -> None:
         self.em = em
@@ -449,12 +499,12 @@ def rows_home(
         em.dma(dm(target), hbm(result.buffer, home), loops, group.slices * run)
 
 
-def _row_bytes(nbytes: int, banks: int) -> int:
-    """Bytes between rows of results; `banks`: bytes after which DM banks repeat.
+def spread_bytes(nbytes: int, machine: Machine) -> int:
+    """Bytes between pieces of `nbytes` that a pass walks through.
 
-    The ring writes 64 rows one after the other, which must not hit one bank 64 times (hardware.md 2.2).
+    A pass must not hit one bank 64 times in a row (hardware.md 2.2).
     """
-    return nbytes + FLIT_BYTES if nbytes % banks == 0 else nbytes
+    return nbytes + FLIT_BYTES if nbytes % (machine.dm_banks * machine.dm_bank_bytes) == 0 else nbytes
 
 
 def channel_groups(

@@ -131,6 +131,7 @@ class Tensor:
 
     DM: local row r at byte `base + r * pitch` of its slice. HBM: physical row r at byte `base + r * pitch`.
     Tensors without rows (`rows` None) are constants; in DM they are present in every slice.
+    block: if not 0, features lie in blocks of so many, `block_stride` bytes apart (contractions read them so).
     """
 
     buffer: SSAValue
@@ -140,6 +141,8 @@ class Tensor:
     rows: RowSpace | None
     base: int = 0
     pitch: int = 0
+    block: int = 0
+    block_stride: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:

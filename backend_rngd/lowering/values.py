@@ -203,6 +203,8 @@ def probe_layout(t: Tensor) -> dict[str, Any]:
         elif d.kind == "tokens":
             row_digits(i, rows.batch, rows.batch_stride)
             row_digits(i, rows.length, 1)
+        elif d.kind == "feature" and t.block:
+            digits += [[i, d.size // t.block, 0, t.block_stride], [i, t.block, 0, d.stride]]
         elif d.kind == "feature":
             digits.append([i, d.size, 0, d.stride])
     space = "hbm" if hbm else "dm"

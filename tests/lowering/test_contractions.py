@@ -174,6 +174,43 @@ def test_gated_contractions(b: int, s: int, k: int, n: int, joint: str) -> None:
     assert len(homes) == -(-n // 1024)  # one for every group of channels, not one for each contraction
 
 
+@pytest.mark.parametrize("joint", ["mul(silu(a), b)", "mul(gelu_tanh(a), b)"])
+@pytest.mark.parametrize(
+    ("b", "s", "k", "n"),
+    [
+        (1, 256, 64, 512),  # exactly one pass; K whole
+        (1, 250, 2080, 192),  # K in three chunks; only a small ring; tokens missing in the last slice
+        (1, 512, 1088, 1792),  # K in two chunks; three passes and a ring of 32
+        (2, 160, 96, 832),  # rings of 32 and 8 behind a pass, tokens of two sequences
+        (1, 330, 5120, 576),  # K in five chunks, one partial sum after the other
+    ],
+)
+def test_gated_mlp_in_blocks(b: int, s: int, k: int, n: int, joint: str) -> None:
+    """Gate and up share their passes, their sums are joined, and the contraction behind reads blocks of channels."""
+    x, w, y = tensor_text((b, s, k), "bf16"), tensor_text((n, k), "bf16"), tensor_text((b, s, n), "bf16")
+    d, z = tensor_text((96, n), "bf16"), tensor_text((b, s, 96), "bf16")
+    text = f"""func.func @main(%x: {x}, %g: {w}, %u: {w}, %d: {d}) -> {z}
+    attributes {{arg_names = ["x", "g", "u", "d"], result_names = ["z"]}} {{
+  %a = tc.contract "b s i, o i -> b s o" (%x, %g) : {y}
+  %b = tc.contract "b s i, o i -> b s o" (%x, %u) : {y}
+  %y = tc.map "{joint}" over "b s o, b s o -> b s o" (%a, %b) : {y}
+  %z = tc.contract "b s i, o i -> b s o" (%y, %d) : {z}
+  func.return %z : {z}
+}}"""
+    rng = np.random.default_rng(n)
+    values = {"x": bf16(rng.standard_normal((b, s, k)))}
+    values |= {name: bf16(rng.standard_normal((n, k)) / np.sqrt(k)) for name in "gu"}
+    values["d"] = bf16(rng.standard_normal((96, n)) / np.sqrt(n))
+    made = Run(text)
+    gate, up = (values["x"] @ values[name].T for name in "gu")
+    assert relative(made(values)["z"], bf16(ex.evaluate(ex.parse(joint), [gate, up])) @ values["d"].T) < 4e-3
+    instructions = made.emitted.streams[0].routines[0].instructions
+    blocks = [
+        i for i in instructions if isinstance(i.what, Exec) and i.what.fetch.loops[-1][0] == 8 and i.what.contract
+    ]
+    assert blocks  # the contraction behind reads them
+
+
 @pytest.mark.parametrize(("b", "s"), [(1, 128), (2, 40), (1, 100)])
 @pytest.mark.parametrize("heads", [(8, 2), (36, 12), (3, 3)])
 def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
