@@ -196,7 +196,7 @@ def main() -> None:
                 failures += [Failure(name, bucket.phase, tensor, what) for bucket in (DECODE, PREFILL)]
                 continue
             for bucket, programs in both.items():
-                costs = block_costs(only_stream(programs), programs.placements)
+                costs = block_costs(only_stream(programs))
                 points += [measure(name, bucket, programs, machine, tensor, p, costs) for p in arguments.pp]
             print(f"{name} TP {tensor}: {time.perf_counter() - begun:.1f} s", file=sys.stderr)
     text = report(points, failures, all_reduces(machine), mode)

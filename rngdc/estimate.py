@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, i64
 from xdsl.dialects.func import CallOp, FuncOp
@@ -66,11 +66,21 @@ class Memory:
     weights: tuple[int, ...]
     caches: tuple[int, ...]
 
+    @property
+    def layers(self) -> list[int]:
+        """Which calls are layers; embedding and head, which a program may lack, stay with the first and the last."""
+        return [i for i, name in enumerate(self.calls) if role(name) == LAYER]
+
     def stages(self, count: int) -> list[tuple[int, int]]:
-        """(weights, caches) of every stage, if the calls are divided by bytes."""
+        """(weights, caches) of every stage, divided as `artifact.stages` divides the programs."""
         both = [w + c for w, c in zip(self.weights, self.caches, strict=True)]
-        spans = balance(both, count).spans if count > 1 else ((0, len(both)),)
-        return [(sum(self.weights[a:b]), sum(self.caches[a:b])) for a, b in spans]
+        edges = [0, len(both)]
+        if count > 1:
+            layers = self.layers
+            costs = [float(both[i]) for i in layers]
+            costs[-1] += sum(both[layers[-1] + 1 :])
+            edges[1:1] = [layers[start] for start, _ in balance(costs, count).spans[1:]]
+        return [(sum(self.weights[a:b]), sum(self.caches[a:b])) for a, b in pairwise(edges)]
 
     def largest(self, stages: int) -> tuple[int, int]:
         """(weights, caches) of the stage that needs most."""
@@ -202,7 +212,7 @@ def memory_problems(
     need, limit = memory.card(parallel.tensor, parallel.pipeline, machine, room), machine.hbm_usable_bytes
     if need <= limit:
         return []
-    layers = max(1, len(memory.calls) - 2)
+    layers = max(1, len(memory.layers))
     fixes: list[str] = []
 
     def fits(stages: int) -> bool:

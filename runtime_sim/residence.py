@@ -29,7 +29,7 @@ def block_costs_of(artifact: Artifact, stages: int) -> list[float]:
         raise ArtifactError(
             [ArtifactProblem(f"{stages} pipeline stages of {artifact.directory}", why, "use one stage")]
         )
-    return block_costs(stream, artifact.manifest.placements)
+    return block_costs(stream)
 
 
 class Residence:

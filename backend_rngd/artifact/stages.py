@@ -226,11 +226,22 @@ def needs(
     return Needs(held, kept, shared, pages(c.bytes for c in kept) + pages([hbm.total - hbm.shared]))
 
 
-def block_costs(stream: Stream, placements: Sequence[Placement]) -> list[float]:
-    """Cost of every block of a program for `balance`: bytes of the weights it reads (the time of decoding)."""
-    out: list[float] = []
-    for index in blocks_of(stream):
-        entry = Routine("", (stream.routines[0].instructions[index],))
-        spans = touched(replace(stream, routines=(entry, *stream.routines[1:])))
-        out.append(float(sum(p.bytes for p in placements if overlaps(spans, p.address, p.address + p.bytes))) or 1.0)
-    return out
+def block_costs(stream: Stream) -> list[float]:
+    """Cost of every block of a program for `balance`: bytes of HBM that it touches, which is the time of decoding.
+
+    The embedding counts with the first block and the head with the last: they are in the same stage.
+    """
+    entry = stream.routines[0].instructions
+    blocks = blocks_of(stream)
+    costs = [_touched_bytes(stream, i) for i in blocks]
+    for i in range(len(entry) if blocks else 0):
+        kind = role(_callee(stream, entry[i]))
+        if kind == HEAD or (kind == EMBED and i < blocks[0]):
+            costs[-1 if kind == HEAD else 0] += _touched_bytes(stream, i)
+    return [float(cost or 1) for cost in costs]
+
+
+def _touched_bytes(stream: Stream, call: int) -> int:
+    """Bytes of HBM that one call of the entry touches."""
+    entry = Routine("", (stream.routines[0].instructions[call],))
+    return sum(high - low for low, high in touched(replace(stream, routines=(entry, *stream.routines[1:]))))

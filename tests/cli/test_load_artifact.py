@@ -172,7 +172,7 @@ RULES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("decode too short", {"decode_buckets": [(4, 16)], "prefill_buckets": [(1, 16)], "max_model_len": 32},
      ["max_model_len 32", "is 16"]),
     ("both sizes", {"pipeline_parallel_size": 2, "num_blocks_per_pp_stage": [2, 2]}, ["give one of them"]),
-    ("uneven stages", {"pipeline_parallel_size": 3}, ["4 blocks do not divide", "num_blocks_per_pp_stage 1,1,2"]),
+    ("uneven stages", {"pipeline_parallel_size": 3}, ["4 blocks do not divide", "num_blocks_per_pp_stage 1,2,1"]),
     ("more stages than blocks", {"pipeline_parallel_size": 5}, ["5 pipeline stages", "has 4 blocks"]),
     ("no stage", {"pipeline_parallel_size": 0}, ["pipeline parallel size 0"]),
     ("wrong sum", {"num_blocks_per_pp_stage": [2, 1]}, ["they are 3 blocks, the programs have 4", "sum to 4"]),
@@ -374,7 +374,7 @@ def test_run_and_simulate_take_the_same_choices(rngdc: Command, pair: Path, expe
         (card, pe) for card, first in ((1, 4), (5, 0)) for pe in range(first, first + 4)
     ]
     for command in (("run", pair, *prompt), ("simulate", pair)):
-        refused(rngdc(*command, "-pp", "3", "-tp", "4"), "num_blocks_per_pp_stage 1,1,2", "rngdc build", "-tp 4")
+        refused(rngdc(*command, "-pp", "3", "-tp", "4"), "num_blocks_per_pp_stage 1,2,1", "rngdc build", "-tp 4")
         refused(rngdc(*command, "--devices", "npu:0:0"), "4 PEs are required, 1 are given")
         refused(rngdc(*command, "--num-blocks-per-pp-stage", "2,x"), "'2,x'")
     refused(rngdc("run", pair, *prompt, "-pb", "1"), "-pb")

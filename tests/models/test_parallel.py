@@ -123,10 +123,11 @@ def test_sequence_parallel(tmp_path: Path) -> None:
 # Real models ---------------------------------------------------------------------------------------------------------
 def smollm2_logits(tmp_path: Path, sizes: dict[int, tuple[int, ...]], steps: int) -> None:
     """SmolLM2: 9 query heads, 3 key heads; `sizes`: stages by number of units."""
-    request = BucketRequest([(1, 32)], [(1, 64)])
+    request = BucketRequest([(1, 32)], [(4, 64)])
     first = built(smollm2(), tmp_path / "tp1", 1, request)
     ids = TextModel(tmp_path / "tp1").chat("What is the capital of France?")[-30:]
-    text = script(49152, 1, steps)
+    # The error of one token varies threefold with the order of additions, that of several rows together does not.
+    text = script(49152, 4, steps, length=30)
     text.prompts[0] = ids
     exact, alone = exact_logits(first, text), run_script(loaded(first), text)
     for size, stages in sizes.items():
@@ -142,7 +143,7 @@ def smollm2_logits(tmp_path: Path, sizes: dict[int, tuple[int, ...]], steps: int
 
 
 def test_smollm2(tmp_path: Path) -> None:
-    smollm2_logits(tmp_path, {4: (2,)}, 1)
+    smollm2_logits(tmp_path, {4: (2,)}, 3)
 
 
 @pytest.mark.slow

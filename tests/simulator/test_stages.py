@@ -122,13 +122,19 @@ def test_what_a_stage_holds():
     assert [c.name for c in second.caches] == ["c2", "c3"]
     assert first.shared_bytes == 3 * 4096 + 4096
     assert first.own_bytes == 2 * 4096 + 8192
-    assert block_costs(stream, placements) == [512.0] * 4
+
+
+def test_the_head_makes_its_stage_dear():
+    """A block touches 256 bytes of weights and 64 of its cache, the embedding 64, the head 512."""
+    costs = block_costs(program())
+    assert costs == [384.0, 320.0, 320.0, 832.0]
+    assert balance(costs, 2).spans == ((0, 3), (3, 4))
 
 
 def test_programs_that_cannot_be_cut():
     stream = program()
     with pytest.raises(ArtifactError, match="5 pipeline stages"):
-        balance(block_costs(stream, []), 5)
+        balance(block_costs(stream), 5)
     loose = Stream(0, 64, (Routine("main", (load(0, 8), *stream.routines[0].instructions)), *stream.routines[1:]), ())
     assert blocks_of(loose) == ()
     with pytest.raises(ArtifactError, match="not made of calls"):
