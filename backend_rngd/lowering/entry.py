@@ -15,6 +15,7 @@ from backend_rngd.dialect import CallOp
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.block import BlockLowering
 from backend_rngd.lowering.function import FunctionLowering
+from backend_rngd.lowering.function_rows import ROW_WISE
 from backend_rngd.lowering.handover import add_handover
 from backend_rngd.lowering.move import load_rows
 from backend_rngd.lowering.program import INPUT_PITCH, Port
@@ -106,7 +107,8 @@ class EntryLowering(FunctionLowering):
             dims += [Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in sizes]
             buffer = self.em.global_buffer(name, "hbm", rows.physical * pitch, "input")
             held = Tensor(buffer, Space.HBM, dtype, tuple(dims), rows, 0, pitch)
-            self.env[arg] = load_rows(self.em, held, rows.local) if rows.local * pitch <= self.spill else held
+            kept = rows.local * pitch > self.spill or (not rows.replicated and _row_wise(arg))
+            self.env[arg] = held if kept else load_rows(self.em, held, rows.local)
             self.parent.out.inputs.append(Port(name, name, dtype.name.lower(), shape, port_strides(held)))
             return
         self._weight(arg, f"arg.{name}")
@@ -204,6 +206,14 @@ def _token_dims(arg: SSAValue) -> int:
 
     parameter = all(multiplies(u) for u in arg.uses)
     return 0 if parameter or len(names) < 3 else 2
+
+
+def _row_wise(value: SSAValue) -> bool:
+    """Whether only element-wise operations read a value, so that its rows may come from HBM when they are needed."""
+    return all(
+        isinstance(u.operation, ROW_WISE) and (not isinstance(u.operation, tc.SliceOp) or _row_wise(u.operation.result))
+        for u in value.uses
+    )
 
 
 def _names(f: func.FuncOp, attribute: str, prefix: str, count: int) -> list[str]:

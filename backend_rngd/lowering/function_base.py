@@ -20,8 +20,8 @@ from backend_rngd.lowering.indexed import token_range
 from backend_rngd.lowering.move import load_constant, load_rows, move_rows
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, split_tokens
-from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout
-from backend_rngd.lowering.vector import VectorLowering, output_tensor
+from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, uniform
+from backend_rngd.lowering.vector import VectorLowering, Wanted, output_tensor
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
@@ -104,7 +104,7 @@ class FunctionBase:
             self.em.location = _location(op)
             if isinstance(op, func.ReturnOp):
                 return list(op.operands)
-            if op not in self.fused:
+            if op not in self.fused and not self.in_chunks(op):
                 method = getattr(self, "op_" + op.name.replace(".", "_"), None)
                 if method is None:
                     raise UnsupportedError(
@@ -116,6 +116,10 @@ class FunctionBase:
                 self._probe(op)
             self.index += 1
         raise AssertionError("function without return")
+
+    def in_chunks(self, op: Operation) -> bool:
+        """Lower `op` and those after it that work on the same rows chunk by chunk, if that is their way."""
+        return False
 
     def _probe(self, op: Operation) -> None:
         for i, result in enumerate(op.results):
@@ -147,7 +151,7 @@ class FunctionBase:
         """A compact row-major copy in logical order."""
         names = [f"d{i}" for i in range(len(t.dims))]
         order = [i for i, d in enumerate(t.dims) if d.kind == "feature"]
-        target = output_tensor(self.em, t.dims, t.dtype, t.rows, order, self.spill)
+        target = output_tensor(self.em, Wanted(t.dims, t.dtype, t.rows, order), self.spill)
         return self.vector.map(ex.Input(0), [t], [names], names, t.dtype, target=target)
 
     def op_tc_transpose(self, op: tc.TransposeOp) -> None:
@@ -176,7 +180,7 @@ class FunctionBase:
             raise UnsupportedError("concatenation of tokens", "tokens lie on slices", "concatenate features")
         rows = next((p.rows for p in parts if p.rows is not None), None)
         order = [i for i, d in enumerate(dims) if d.kind == "feature"]
-        target = output_tensor(self.em, dims, parts[0].dtype, rows, order, self.spill)
+        target = self.vector.new(Wanted(dims, parts[0].dtype, rows, order))
         names = [f"d{i}" for i in range(len(dims))]
         start = 0
         for p in parts:
@@ -237,13 +241,9 @@ class FunctionBase:
         substitution: dict[int, ex.Expr] = {}
         for i, o in enumerate(op.operands):
             v = self.env[o]
-            if (
-                isinstance(v, Weight)
-                and v.literal is not None
-                and v.literal.size
-                and np.all(v.literal == v.literal.flat[0])
-            ):
-                substitution[i] = ex.Const(float(v.literal.flat[0]))
+            number = uniform(v) if isinstance(v, Weight) else None
+            if number is not None:
+                substitution[i] = ex.Const(number)
                 continue
             substitution[i] = ex.Input(len(inputs))
             inputs.append(self.in_dm(o))

@@ -18,7 +18,7 @@ from backend_rngd.lowering.shares import own_rows
 from backend_rngd.lowering.stream_tokens import CHANNELS
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.values import Weight, dtype_of, product
-from backend_rngd.lowering.vector import output_tensor
+from backend_rngd.lowering.vector import Wanted, output_tensor
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
@@ -295,7 +295,7 @@ class Contractions(FunctionBase):
         assert x.rows is not None
         names = [f"d{i}" for i in range(len(x.dims))]
         order = [a for a in axes if x.dims[a].kind == "feature"]
-        target = output_tensor(self.em, x.dims, x.dtype, x.rows, order, self.spill)
+        target = output_tensor(self.em, Wanted(x.dims, x.dtype, x.rows, order), self.spill)
         if padded != k:
             if target.space == Space.HBM:
                 raise UnsupportedError(

@@ -16,7 +16,7 @@ from backend_rngd.lowering.attention_types import Cache
 from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
 from backend_rngd.lowering.move import compact_like, feature_loops, load_rows, place_of, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
-from backend_rngd.lowering.vector import VectorLowering, output_tensor
+from backend_rngd.lowering.vector import VectorLowering, Wanted, output_tensor
 from ir import expr as ex
 
 OFFSET_BYTES = 8  # an offset and its padding: a commit writes at least 8 B
@@ -60,7 +60,7 @@ def embedding(
 ) -> Tensor:
     """Rows of an HBM table for every physical row of `rows`; `at` are byte offsets."""
     order = [i for i, d in enumerate(dims) if d.kind == "feature"]
-    out = output_tensor(em, dims, dtype, rows, order, spill)
+    out = output_tensor(em, Wanted(dims, dtype, rows, order), spill)
     run = 1
     for i in order:
         run *= dims[i].size
@@ -94,7 +94,7 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
         x = held
     at = offsets(em, vector, index, x.pitch)
     order = [i for i, d in enumerate(dims) if d.kind == "feature"]
-    out = output_tensor(em, dims, x.dtype, rows, order, em.machine.dm_slice_bytes)
+    out = output_tensor(em, Wanted(dims, x.dtype, rows, order), em.machine.dm_slice_bytes)
     run = round_up(x.row_bytes, 8)
     # Physical rows beyond the batch get row 0, so that every row is initialised.
     em.dma(hbm(x.buffer, x.base), dm(out.buffer), [(em.slices, 0, DM_SLICE_STRIDE), (rows.local, 0, out.pitch)], run)

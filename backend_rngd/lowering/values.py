@@ -115,6 +115,12 @@ class Weight:
         return self.bind(Form(tuple(range(len(self.shape))), (1, product(self.shape)), (1, 32)))
 
 
+def uniform(w: Weight) -> float | None:
+    """The number that all elements of a literal are, None for other parameters."""
+    same = w.literal is not None and w.literal.size and np.all(w.literal == w.literal.flat[0])
+    return float(w.literal.flat[0]) if same and w.literal is not None else None
+
+
 @dataclass
 class Stored:
     """A KV cache: HBM buffer, `b k t d` shape of the bucket."""

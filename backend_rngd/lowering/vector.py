@@ -7,8 +7,9 @@ chunks so that intermediate f32 values stay small, and values that live in HBM a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from backend_rngd.isa.descriptors import Alu, Commit, Dtype, Mode, Op, Operand, Source, Space, VectorOp
 from backend_rngd.lowering.emitter import Emitter, operand_loops
@@ -49,30 +50,35 @@ class View:
     strides: tuple[int, ...]
 
 
-def output_tensor(
-    em: Emitter,
-    dims: Sequence[Dim],
-    dtype: Dtype,
-    rows: RowSpace | None,
-    order: Sequence[int],
-    spill: int,
-    spacing: int | None = None,
-) -> Tensor:
-    """Allocate a compact tensor: features in `order` (indices into dims, outer to inner) row-major."""
-    sizes = [dims[i].size for i in order]
-    strides, pitch = feature_dims(sizes, dtype.bytes, spacing)
-    out = list(dims)
-    for i, stride in zip(order, strides, strict=True):
-        out[i] = Dim("feature", dims[i].size, stride)
-    local = rows.local if rows is not None else 1
-    nbytes = local * pitch
+class Wanted(NamedTuple):
+    """A compact tensor: features in `order` (indices into dims, outer to inner) row-major."""
+
+    dims: Sequence[Dim]
+    dtype: Dtype
+    rows: RowSpace | None
+    order: Sequence[int]
+    spacing: int | None = None
+
+    def layout(self) -> tuple[tuple[Dim, ...], int]:
+        """Dimensions with their strides, and the pitch of a row."""
+        strides, pitch = feature_dims([self.dims[i].size for i in self.order], self.dtype.bytes, self.spacing)
+        out = list(self.dims)
+        for i, stride in zip(self.order, strides, strict=True):
+            out[i] = Dim("feature", self.dims[i].size, stride)
+        return tuple(out), pitch
+
+
+def output_tensor(em: Emitter, wanted: Wanted, spill: int) -> Tensor:
+    """Allocate a tensor: in DM, or in HBM if it has rows that take more than `spill` bytes of a slice."""
+    dims, pitch = wanted.layout()
+    rows, order = wanted.rows, wanted.order
+    nbytes = pitch * (rows.local if rows is not None else 1)
     if rows is not None and nbytes > spill:
-        buffer = em.alloc(rows.physical * pitch, space="hbm")
-        return Tensor(buffer, Space.HBM, dtype, tuple(out), rows, 0, pitch)
+        return Tensor(em.alloc(rows.physical * pitch, space="hbm"), Space.HBM, wanted.dtype, dims, rows, 0, pitch)
     buffer = em.alloc(nbytes)
-    if sizes and sizes[-1] % 4:
+    if order and dims[order[-1]].size % 4:
         em.memset(buffer, 0, nbytes)  # packets of four elements read the padding of odd rows
-    return Tensor(buffer, Space.DM, dtype, tuple(out), rows, 0, pitch)
+    return Tensor(buffer, Space.DM, wanted.dtype, dims, rows, 0, pitch)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,12 @@ class VectorLowering:
     def __init__(self, em: Emitter, spill: int) -> None:
         self.em = em
         self.spill = spill
+        self.allocate: Callable[[Wanted], Tensor] | None = None  # gives the next result instead of a new tensor
+
+    def new(self, wanted: Wanted) -> Tensor:
+        """The tensor of a result: where `allocate` says, else a new one."""
+        allocate, self.allocate = self.allocate, None
+        return output_tensor(self.em, wanted, self.spill) if allocate is None else allocate(wanted)
 
     def map(
         self,
@@ -113,8 +125,10 @@ class VectorLowering:
 
         Returns a compact tensor (rows like the inputs) or `target` filled in.
         """
+        allocate, self.allocate = self.allocate, None  # it is for this result, not for what is computed on the way
         if reduce is not None and dtype.bytes < Dtype.F32.bytes:
             exact = self.map(e, inputs, names, out_names, Dtype.F32, reduce)
+            self.allocate = allocate
             return self.map(ex.Input(0), [exact], [out_names], out_names, dtype, target=target)
         if dtype != Dtype.I32:
             e, inputs, names = self._hoist(e, inputs, names)
@@ -159,7 +173,8 @@ class VectorLowering:
             ]
             index = [list(out_names).index(n) for n in kept]
             spacing = REDUCED_SPACING if reduce is not None else None
-            target = output_tensor(self.em, dims, dtype, rows, index, self.spill, spacing)
+            self.allocate = allocate
+            target = self.new(Wanted(dims, dtype, rows, index, spacing))
         reduced = [n for n in order if n not in out_names]
         if any(n not in out_names for n in row_kind) and reduce is not None:
             raise UnsupportedError("a reduction over tokens", "tokens lie on different slices", "reduce on the host")
