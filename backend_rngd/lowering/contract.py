@@ -18,10 +18,12 @@ from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.gated import Gated, GatedBlocks, Join
 from backend_rngd.lowering.mapping import (
     BLOCK_BYTES,
+    LONG_TILE_BYTES,
     Mapping,
     block_rows,
     fixed_tokens,
     fixed_weights,
+    gated_passes,
     passes_home,
 )
 from backend_rngd.lowering.program import IN_FLIGHT
@@ -29,6 +31,7 @@ from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.scatter import TokenScatter
 from backend_rngd.lowering.stream_tokens import StackHome, TokensStream, best_stack
 from backend_rngd.lowering.stream_weights import WeightsStream
+from backend_rngd.lowering.summed import SumHome
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
 
@@ -71,11 +74,11 @@ class ContractLowering:
             return fixed_weights(rows.local, w.rows, w.pitch, self.few.em.slices, self.in_flight, machine)
         whole = x.space == Space.DM or self.many.scales.tokens is not None
         local = rows.local if whole else block_rows(rows.local, w.pitch, BLOCK_BYTES)
-        return self._passes(passes_home(local * rows.slices, dtype.bytes))
+        return self._passes(passes_home(local * rows.slices, dtype.bytes), local)
 
-    def _passes(self, passes: int) -> Mapping:
-        """The mapping of many tokens with groups of so many passes."""
-        return fixed_tokens(passes, self.in_flight)
+    def _passes(self, passes: int, local: int) -> Mapping:
+        """The mapping of many tokens, `local` of them a slice, with groups of so many passes."""
+        return fixed_tokens(passes, self.in_flight, local)
 
     def scatter(
         self,
@@ -93,9 +96,29 @@ class ContractLowering:
         own = [row_dim(d, mine) for d in dims]
         sink = TokenScatter(exchange, x.rows, self.many.result(own, dtype, mine, w.rows))
         self.many.scales = scales or Scales()
-        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink, self._passes(sink.limit))
+        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink, self._passes(sink.limit, x.rows.local))
         self.many.scales = Scales()
         sink.finish()
+        return sink.result
+
+    def summed(
+        self,
+        x: Tensor,
+        w: Matrix,
+        dims: Sequence[Dim],
+        dtype: Dtype,
+        epilogue: Sequence[ChainOp],
+        scales: Scales | None,
+        exchange: Exchange,
+        share: int,
+    ) -> Tensor:
+        """The sum of the results over all units of the card, for many tokens in DM (`summed.py`)."""
+        assert x.rows is not None
+        sink = SumHome(exchange, self.many.result(dims, dtype, x.rows, w.rows), share)
+        passes = passes_home(x.rows.physical, dtype.bytes)
+        self.many.scales = scales or Scales()
+        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink, self._passes(passes, x.rows.local))
+        self.many.scales = Scales()
         return sink.result
 
     def gated(
@@ -108,12 +131,14 @@ class ContractLowering:
         if blocks and len(matrices) == 2 and GatedBlocks.suits(x.rows, height, result, self.many.spill, em):
             out = GatedBlocks.result_of(em, tuple(dims), result, x.rows, height)
             joined = GatedBlocks(em, out, join)
-            self.many.stream(x, [Stack(tuple(matrices), True)], Dtype.F32, (), joined, self._passes(joined.limit))
+            mapping = self._passes(joined.limit, x.rows.local)
+            self.many.stream(x, [Stack(tuple(matrices), True)], Dtype.F32, (), joined, mapping)
             return out
         out = self.many.result(dims, result, x.rows, height)
         dtype = Dtype.BF16
         sink = Gated(em, len(matrices), dtype, out, join)
-        self.many.stream(x, [Stack((m,)) for m in matrices], dtype, (), sink, self._passes(sink.limit))
+        mapping = self._passes(gated_passes(x.rows.local), x.rows.local)
+        self.many.stream(x, [Stack((m,)) for m in matrices], dtype, (), sink, mapping)
         return out
 
     def best_stack(self, x: Tensor, matrices: Sequence[Matrix]) -> tuple[int, ...]:
@@ -126,8 +151,9 @@ class ContractLowering:
     ) -> list[Tensor]:
         """The results [rows, N] of contractions of `x`, many tokens, with several matrices; `dims` of each."""
         assert x.rows is not None
-        results = [self.many.result(d, dtype, x.rows, m.rows) for d, m in zip(dims, matrices, strict=True)]
+        results = self.many.results(dims, dtype, x.rows, [m.rows for m in matrices])
         stack = Stack(tuple(matrices))
         sink = StackHome(self.many.em, stack, results)
-        self.many.stream(x, [stack], dtype, (), sink, self._passes(sink.limit))
+        mapping = fixed_tokens(sink.limit, self.in_flight, x.rows.local, LONG_TILE_BYTES)  # a transfer a matrix
+        self.many.stream(x, [stack], dtype, (), sink, mapping)
         return results

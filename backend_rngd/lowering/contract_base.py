@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from xdsl.ir import SSAValue
 
@@ -148,6 +149,23 @@ class ContractionMapping:
         else:
             buffer = self.em.alloc(nbytes, space=space.name.lower())
         return Tensor(buffer, space, dtype, tuple(out), rows, 0, pitch)
+
+    def results(
+        self, dims: Sequence[Sequence[Dim]], dtype: Dtype, rows: RowSpace, widths: Sequence[int]
+    ) -> list[Tensor]:
+        """As `result` for several of as many channels as `widths`: side by side in the same rows if these fit DM."""
+        each = [feature_dims([d.size for d in own if d.kind == "feature"], dtype.bytes) for own in dims]
+        if rows.local * sum(widths) * dtype.bytes > self.spill or any(
+            pitch > width * dtype.bytes for (_, pitch), width in zip(each, widths, strict=True)
+        ):
+            return [self.result(own, dtype, rows, width) for own, width in zip(dims, widths, strict=True)]
+        joint = self.result([Dim("feature", sum(widths))], dtype, rows, sum(widths))
+        out: list[Tensor] = []
+        for own, (strides, _), start in zip(dims, each, accumulate(widths, initial=0), strict=False):
+            left = iter(strides)
+            placed = [Dim("feature", d.size, next(left)) if d.kind == "feature" else d for d in own]
+            out.append(joint.with_dims(placed, start * dtype.bytes))
+        return out
 
     def _add(
         self,

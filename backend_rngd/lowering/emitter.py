@@ -179,13 +179,14 @@ class Emitter:
 
     @contextmanager
     def at_start(self) -> Generator[None]:
-        """Transfers emitted inside stand before all other instructions of the routine, in order of emission."""
+        """Transfers and memsets emitted inside, with their buffers, stand before all other instructions of the routine,
+        in order of emission."""
         last = self.block.last_op
         yield
         added = last.next_op if last is not None else self.block.first_op
         while added is not None:
             following = added.next_op
-            if isinstance(added, DmaOp):
+            if isinstance(added, (AllocOp, DmaOp, MemsetOp)):
                 place = self._start
                 if place is None:
                     place = next(op for op in self.block.ops if not isinstance(op, (GetGlobalOp, AllocOp)))

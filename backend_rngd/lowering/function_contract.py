@@ -16,6 +16,7 @@ from backend_rngd.lowering.packed import bind_packed, packed_weight
 from backend_rngd.lowering.scales import Scales, scales_of, scaling
 from backend_rngd.lowering.shares import own_rows
 from backend_rngd.lowering.stream_tokens import CHANNELS
+from backend_rngd.lowering.summed import token_share
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.values import Weight, dtype_of, product
 from backend_rngd.lowering.vector import Wanted, output_tensor
@@ -187,8 +188,10 @@ class Contractions(FunctionBase):
         produced = (final or op).results[0]
         sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
         where = target if self.parent.units > 1 else None
-        mine = self._scattered_rows(produced, x)
-        if mine is None:
+        mine, share = self._scattered_rows(produced, x), self._summed_share(produced, x, matrix, dtype)
+        if share is not None:
+            result = self.contracts.summed(x, matrix, dims, dtype, ops, scales, self.collectives, share)
+        elif mine is None:
             result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales)
         else:
             result = self.contracts.scatter(x, matrix, dims, dtype, ops, scales, self.collectives, mine)
@@ -196,7 +199,7 @@ class Contractions(FunctionBase):
             final_rule = final.rule()
             result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])
             self.fused.add(final)
-        (self.env if mine is None else self.scattered)[produced] = result
+        (self.env if mine is None and share is None else self.scattered)[produced] = result
         if produced is not op.results[0]:
             self.env.pop(op.results[0], None)
         return result
@@ -255,6 +258,16 @@ class Contractions(FunctionBase):
         if not isinstance(user, tc.ReduceScatterOp) or x.space != Space.DM or x.rows is None:
             return None
         return own_rows(x.rows, self.group)
+
+    def _summed_share(self, produced: SSAValue, x: Tensor, w: Matrix, dtype: Dtype) -> int | None:
+        """The slices whose tokens a unit adds, if the only reader of a contraction's result is an all-reduce that can
+        take it where the passes leave it."""
+        uses = list(produced.uses)
+        user = uses[0].operation if len(uses) == 1 else None
+        if not isinstance(user, tc.AllReduceOp) or x.space != Space.DM or x.rows is None or self.group.cards > 1:
+            return None
+        fits = x.rows.local * w.rows * dtype.bytes <= self.spill
+        return token_share(x.rows, self.group.units) if fits and self.group.units > 1 else None
 
     def _output_bytes(self, x: Tensor, w: Matrix, dtype: Dtype) -> int:
         assert x.rows is not None

@@ -24,6 +24,9 @@ class BetweenUnits(FunctionBase):
         check_axis(self.parent, op.axis.data)
         if op.kind.data != "add":
             raise UnsupportedError(f"an all-reduce of kind {op.kind.data}", "only sums are lowered", "reduce locally")
+        if op.x in self.scattered:
+            self.env[op.result] = self.scattered[op.x]
+            return
         self.env[op.result] = self.collectives.all_reduce(self._dense(op.x))
 
     def op_tc_all_gather(self, op: tc.AllGatherOp) -> None:

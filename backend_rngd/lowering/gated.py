@@ -23,7 +23,7 @@ Join = Callable[[list[Tensor]], Tensor]
 class Gated:
     """Takes the groups of `count` contractions (a `Sink`); `join` maps one group of all of them to the result's."""
 
-    limit = 1  # passes of a group: the sooner the first channels are back, the sooner the contraction behind may start
+    limit = 2  # passes of a group, see `mapping.gated_passes`
     whole = narrow = True
     scattered = sums = False
 

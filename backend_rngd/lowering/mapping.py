@@ -18,6 +18,7 @@ TILE_BYTES = 64 * 1024  # one weight tile a slice; activations need what is left
 LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load whatever stands beside it: fewer transfers
 LONG_BYTES = 1024 * 1024  # of such a matrix, a slice
 LONG_IN_FLIGHT = 2  # of its tiles
+SHORT_ROWS = 1  # tokens a slice up to which transfers of weights take longer than passes: the larger, the faster
 MOST_PASSES = 8  # of a group
 GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
 PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
@@ -33,7 +34,8 @@ class Mapping:
     of K in TRF at a time, of a token (weights stream) or of a channel (tokens stream); what fits half of TRF is loaded
     while the other half is used.
 
-    Weights stream. tile_bytes: of a tile of weights, a slice.
+    tile_bytes: of a tile of weights, a slice. Where tokens stream a tile is the weights of a pass, or of several that
+    are not larger than this together.
 
     Tokens stream. passes: of 16 channels a slice, whose results go home together. small_rings: channels that do not
     fill all slices go to rings of fewer slices, which multiply less and load copies of the weights, where the formulas
@@ -67,9 +69,17 @@ def fixed_weights(tokens: int, rows: int, pitch: int, slices: int, in_flight: in
     )
 
 
-def fixed_tokens(passes: int, in_flight: int) -> Mapping:
-    """Many tokens; `passes` of a group."""
-    return Mapping("tokens", in_flight, TRF_K_BYTES, passes=passes)
+def fixed_tokens(passes: int, in_flight: int, local: int, tile_bytes: int = TILE_BYTES) -> Mapping:
+    """Many tokens, `local` of them a slice; `passes` of a group; tile_bytes of few tokens."""
+    if local > SHORT_ROWS:
+        return Mapping("tokens", in_flight, TRF_K_BYTES, 0, passes=passes)
+    return Mapping("tokens", in_flight, 2 * TRF_K_BYTES, tile_bytes, passes=passes)
+
+
+def gated_passes(local: int) -> int:
+    """Passes of a group of a gated MLP, for `local` tokens a slice: the sooner the first channels are back, the sooner
+    the contraction behind may start; with few tokens it waits for its weights, and fewer transfers count."""
+    return 2 if local <= SHORT_ROWS else 1
 
 
 def passes_home(tokens: int, element: int) -> int:

@@ -56,7 +56,7 @@ def best_order(entries: Entries, packet: int, source: Side, target: Side, machin
 
 def _alternating(entries: Entries, machine: Machine) -> list[Entries]:
     """Orders in which the halves of a loop over slices (or rings of them) that lie in different networks take turns, at
-    every place behind that loop; innermost last."""
+    every place behind that loop; innermost last, then with all slices before anything else moves on."""
     for k in range(len(entries) - 1, -1, -1):
         n, *steps = entries[k]
         slices = max(abs(s) // machine.dm_slice_stride for s in steps[:2])
@@ -67,9 +67,10 @@ def _alternating(entries: Entries, machine: Machine) -> list[Entries]:
         if len(entries) + len(rest) > machine.max_loops or not all(-(2**31) <= s < 2**31 for s in moved):
             continue
         behind = entries[k + 1 :]
-        return [
-            canonical([*entries[:k], *rest, *behind[:at], (2, *moved), *behind[at:]]) for at in range(len(behind) + 1)
-        ]
+        orders = [[*entries[:k], *rest, *behind[:at], (2, *moved), *behind[at:]] for at in range(len(behind) + 1)]
+        if rest and behind:
+            orders.append([*entries[:k], *behind, *rest, (2, *moved)])
+        return [canonical(order) for order in orders]
     return []
 
 

@@ -37,6 +37,7 @@ from backend_rngd.lowering.mapping import CHANNELS, LANES, Mapping, block_rows
 from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
+from backend_rngd.lowering.weight_tiles import Job, Tile, gaps, tiles_of
 from backend_rngd.machine import Machine
 
 NARROW = (12,)  # channels of a pass that is not full: fewer would be better off in smaller rings
@@ -55,6 +56,15 @@ class Group:
     per_slice: int
     slices: int
     ring: int
+    woven: bool = False  # slices of one half of the ring and of the other one in turn: a network each
+
+    def steps(self, first: int, count: int, step: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """`count` slices from number `first` of the group on: DM address of the first one, and loops over them of
+        (size, `step` bytes elsewhere a slice, DM stride)."""
+        if not self.woven:
+            return first * DM_SLICE_STRIDE, [(count, step, DM_SLICE_STRIDE)]
+        half = self.ring // 2 * DM_SLICE_STRIDE
+        return first // 2 * DM_SLICE_STRIDE, [(count // 2, 2 * step, DM_SLICE_STRIDE), (2, step, half)]
 
     @property
     def passes(self) -> int:
@@ -118,16 +128,6 @@ class Sink(Protocol):
     def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """All passes of a group have been issued. An area of sums serves another pass afterwards."""
         ...
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One pass: stack of matrices, group and pass of the group, chunk of K."""
-
-    stack: int
-    group: int
-    number: int
-    chunk: int
 
 
 class TokensStream(ContractionMapping):
@@ -203,78 +203,93 @@ class TokensStream(ContractionMapping):
         groups = channel_groups(
             stacks[0].rows, em.slices, most, rows.local, w.pitch, em.machine, whole=whole, narrow=to.narrow
         )
+        if len(stacks[0].parts) > 1 and not stacks[0].interleaved:
+            groups = [replace(g, woven=_can_weave(stacks[0], g, em.slices)) for g in groups]
         split = len(chunks) > 1
         own_epilogue = split and needs_own_pass(vector)
         resident = x.space == Space.DM
-        passes = [(m, g, t) for g in range(len(groups)) for m in range(len(stacks)) for t in range(groups[g].passes)]
+        # A last pass of fewer channels comes when full ones have written all that it reads.
+        passes = [(m, g, t) for g in range(len(groups)) for t in range(groups[g].passes) for m in range(len(stacks))]
         # Tokens in HBM are brought in one K chunk at a time, for as many passes as partial sums fit.
         batch = max(1, m.partial_bytes // (count * CHANNELS * 4)) if split and not resident else 1
         jobs = [
-            _Job(m, g, t, c)
+            Job(m, g, t, c)
             for first in range(0, len(passes), batch)
             for c in range(len(chunks))
             for m, g, t in passes[first : first + batch]
         ]
+        most_tile = m.tile_bytes // element if packed is None else 0
+        tiles = tiles_of(jobs, chunks, [g.per_slice for g in groups], most_tile)
+        at = {tile.first: n for n, tile in enumerate(tiles)}
+        slots = min(m.in_flight, len(tiles))
         # What takes part without channels needs some weights.
-        spare = any(groups[job.group].width(job.number) < CHANNELS for job in jobs[: max(2, m.in_flight)])
-        spare = spare or any(g.slices < g.ring for g in groups)
-        nbytes = CHANNELS * widest * element
-        early = em.take_early([nbytes] * min(2, len(jobs))) if packed is None and not spare else []
-        slots = max(m.in_flight, len(early))
+        unset = gaps(tiles, [g.slices == g.ring for g in groups], slots)
+        sizes = [max(tile.read for tile in tiles[n::slots]) * element for n in range(slots)]
+        first = em.early_bytes > 0  # contraction of the routine
+        early = em.take_early(sizes[:2]) if packed is None and not any(high for _, high in unset[:2]) else []
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
                         em.slices, resident, packed is not None, most, to.scattered))  # fmt: skip
-        buffers = [*early, *(em.alloc(nbytes, "weights") for _ in range(slots - len(early)))]
-        stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
+        with em.at_start() if first else nullcontext():
+            buffers = [*early, *(em.alloc(nbytes, "weights") for nbytes in sizes[len(early) :])]
+            stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
+            for n, (low, high) in enumerate(unset):
+                if high and packed is not None:
+                    clear(em, stages[n], packed, CHANNELS, widest)
+                elif high:
+                    em.memset(buffers[n], low * element, (high - low) * element)
         partial = CHANNELS * 4
         room = min(batch, len(passes)) + min(2, len(chunks) - 1) if split else 2 if to.sums else 0
         sums = deque(em.alloc(count * partial, "partial") for _ in range(room))
         held: dict[int, Area] = {}  # sums of the passes that have begun
-        if spare:
-            for buffer in buffers if packed is None else ():
-                em.memset(buffer, 0, CHANNELS * widest * element)
-            for place in stages:
-                assert packed is not None
-                clear(em, place, packed, CHANNELS, widest)
 
-        def fetch_weights(i: int) -> None:
-            job = jobs[i]
+        def fetch_weights(n: int) -> None:
+            tile = tiles[n]
+            group = groups[tile.group]
             if packed is None:
-                self._load_weights(
-                    stacks[job.stack], groups[job.group], job.number, chunks[job.chunk], buffers[i % slots]
-                )
+                self._load_weights(stacks[tile.stack], group, tile, buffers[n % slots])
                 return
-            group, ring = groups[job.group], groups[job.group].ring
-            steps = [(em.slices // ring, 0, ring * DM_SLICE_STRIDE), (group.slices, group.per_slice, DM_SLICE_STRIDE)]
-            start = group.start + job.number * CHANNELS
-            load(em, packed, stages[i % slots], start, [*steps, (CHANNELS, 1, 0)], *chunks[job.chunk])
+            steps = [
+                (em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
+                (group.slices, group.per_slice, DM_SLICE_STRIDE),
+            ]
+            start = group.start + tile.number * CHANNELS
+            load(em, packed, stages[n % slots], start, [*steps, (CHANNELS, 1, 0)], tile.k0, tile.k)
 
         bases: dict[int, int] = {}  # TRF address of a job's weights
 
+        lane = em.machine.trf_bytes_per_slice // LANES
+        beside = 4 * widest * element <= lane  # passes; what takes more of TRF is loaded in the main context, faster
+        current = 0  # tile
+
         def prepare(i: int) -> None:
             """Weights of a job into the TRF half that the job before it does not use."""
-            (k0, k), buffer = chunks[jobs[i].chunk], buffers[i % slots]
+            nonlocal current
+            current = at.get(i, current)
+            (k0, k), tile, buffer = chunks[jobs[i].chunk], tiles[current], buffers[current % slots]
             if packed is not None:
-                expand(em, packed, stages[i % slots], CHANNELS, k0, k, buffer, em.slices)
-            run = k * element
-            bases[i] = self._next_half(em.machine.trf_bytes_per_slice // LANES, 2 * run)
-            channels = em.fetch(0, [(LANES, run), (2, LANES * run), (k, element)], w.dtype, FLIT_BYTES // element)
-            em.load_trf(channels, buffer, LANES, bases[i])
+                expand(em, packed, stages[current % slots], CHANNELS, k0, k, buffer, em.slices)
+            run, pitch = k * element, tile.k * element
+            bases[i] = self._next_half(lane, 2 * run)
+            loops = [(LANES, pitch), (2, LANES * pitch), (k, element)]
+            channels = em.fetch(tile.start(jobs[i], k0) * element, loops, w.dtype, FLIT_BYTES // element)
+            em.load_trf(channels, buffer, LANES, bases[i], context="sub" if beside else "main")
 
         with em.at_start() if early else nullcontext():
             for i in range(len(early)):
                 fetch_weights(i)
-        for i in range(len(early), min(slots - 1, len(jobs))):
+        for i in range(len(early), max(slots - 1, 1)):
             fetch_weights(i)
         tokens, loaded = x, (-1, -1)
         scales = ScaleOps(em, self.scales)
-        area: tuple[SSAValue, int] | None = None
-        prepare(0)
+        areas: dict[int, tuple[SSAValue, int]] = {}  # by stack
+        if beside:
+            prepare(0)
         later: list[Callable[[], None]] = []  # what needs a sum that the sub context is adding up
         for i, job in enumerate(jobs):
-            if max(len(early), slots - 1) <= i + slots - 1 < len(jobs):
-                fetch_weights(i + slots - 1)
+            if i in at and max(len(early), slots - 1, 1) <= at[i] + slots - 1 < len(tiles):
+                fetch_weights(at[i] + slots - 1)
             group, t, c = groups[job.group], job.number, job.chunk
             (k0, k), last = chunks[c], c == len(chunks) - 1
             number = passes.index((job.stack, job.group, t))
@@ -285,16 +300,17 @@ class TokensStream(ContractionMapping):
             final, after = None, ()
             if last and not to.sums:
                 if t == 0:
-                    area = to.area(job.stack, group, count)
+                    areas[job.stack] = to.area(job.stack, group, count)
                     scales.broadcast_tokens(ring)
                     scales.load_channels(group.start, group.per_slice, group.slices, ring)
-                assert area is not None
-                final = Area(area[0], seen, area[1], dtype, t * CHANNELS * dtype.bytes)
+                final = Area(areas[job.stack][0], seen, areas[job.stack][1], dtype, t * CHANNELS * dtype.bytes)
                 after = (*scales.many(seen, CHANNELS, t * CHANNELS), *vector)
             place = Area(sums.popleft(), seen, partial, Dtype.F32) if split or final is None else final
             ops = (*w.raised, *after) if place is final else w.raised
+            if not beside:
+                prepare(i)
             self._pass(tokens, k0 if resident else 0, k, packet, bases[i], place, ring, ops)
-            if i + 1 < len(jobs):
+            if beside and i + 1 < len(jobs):
                 prepare(i + 1)  # before the sub context is busy with sums
             while later:
                 later.pop(0)()
@@ -308,8 +324,8 @@ class TokensStream(ContractionMapping):
             del held[number]
 
             def finish(
-                job: _Job = job, total: Area = total, final: Area | None = final,
-                after: Sequence[VectorOp] = after, area: tuple[SSAValue, int] | None = area,
+                job: Job = job, total: Area = total, final: Area | None = final,
+                after: Sequence[VectorOp] = after, area: tuple[SSAValue, int] | None = areas.get(job.stack),
             ) -> None:  # fmt: skip
                 group = groups[job.group]
                 if final is None:
@@ -337,34 +353,29 @@ class TokensStream(ContractionMapping):
             placed[i] = Dim("feature", dims[i].size, stride)
         return Tensor(output, Space.HBM, dtype, tuple(placed), x.rows, 0, max(pitch, w.rows * dtype.bytes))
 
-    def _load_weights(self, w: Stack, group: Group, number: int, chunk: tuple[int, int], buffer: SSAValue) -> None:
-        """The rows of the weights that a pass of a group needs to each of its slices, one K chunk."""
-        (k0, k), element, pitch = chunk, w.like.dtype.bytes, w.like.pitch
+    def _load_weights(self, w: Stack, group: Group, tile: Tile, buffer: SSAValue) -> None:
+        """The rows of the weights that passes of a group need to each of its slices, some chunks of K."""
+        element, pitch = w.like.dtype.bytes, w.like.pitch
+        run = tile.k * element
+        copies = (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE)
         if w.interleaved:
             block = CHANNELS // len(w.parts)
             for i, matrix in enumerate(w.parts):
                 first = group.start // len(w.parts)
                 self.em.dma(
-                    hbm(matrix.buffer, first * pitch + k0 * element),
-                    dm(buffer, i * block * k * element),
-                    [
-                        (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
-                        (group.slices, block * pitch, DM_SLICE_STRIDE),
-                        (block, pitch, k * element),
-                    ],
-                    k * element,
+                    hbm(matrix.buffer, first * pitch + tile.k0 * element),
+                    dm(buffer, i * block * run),
+                    [copies, (group.slices, block * pitch, DM_SLICE_STRIDE), (block, pitch, run)],
+                    run,
                 )
             return
         for part, first, slices, before in slices_of(w, group):
+            base, over_slices = group.steps(before, slices, group.per_slice * pitch)
             self.em.dma(
-                hbm(w.parts[part].buffer, (first + number * CHANNELS) * pitch + k0 * element),
-                dm(buffer, before * DM_SLICE_STRIDE),
-                [
-                    (self.em.slices // group.ring, 0, group.ring * DM_SLICE_STRIDE),
-                    (slices, group.per_slice * pitch, DM_SLICE_STRIDE),
-                    (group.width(number), pitch, k * element),
-                ],
-                k * element,
+                hbm(w.parts[part].buffer, (first + tile.number * CHANNELS) * pitch + tile.k0 * element),
+                dm(buffer, base),
+                [copies, *over_slices, (tile.rows, pitch, run)],
+                run,
             )
 
     def _tokens_chunk(self, x: Tensor, k0: int, k: int) -> Tensor:
@@ -437,7 +448,8 @@ class RowsHome:
 
 
 class StackHome:
-    """Brings the results of stacked matrices home, each to a tensor of its own."""
+    """Brings the results of stacked matrices home, side by side into rows of one tensor if that fits DM, else each to
+    a tensor of its own."""
 
     limit = 1  # of passes, so that a slice holds channels of one matrix
     whole = narrow = scattered = sums = False
@@ -454,6 +466,9 @@ class StackHome:
 
     def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
         """See `Sink`."""
+        if len({r.buffer for r in self.results}) == 1:
+            rows_home(self.em, area, row, group, self.results[0])
+            return
         for part, first, slices, before in slices_of(self.stack, group):
             mine = replace(group, start=first, slices=slices)
             rows_home(self.em, area, row, mine, self.results[part], before)
@@ -463,6 +478,12 @@ def slices_of(stack: Stack, group: Group) -> list[tuple[int, int, int, int]]:
     """Slices of a group by matrix: (part, first channel of it, slices, slices of the group before them)."""
     cut = stack.cut(group.start, group.slices * group.per_slice)
     return [(part, first, n // group.per_slice, before // group.per_slice) for part, first, n, before in cut]
+
+
+def _can_weave(stack: Stack, group: Group, slices: int) -> bool:
+    """Whether the matrices of a group that leaves slices free may alternate between the halves of a unit."""
+    even = all(n % 2 == 0 and before % 2 == 0 for _, _, n, before in slices_of(stack, group))
+    return even and group.slices < group.ring == slices
 
 
 def rows_home(
@@ -487,13 +508,14 @@ def rows_home(
     if spilled:
         pitch = group.slices * run
         target, base = em.alloc(local * pitch, "rows"), 0
+    begin, over_slices = group.steps(first_slice, group.slices, run)
     loops = [
         (em.slices // group.ring, group.ring * DM_SLICE_STRIDE, group.ring * DM_SLICE_STRIDE),
-        (group.slices, DM_SLICE_STRIDE, run),
+        *((n, there, here) for n, here, there in over_slices),
         (group.ring, row, DM_SLICE_STRIDE),
         (local, group.ring * row, pitch),
     ]
-    em.dma(dm(channels, first_slice * DM_SLICE_STRIDE), dm(target, base), loops, run)
+    em.dma(dm(channels, begin), dm(target, base), loops, run)
     if spilled:
         loops = [(em.slices, DM_SLICE_STRIDE, rows.local * result.pitch), (local, pitch, result.pitch)]
         em.dma(dm(target), hbm(result.buffer, home), loops, group.slices * run)

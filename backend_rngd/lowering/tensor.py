@@ -75,6 +75,12 @@ class RowSpace:
         """Slices that hold the tokens of one batch row (1 when several batch rows share a slice)."""
         return max(1, self.batch_stride // self.local)
 
+    @property
+    def used_slices(self) -> int:
+        """Slices up to the last one that holds a token (replicated: all)."""
+        last = (self.batch - 1) * self.batch_stride + self.length
+        return self.slices if self.replicated else -(-last // self.local)
+
     def valid_nests(self) -> list[RowNest]:
         """Loop nests that visit every token exactly once; two when the tokens do not fill their last slice."""
         if self.replicated:
