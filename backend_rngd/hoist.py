@@ -12,6 +12,7 @@ weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from backend_rngd.machine import Machine
 from backend_rngd.machine.formulas import dma_time, sync_time, unit_cycles
 from backend_rngd.sync_ops import SyncOp
 
+PATIENCE = 2  # starts of a transfer for which the queue rather waits for other units than that weights hold them up
 CONTEXTS = {"main": Context.MAIN, "sub": Context.SUB, "dma": Context.DMA}
 
 
@@ -219,8 +221,10 @@ def _hoist_segment(
     }
     waiting = _Queue([i for i, item in enumerate(items) if item.free])
     dma = queues[Context.DMA]
+    patience = PATIENCE * machine.dma_startup_cycles
     while True:
         best: tuple[float, int, _Queue] | None = None
+        soon = math.inf  # until when weights may start before a wait that is next in order
         for queue in queues.values():
             head = queue.head
             if head is None or (queue is dma and waiting.head is not None and waiting.head < head):
@@ -228,13 +232,15 @@ def _hoist_segment(
             ready = _ready(items[head], items, latency)
             if ready is not None and (best is None or max(ready, queue.time) < best[0]):
                 best = (max(ready, queue.time), head, queue)
+            if ready is not None and items[head].notify >= 0:
+                soon = max(ready, dma.time) - patience
         head = waiting.head
         if head is not None:
             ahead = dma.head
             moved = ahead is not None and ahead < head
             ready = _ready(items[head], items, latency)
             allowed = not moved or (ahead is not None and _fits(items[head], ahead, head, origin, live, budget))
-            if ready is not None and allowed and (best is None or max(ready, dma.time) < best[0]):
+            if ready is not None and allowed and (best is None or max(ready, dma.time) < min(best[0], soon)):
                 if moved and ahead is not None:
                     before.setdefault(ahead, []).append(head)
                     live.counts[origin + ahead : origin + head] += items[head].nbytes

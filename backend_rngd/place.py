@@ -11,6 +11,7 @@ of an old one; best fit and largest-first follow when next fit does not fit.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from backend_rngd.dialect import SPACES, AllocOp, BufferType, CallOp, GetGlobalO
 from backend_rngd.hoist import hoist, undo
 from backend_rngd.machine import Machine
 from ir.errors import Problem, UserError
+
+SMALL = 4  # a buffer is small if the largest one is more than so many times larger
+SMALL_ROOM = (2.0, 1.25)  # times the bytes of small buffers alive at once, so that a place is not reused at once
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,34 @@ def largest_first(requests: Sequence[Request], base: int, capacity: int) -> list
     return out
 
 
+def apart(requests: Sequence[Request], base: int, capacity: int) -> list[int] | None:
+    """`next_fit` for large buffers, and at the end of the area for small ones, or None: small ones between large ones
+    would keep a buffer of the same size from the place of one that has been read."""
+    limit = max((r.size for r in requests), default=0) // SMALL
+    small = [i for i, r in enumerate(requests) if r.size < limit]
+    large = [i for i, r in enumerate(requests) if r.size >= limit]
+    most = peak_bytes([requests[i] for i in small])
+    for share in SMALL_ROOM:
+        end = capacity - int(share * most)
+        above = next_fit([requests[i] for i in small], end, capacity)
+        below = next_fit([requests[i] for i in large], base, end)
+        if above is not None and below is not None:
+            found = dict(zip([*small, *large], [*above, *below], strict=True))
+            return [found[i] for i in range(len(requests))]
+    return None
+
+
+def peak_bytes(requests: Sequence[Request]) -> int:
+    """Most bytes that are alive at once."""
+    events: dict[int, int] = {}
+    for r in requests:
+        events[r.start] = events.get(r.start, 0) + r.size
+        events[r.end + 1] = events.get(r.end + 1, 0) - r.size
+    return max(itertools.accumulate(events[at] for at in sorted(events)), default=0)
+
+
 Strategy = Callable[[Sequence[Request], int, int], list[int] | None]
-REUSE_LATE: tuple[Strategy, ...] = (next_fit, best_fit, largest_first)
+REUSE_LATE: tuple[Strategy, ...] = (apart, next_fit, best_fit, largest_first)
 REUSE_SOON: tuple[Strategy, ...] = (best_fit, largest_first)
 
 

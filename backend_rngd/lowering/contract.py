@@ -53,25 +53,27 @@ class ContractLowering:
         output: SSAValue | None = None,
         target: Callable[[Space, int], SSAValue] | None = None,
         scales: Scales | None = None,
+        ends: bool = False,
     ) -> Tensor:
         """`x` has K contiguous features; `dims` are the result's (feature dims row-major over N).
 
         output: an HBM buffer that receives the result as a program output, channel-major for few tokens.
         target: gives the buffer of the result (memory, bytes) instead of a local one. scales: factors of the result.
+        ends: no contraction follows in the routine.
         """
         assert x.rows is not None
         engine = self.few if x.rows.replicated else self.many
         engine.target, engine.scales = target, scales or Scales()
-        result = engine.run(x, w, dims, dtype, vector_ops(epilogue), output, self._fixed(x, w, dtype))
+        result = engine.run(x, w, dims, dtype, vector_ops(epilogue), output, self._fixed(x, w, dtype, ends))
         engine.target, engine.scales = None, Scales()
         return result
 
-    def _fixed(self, x: Tensor, w: Matrix, dtype: Dtype) -> Mapping:
+    def _fixed(self, x: Tensor, w: Matrix, dtype: Dtype, ends: bool) -> Mapping:
         """The mapping of a contraction whose results go home."""
         rows, machine = x.rows, self.few.em.machine
         assert rows is not None
         if rows.replicated:
-            return fixed_weights(rows.local, w.rows, w.pitch, self.few.em.slices, self.in_flight, machine)
+            return fixed_weights(rows.local, w.rows, w.pitch, self.few.em.slices, self.in_flight, machine, ends)
         whole = x.space == Space.DM or self.many.scales.tokens is not None
         local = rows.local if whole else block_rows(rows.local, w.pitch, BLOCK_BYTES)
         return self._passes(passes_home(local * rows.slices, dtype.bytes), local)
@@ -144,13 +146,18 @@ class ContractLowering:
     def best_stack(self, x: Tensor, matrices: Sequence[Matrix]) -> tuple[int, ...]:
         """Which contractions of `x` should share their passes."""
         assert x.rows is not None
+        if x.rows.replicated:
+            alike = [i for i, m in enumerate(matrices) if m.rows == matrices[0].rows][:2]
+            return tuple(alike) if len(alike) == 2 and self.few.alternates(x, [matrices[i] for i in alike]) else ()
         return best_stack(matrices, self.many.em.slices, x.rows.local, self.many.em.machine)
 
     def stacked(
         self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Sequence[Dim]], dtype: Dtype
     ) -> list[Tensor]:
-        """The results [rows, N] of contractions of `x`, many tokens, with several matrices; `dims` of each."""
+        """The results [rows, N] of contractions of `x` with several matrices; `dims` of each."""
         assert x.rows is not None
+        if x.rows.replicated:
+            return self.few.stacked(x, matrices, dims, dtype)
         results = self.many.results(dims, dtype, x.rows, [m.rows for m in matrices])
         stack = Stack(tuple(matrices))
         sink = StackHome(self.many.em, stack, results)

@@ -132,23 +132,15 @@ class ContractionMapping:
 
     def result(self, dims: Sequence[Dim], dtype: Dtype, rows: RowSpace, width: int) -> Tensor:
         """A compact result with rows of at least `width` channels, in DM or, if large, in HBM."""
-        strides, pitch = feature_dims([d.size for d in dims if d.kind == "feature"], dtype.bytes)
+        out, pitch = placed(dims, dtype)
         pitch = max(pitch, round_up(width, 32) * dtype.bytes)
-        out: list[Dim] = []
-        position = 0
-        for d in dims:
-            if d.kind == "feature":
-                out.append(Dim("feature", d.size, strides[position]))
-                position += 1
-            else:
-                out.append(d)
         space = Space.HBM if rows.local * pitch > self.spill else Space.DM
         nbytes = (rows.physical if space == Space.HBM else rows.local) * pitch
         if self.target is not None:
             buffer = self.target(space, nbytes)
         else:
             buffer = self.em.alloc(nbytes, space=space.name.lower())
-        return Tensor(buffer, space, dtype, tuple(out), rows, 0, pitch)
+        return Tensor(buffer, space, dtype, out, rows, 0, pitch)
 
     def results(
         self, dims: Sequence[Sequence[Dim]], dtype: Dtype, rows: RowSpace, widths: Sequence[int]
@@ -195,6 +187,13 @@ class ContractionMapping:
         """target = vector(source) over `count` f32 elements a slice."""
         packet = 8 if count % 8 == 0 else 4
         self.em.execute(self.em.fetch(0, [(count, 4)], Dtype.F32, packet), source, commit, target, vector=vector)
+
+
+def placed(dims: Sequence[Dim], dtype: Dtype) -> tuple[tuple[Dim, ...], int]:
+    """Dimensions whose features lie row-major, and the bytes of a row."""
+    strides, pitch = feature_dims([d.size for d in dims if d.kind == "feature"], dtype.bytes)
+    steps = iter(strides)
+    return tuple(Dim("feature", d.size, next(steps)) if d.kind == "feature" else d for d in dims), pitch
 
 
 def compact(count: int, dtype: Dtype, base: int = 0) -> Commit:

@@ -304,7 +304,7 @@ class Emitter:
         steps = index.strides if index is not None else [0] * len(nest)
         given = [(*loop, step) for loop, step in zip(nest, steps, strict=True)]
         entries, packet = _fit_packet(given, packet, self.machine)
-        merged = best_order(canonical(entries), packet, source[1:], target[1:], self.machine)
+        merged, packet = best_order(canonical(entries), packet, source[1:], target[1:], self.machine)
         desc = Dma(
             Endpoint(source.space, source.base, source.register),
             Endpoint(target.space, target.base, target.register),

@@ -115,7 +115,7 @@ class Contractions(FunctionBase):
 
     def _stacked(self, op: tc.ContractOp) -> bool:
         """Compute contractions of the tokens of `op` in common passes, if that is worth it; whether `op` is of them."""
-        if not self._many_tokens(op):
+        if not self._many_tokens(op) and not self._few_tokens(op):
             return False
         block = op.parent
         assert block is not None
@@ -167,9 +167,20 @@ class Contractions(FunctionBase):
             return False
         if x.rows.physical * CHANNELS * Dtype.BF16.bytes > self.spill:
             return False  # a slice holds its channels of all tokens: too many for the map's result to stay in DM
+        return self._ready(op, x)
+
+    def _ready(self, op: tc.ContractOp, x: Tensor) -> bool:
+        """Whether the features of `x` lie as contractions read them, and the right operand has the channels."""
         (width, stride), *more = [(d.size, d.stride) for d in x.features] or [(0, 0)]
         ready = not more and stride == x.dtype.bytes and width % k_multiple(width) == 0
         return ready and op.rule().output[-1] in op.rule().inputs[1]
+
+    def _few_tokens(self, op: tc.ContractOp) -> bool:
+        """Whether the left operand has few tokens, as contractions read them, and the right one the channels."""
+        x = self.env[op.lhs]
+        if not isinstance(x, Tensor) or x.rows is None or not x.rows.replicated or x.space != Space.DM:
+            return False
+        return self._ready(op, x)
 
     def _contract(
         self,
@@ -192,7 +203,7 @@ class Contractions(FunctionBase):
         if share is not None:
             result = self.contracts.summed(x, matrix, dims, dtype, ops, scales, self.collectives, share)
         elif mine is None:
-            result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales)
+            result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales, not _followed(op))
         else:
             result = self.contracts.scatter(x, matrix, dims, dtype, ops, scales, self.collectives, mine)
         if final is not None:
@@ -319,3 +330,11 @@ class Contractions(FunctionBase):
             self.em.memset(buffer, 0, x.rows.local * pitch)
             target = Tensor(buffer, Space.DM, x.dtype, target.dims, x.rows, 0, pitch)
         return self.vector.map(ex.Input(0), [x], [names], names, x.dtype, target=target)
+
+
+def _followed(op: tc.ContractOp) -> bool:
+    """Whether another contraction stands behind this one in its function."""
+    following = op.next_op
+    while following is not None and not isinstance(following, tc.ContractOp):
+        following = following.next_op
+    return following is not None

@@ -15,8 +15,9 @@ LANES = 8
 CHANNELS = 16  # 8 lanes x TimeBroadcast 2: each 64 B packet serves two cycles (hardware.md 2.8 supply limit)
 TRF_K_BYTES = 2048  # half a TRF: 2 channels x 1024 bf16 a lane, the other half loads meanwhile
 TILE_BYTES = 64 * 1024  # one weight tile a slice; activations need what is left of 512 KB
-LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load whatever stands beside it: fewer transfers
-LONG_BYTES = 1024 * 1024  # of such a matrix, a slice
+LONG_TILE_BYTES = 128 * 1024  # of a matrix that is long to load: fewer transfers
+LONG_BYTES = 1024 * 1024  # of such a matrix, a slice, whatever stands beside it
+LONG_ALONE_BYTES = 160 * 1024  # the same for one token, which needs little data memory
 LONG_IN_FLIGHT = 2  # of its tiles
 SHORT_ROWS = 1  # tokens a slice up to which transfers of weights take longer than passes: the larger, the faster
 MOST_PASSES = 8  # of a group
@@ -37,6 +38,8 @@ class Mapping:
     tile_bytes: of a tile of weights, a slice. Where tokens stream a tile is the weights of a pass, or of several that
     are not larger than this together.
 
+    Weights stream. short_end: nothing is loaded behind the last tile, which is a short one if that saves time.
+
     Tokens stream. passes: of 16 channels a slice, whose results go home together. small_rings: channels that do not
     fill all slices go to rings of fewer slices, which multiply less and load copies of the weights, where the formulas
     say so. partial_bytes: partial sums of a split K a slice, for passes that share a chunk of K. block_bytes: tokens
@@ -47,6 +50,7 @@ class Mapping:
     in_flight: int
     k_bytes: int
     tile_bytes: int = TILE_BYTES
+    short_end: bool = False
     passes: int = 1
     small_rings: bool = True
     partial_bytes: int = PARTIAL_BYTES
@@ -58,14 +62,17 @@ def lane_bytes(tokens: int, machine: Machine) -> int:
     return machine.trf_bytes_per_slice // max(4, tokens)
 
 
-def fixed_weights(tokens: int, rows: int, pitch: int, slices: int, in_flight: int, machine: Machine) -> Mapping:
-    """Few tokens, weights of `rows` rows of `pitch` bytes."""
-    long = rows * pitch >= LONG_BYTES * slices
+def fixed_weights(
+    tokens: int, rows: int, pitch: int, slices: int, in_flight: int, machine: Machine, ends: bool = False
+) -> Mapping:
+    """Few tokens, weights of `rows` rows of `pitch` bytes. ends: no contraction follows in the routine."""
+    long = rows * pitch >= (LONG_ALONE_BYTES if tokens == 1 else LONG_BYTES) * slices
     return Mapping(
         "weights",
         min(in_flight, LONG_IN_FLIGHT) if long else in_flight,
         lane_bytes(tokens, machine),
         LONG_TILE_BYTES if long else TILE_BYTES,
+        ends,
     )
 
 

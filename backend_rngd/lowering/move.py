@@ -130,16 +130,18 @@ def ring_broadcast(
     packet_loops: Sequence[tuple[int, int]],
     valid: int,
     slices: int | None = None,
+    around: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Every slice of a ring of `ring` slices receives what each of them holds (switch BROADCAST01).
 
     `fetch_loops` enumerate a slice's own elements, `packet` elements a time step; the commit walks (time, ring, packet)
-    with the given strides. `valid` elements are kept of every 32 B flit.
+    with the given strides. `valid` elements are kept of every 32 B flit. around: loops over the ring's slices, if their
+    pieces do not lie `ring_stride` apart.
     """
     em.execute(
         em.fetch(source_base, fetch_loops, dtype, packet),
         source,
-        Commit(target_base, (*time_loops, (ring, ring_stride), *packet_loops), dtype, valid),
+        Commit(target_base, (*time_loops, *(around or ((ring, ring_stride),)), *packet_loops), dtype, valid),
         target,
         switch=Switch(SwitchKind.BROADCAST01, 1, ring, _time(fetch_loops, packet)),
         slices=slices,

@@ -14,6 +14,7 @@ from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.transfers import dma_startup, dma_time, dma_work
 
 MAX_LOOP = 65536
+WORTH = 1.01  # times less that shorter packets must take
 Entries = tuple[tuple[int, ...], ...]
 Side = tuple[Space, int, int]
 
@@ -35,23 +36,30 @@ def canonical(loops: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     return tuple(out)
 
 
-def best_order(entries: Entries, packet: int, source: Side, target: Side, machine: Machine) -> Entries:
+def best_order(entries: Entries, packet: int, source: Side, target: Side, machine: Machine) -> tuple[Entries, int]:
     """The entries (size, stride of the source, of the target, ...) with the step from one data-memory network to the
-    other where the transfer takes least time; as they are for transfers between units and small ones."""
+    other where the transfer takes least time, and the packet, cut to requests if that is worth it; as they are for
+    transfers between units and small ones."""
     moved = packet
     for n, *_ in entries:
         moved *= n
     if source[0].is_peer or target[0].is_peer or moved * 2 <= machine.dma_packet_max_bytes * machine.slices_per_dmn:
-        return entries
-    orders = [entries, *_alternating(entries, machine)]
-    if len(orders) == 1:
-        return entries
+        return entries, packet
+    turns = _alternating(entries, machine)
+    if not turns:
+        return entries, packet
     places = (Endpoint(source[0], 0), Endpoint(target[0], 0))
 
-    def cycles(order: Entries) -> float:
+    def cycles(order: Entries, packet: int) -> float:
         return _crowded(Dma(*places, tuple((n, a, b) for n, a, b, *_ in order), packet), machine.name)
 
-    return min(reversed(orders), key=cycles)
+    found = min((*reversed(turns), entries), key=lambda order: cycles(order, packet))
+    request, least = machine.dma_request_bytes, cycles(found, packet)
+    if packet % request or packet == request or least <= WORTH * _bound(moved, machine.name):
+        return found, packet
+    parts = (*entries, (packet // request, request, request, *(0 for _ in entries[0][3:])))
+    cut = min(reversed(_alternating(parts, machine)), key=lambda order: cycles(order, request), default=found)
+    return (cut, request) if cycles(cut, request) * WORTH < least else (found, packet)
 
 
 def _alternating(entries: Entries, machine: Machine) -> list[Entries]:
@@ -78,6 +86,12 @@ def _alternating(entries: Entries, machine: Machine) -> list[Entries]:
 def _judge(name: str) -> Machine:
     """The machine as measured: the documented rates know no difference between orders."""
     return load_machine(name, mode="silicon")
+
+
+def _bound(moved: int, name: str) -> float:
+    """Cycles of a transfer of so many bytes that spreads evenly, if all engines are busy with such transfers."""
+    machine = _judge(name)
+    return machine.dma_startup_cycles + moved / (machine.hbm_bytes_per_cycle * machine.hbm_efficiency / machine.pes_per_chip)
 
 
 @lru_cache(maxsize=1 << 14)

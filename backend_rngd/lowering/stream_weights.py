@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from xdsl.ir import SSAValue
@@ -25,15 +25,27 @@ from backend_rngd.isa.descriptors import (
     VectorOp,
 )
 from backend_rngd.lowering.choices import Piece, Streamed, record
-from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, compact, k_multiple, needs_own_pass, split_k
+from backend_rngd.lowering.contract_base import (
+    N_MULTIPLE,
+    ContractionMapping,
+    Matrix,
+    compact,
+    k_multiple,
+    needs_own_pass,
+    placed,
+    split_k,
+)
 from backend_rngd.lowering.emitter import dm, hbm
-from backend_rngd.lowering.mapping import Mapping, lane_bytes
+from backend_rngd.lowering.mapping import TILE_BYTES, Mapping, lane_bytes
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.packed import expand_numbers, group_sums, load, scaled_rows, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, Tensor
 
 SCALED_CHANNELS = 1024  # of a tile a slice, so that their scales fit half of VRF
+SHORT = 4  # channels a slice of a short last tile
+STARTS = 3  # times the start of a transfer that it has to save
+RESULT_BYTES = 4  # of an element, at most
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ class WeightsStream(ContractionMapping):
         if packed is not None:
             most = min(most, scaled_rows(packed, widest))
         tiles = column_tiles(w.rows, max(4, most // 4 * 4), em.slices)
+        if m.short_end and packed is None:
+            tiles = self._short_end(w.rows, tiles, widest * element)
         largest = max(t.per_slice for t in tiles)
         scales = ScaleOps(em, self.scales)
         jobs = [(c, t) for c in range(len(chunks)) for t in range(len(tiles))]
@@ -119,6 +133,9 @@ class WeightsStream(ContractionMapping):
             steps = [(tile.slices, tile.per_slice, DM_SLICE_STRIDE), (tile.per_slice, 1, 0)]
             load(em, packed, stages[i % slots], tile.start, steps, *chunks[c])
 
+        result = None
+        if output is None:
+            result = self.result(dims, dtype, x.rows, max(t.start + em.slices * t.per_slice for t in tiles))
         with em.at_start() if early else nullcontext():
             for i in range(max(len(early), min(slots - 1, len(jobs)), 1)):
                 fetch_tile(i)
@@ -165,14 +182,72 @@ class WeightsStream(ContractionMapping):
                 self._add(parts[0][t], parts[1][t], count, commit, goal.buffer, after if done else ())
             if last and own_epilogue:
                 self._apply(parts[0][t], count, compact(count, dtype, finals[t].base), finals[t].buffer, after)
+            if last and result is not None:
+                self._spread(finals[t].buffer, tile, lanes, local, dtype, result)
         if output is not None:
             self._store(tiles, finals, lanes * dtype.bytes, output)
             return Tensor(output, Space.HBM, dtype, channel_major(dims, lanes * dtype.bytes), x.rows, 0, dtype.bytes)
-        width = max(t.start + em.slices * t.per_slice for t in tiles)
-        result = self.result(dims, dtype, x.rows, width)
-        for tile, final in zip(tiles, finals, strict=True):
-            self._spread(final.buffer, tile, lanes, local, dtype, result)
+        assert result is not None
         return result
+
+    def _short_end(self, rows: int, tiles: list[Tile], run: int) -> list[Tile]:
+        """Tiles of which the last is short, if that saves time: nothing is left to load while the last one is used."""
+        em, per_slice = self.em, max(t.per_slice for t in tiles)
+        start = rows - SHORT * em.slices
+        saved = (tiles[-1].per_slice - SHORT) * run / em.machine.fetch_main_bytes
+        if start % N_MULTIPLE or tiles[-1].slices < em.slices or saved < STARTS * em.machine.dma_startup_cycles:
+            return tiles
+        return [*column_tiles(start, per_slice, em.slices), Tile(start, SHORT, em.slices)]
+
+    def alternates(self, x: Tensor, matrices: Sequence[Matrix]) -> bool:
+        """Whether `stacked` is possible and gives work to slices that would have none."""
+        assert x.rows is not None
+        em, first = self.em, matrices[0]
+        count, networks = len(matrices), em.slices // em.machine.slices_per_dmn
+        if networks < 2 or em.machine.slices_per_dmn % count or any(m.rows != first.rows for m in matrices):
+            return False
+        rows = count * first.rows
+        fits = first.pitch <= lane_bytes(x.rows.local, em.machine) and rows * first.pitch <= TILE_BYTES * em.slices
+        small = x.rows.local * rows * RESULT_BYTES <= self.spill
+        return fits and small and first.rows % (4 * em.slices) != 0 and rows % (4 * em.slices) == 0
+
+    def stacked(
+        self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Sequence[Dim]], dtype: Dtype
+    ) -> list[Tensor]:
+        """The results of contractions of `x` with matrices of one shape, in one pass.
+
+        Each alone would fill some slices only, and a transfer to few slices that lie side by side has one data-memory
+        network to write through. So the matrices take turns: of every network's slices each gets an equal part.
+        """
+        em = self.em
+        assert x.rows is not None
+        first, count, local = matrices[0], len(matrices), x.rows.local
+        element, lanes = first.dtype.bytes, max(4, local)
+        networks, share = em.slices // em.machine.slices_per_dmn, em.machine.slices_per_dmn // count
+        tile = Tile(0, count * first.rows // em.slices, em.slices)
+        record(Streamed(em.location, "weights", local, count * first.rows, first.k, 1, element, (first.k,),
+                        (Piece(tile.per_slice, tile.slices, em.slices),), 1, em.slices, x.space == Space.DM))  # fmt: skip
+        buffer = em.alloc(tile.per_slice * first.pitch, "weights")
+        for i, m in enumerate(matrices):
+            run = tile.per_slice * m.pitch
+            loops = [
+                (networks, share * run, em.machine.slices_per_dmn * DM_SLICE_STRIDE),
+                (share, run, DM_SLICE_STRIDE),
+                (tile.per_slice, m.pitch, m.pitch),
+            ]
+            em.dma(hbm(m.buffer), dm(buffer, i * share * DM_SLICE_STRIDE), loops, m.pitch)
+        base = self._next_half(lane_bytes(local, em.machine), first.pitch)
+        self._tokens_to_trf(x, 0, first.k, lanes, base)
+        final = _Final(em.alloc(tile.per_slice * lanes * dtype.bytes, "channels"), 0)
+        packet = k_multiple(first.k, element)
+        self._weights_pass(buffer, tile, first.k, packet, lanes, base, final, dtype, first.raised, first.dtype, 1)
+        whole = self.result(dims[0], dtype, x.rows, count * first.rows)
+        piece = tile.per_slice * dtype.bytes
+        around = ((networks, share * piece), (count, first.rows * dtype.bytes), (share, piece))
+        self._spread(final.buffer, tile, lanes, local, dtype, whole, around)
+        return [
+            replace(whole, dims=placed(d, dtype)[0], base=i * first.rows * dtype.bytes) for i, d in enumerate(dims)
+        ]
 
     def _store(self, tiles: Sequence[Tile], finals: Sequence[_Final], row: int, output: SSAValue) -> None:
         """`[channel][lane]` of all tiles to HBM, `row` bytes a channel; equal tiles in one transfer."""
@@ -238,8 +313,17 @@ class WeightsStream(ContractionMapping):
             vector=vector,
         )
 
-    def _spread(self, channels: SSAValue, tile: Tile, lanes: int, local: int, dtype: Dtype, result: Tensor) -> None:
-        """`[channel][lane]` of every slice to rows of all channels in every slice."""
+    def _spread(
+        self,
+        channels: SSAValue,
+        tile: Tile,
+        lanes: int,
+        local: int,
+        dtype: Dtype,
+        result: Tensor,
+        around: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """`[channel][lane]` of every slice to rows of all channels in every slice. around: see `ring_broadcast`."""
         em, width = self.em, dtype.bytes
         target, base, pitch = result.buffer, result.base + tile.start * width, result.pitch
         spilled = result.space == Space.HBM
@@ -262,6 +346,7 @@ class WeightsStream(ContractionMapping):
             tile.per_slice * width,
             [(packet, width)],
             min(packet, flit),
+            around=around,
         )
         if spilled:
             run = tile.slices * tile.per_slice * width
