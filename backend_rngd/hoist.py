@@ -224,7 +224,7 @@ def _hoist_segment(
     patience = PATIENCE * machine.dma_startup_cycles
     while True:
         best: tuple[float, int, _Queue] | None = None
-        soon = math.inf  # until when weights may start before a wait that is next in order
+        soon = math.inf  # when a wait that is next in order is over
         for queue in queues.values():
             head = queue.head
             if head is None or (queue is dma and waiting.head is not None and waiting.head < head):
@@ -233,18 +233,20 @@ def _hoist_segment(
             if ready is not None and (best is None or max(ready, queue.time) < best[0]):
                 best = (max(ready, queue.time), head, queue)
             if ready is not None and items[head].notify >= 0:
-                soon = max(ready, dma.time) - patience
+                soon = max(ready, dma.time)
         head = waiting.head
         if head is not None:
             ahead = dma.head
             moved = ahead is not None and ahead < head
             ready = _ready(items[head], items, latency)
             allowed = not moved or (ahead is not None and _fits(items[head], ahead, head, origin, live, budget))
-            if ready is not None and allowed and (best is None or max(ready, dma.time) < min(best[0], soon)):
+            begin = math.inf if ready is None else max(ready, dma.time)
+            holds_up = begin + patience > soon and begin + items[head].cycles > soon + patience
+            if ready is not None and allowed and not holds_up and (best is None or begin < best[0]):
                 if moved and ahead is not None:
                     before.setdefault(ahead, []).append(head)
                     live.counts[origin + ahead : origin + head] += items[head].nbytes
-                best = (max(ready, dma.time), head, waiting)
+                best = (begin, head, waiting)
         if best is None:
             break
         start, position, queue = best

@@ -135,7 +135,7 @@ def apart(requests: Sequence[Request], base: int, capacity: int) -> list[int] | 
     large = [i for i, r in enumerate(requests) if r.size >= limit]
     most = peak_bytes([requests[i] for i in small])
     for share in SMALL_ROOM:
-        end = capacity - int(share * most)
+        end = max(base, capacity - int(share * most))
         above = next_fit([requests[i] for i in small], end, capacity)
         below = next_fit([requests[i] for i in large], base, end)
         if above is not None and below is not None:

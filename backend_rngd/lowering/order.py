@@ -88,10 +88,15 @@ def _judge(name: str) -> Machine:
     return load_machine(name, mode="silicon")
 
 
+def _share(machine: Machine) -> float:
+    """Bytes a cycle of HBM for one engine of a busy card."""
+    return machine.hbm_bytes_per_cycle * machine.hbm_efficiency / machine.pes_per_chip
+
+
 def _bound(moved: int, name: str) -> float:
     """Cycles of a transfer of so many bytes that spreads evenly, if all engines are busy with such transfers."""
     machine = _judge(name)
-    return machine.dma_startup_cycles + moved / (machine.hbm_bytes_per_cycle * machine.hbm_efficiency / machine.pes_per_chip)
+    return machine.dma_startup_cycles + moved / _share(machine)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -100,6 +105,5 @@ def _crowded(desc: Dma, name: str) -> float:
     machine = _judge(name)
     work = dma_work(desc, machine)
     lines = sum(side.busiest for side in (work.read, work.write) if side is not None)
-    share = machine.hbm_bytes_per_cycle * machine.hbm_efficiency / machine.pes_per_chip
-    together = lines * machine.hbm_channels * machine.hbm_line_bytes / share
+    together = lines * machine.hbm_channels * machine.hbm_line_bytes / _share(machine)
     return max(dma_time(desc, machine), dma_startup(desc, machine) + together)

@@ -225,8 +225,9 @@ class WeightsStream(ContractionMapping):
         element, lanes = first.dtype.bytes, max(4, local)
         networks, share = em.slices // em.machine.slices_per_dmn, em.machine.slices_per_dmn // count
         tile = Tile(0, count * first.rows // em.slices, em.slices)
-        record(Streamed(em.location, "weights", local, count * first.rows, first.k, 1, element, (first.k,),
-                        (Piece(tile.per_slice, tile.slices, em.slices),), 1, em.slices, x.space == Space.DM))  # fmt: skip
+        pieces = (Piece(tile.per_slice, tile.slices, em.slices),)
+        record(Streamed(em.location, "weights", local, count * first.rows, first.k, 1, element, (first.k,), pieces, 1,
+                        em.slices, x.space == Space.DM))  # fmt: skip
         buffer = em.alloc(tile.per_slice * first.pitch, "weights")
         for i, m in enumerate(matrices):
             run = tile.per_slice * m.pitch
@@ -245,9 +246,7 @@ class WeightsStream(ContractionMapping):
         piece = tile.per_slice * dtype.bytes
         around = ((networks, share * piece), (count, first.rows * dtype.bytes), (share, piece))
         self._spread(final.buffer, tile, lanes, local, dtype, whole, around)
-        return [
-            replace(whole, dims=placed(d, dtype)[0], base=i * first.rows * dtype.bytes) for i, d in enumerate(dims)
-        ]
+        return [replace(whole, dims=placed(d, dtype)[0], base=i * first.rows * dtype.bytes) for i, d in enumerate(dims)]
 
     def _store(self, tiles: Sequence[Tile], finals: Sequence[_Final], row: int, output: SSAValue) -> None:
         """`[channel][lane]` of all tiles to HBM, `row` bytes a channel; equal tiles in one transfer."""

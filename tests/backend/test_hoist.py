@@ -18,15 +18,17 @@ from backend_rngd.dialect import (
     GetGlobalOp,
     GlobalOp,
     InstructionOp,
+    LaunchOp,
     RoutineOp,
     buffer_type,
 )
 from backend_rngd.emit import emit
 from backend_rngd.hoist import hoist, undo
-from backend_rngd.isa.descriptors import Endpoint, Space
+from backend_rngd.isa.descriptors import UNIT_STRIDE, Endpoint, Notify, Space, Wait
 from backend_rngd.liveness import constant_values
 from backend_rngd.place import place
 from backend_rngd.schedule import schedule
+from backend_rngd.sync_ops import NotifyOp, WaitOp
 from runtime_sim.timing import simulate
 
 HBM = buffer_type("hbm", 1 << 24)
@@ -196,6 +198,22 @@ def test_results_stay_and_time_falls(name: str, positions: list[int]) -> None:
     assert moved.stream != plain.stream
     assert moved.emitted.check(MACHINE) == []
     assert simulate(moved.stream, MACHINE).cycles < simulate(plain.stream, MACHINE).cycles
+
+
+def test_weights_do_not_hold_up_other_units() -> None:
+    """Once a unit has notified the others, it waits for them before long transfers of weights, not behind them."""
+    b = Builder()
+    b.load("a")
+    b.work("a", "x")
+    b.store("x")
+    b.routine.block.add_op(NotifyOp(Notify(63, 0, ((2, UNIT_STRIDE),), 0), location="notify"))
+    b.routine.block.add_op(WaitOp(Wait(0, 1), location="wait"))
+    for name in "bc":
+        b.load(name, 64 * KB)
+        b.work(name, f"{name}'")
+    moves = hoist(ModuleOp([*b.globals, LaunchOp(63, (0, UNIT_STRIDE)), b.routine]), MACHINE)
+    assert moves.transfers == 1
+    assert b.order[2:6] == ["load b", "store x", "notify", "wait"]
 
 
 def test_loads_fill_the_waits() -> None:

@@ -22,7 +22,7 @@ from backend_rngd.dialect import (
 )
 from backend_rngd.isa.descriptors import Memset
 from backend_rngd.machine import load_machine
-from backend_rngd.place import Request, Strategy, best_fit, largest_first, next_fit, place
+from backend_rngd.place import Request, Strategy, apart, best_fit, largest_first, next_fit, place
 from ir.errors import UserError
 
 MACHINE = load_machine()
@@ -38,7 +38,7 @@ REQUESTS = st.lists(
 )
 
 
-@pytest.mark.parametrize("strategy", [next_fit, best_fit, largest_first])
+@pytest.mark.parametrize("strategy", [apart, next_fit, best_fit, largest_first])
 @given(requests=REQUESTS, base=st.integers(0, 100), room=st.integers(64, 4000))
 @settings(max_examples=200, deadline=None)
 def test_strategies(strategy: Strategy, requests: list[Request], base: int, room: int) -> None:
@@ -54,7 +54,7 @@ def test_strategies(strategy: Strategy, requests: list[Request], base: int, room
             assert a + r.size <= b or b + q.size <= a
 
 
-@pytest.mark.parametrize("strategy", [next_fit, best_fit, largest_first])
+@pytest.mark.parametrize("strategy", [apart, next_fit, best_fit, largest_first])
 def test_a_strategy_that_fails_says_so(strategy: Strategy) -> None:
     assert strategy([Request(60, 1, 0, 5), Request(60, 1, 5, 9)], 0, 100) is None
     assert strategy([Request(60, 1, 0, 5), Request(60, 1, 6, 9)], 0, 100) is not None
@@ -64,6 +64,16 @@ def test_memory_is_reused_late() -> None:
     """Short-lived buffers go round, so that a transfer into one seldom waits for readers of the last."""
     found = next_fit([Request(100, 1, i, i) for i in range(5)], 0, 350)
     assert found == [0, 100, 200, 0, 100]
+
+
+def test_small_buffers_do_not_stand_between_large_ones() -> None:
+    """A large buffer finds the whole place of one that is over, whatever small ones came between them."""
+    requests = [r for i in range(6) for r in (Request(100, 1, i, i + 1), Request(5, 1, i, i + 2))]
+    found = apart(requests, 0, 250)
+    assert found is not None
+    large = found[::2]
+    assert large == [0, 100, 0, 100, 0, 100]
+    assert all(address >= 200 for address in found[1::2])
 
 
 # Modules -------------------------------------------------------------------------------------------------------------

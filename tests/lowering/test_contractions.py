@@ -212,11 +212,9 @@ def test_gated_mlp_in_blocks(b: int, s: int, k: int, n: int, joint: str) -> None
     assert blocks  # the contraction behind reads them
 
 
-@pytest.mark.parametrize(("b", "s"), [(1, 128), (2, 40), (1, 100)])
-@pytest.mark.parametrize("heads", [(8, 2), (36, 12), (3, 3)])
-def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
-    """Projections of the same tokens share passes where that is worth it; each result is its own."""
-    k, q, kv = 96, heads[0] * 16, heads[1] * 16
+def projections(b: int, s: int, q: int, kv: int) -> Run:
+    """Three contractions of the same tokens, with results that are right."""
+    k = 96
     x, results = tensor_text((b, s, k), "bf16"), [tensor_text((b, s, n), "bf16") for n in (q, kv, kv)]
     arguments = ", ".join(f"%w{i}: {tensor_text((n, k), 'bf16')}" for i, n in enumerate((q, kv, kv)))
     lines = "\n".join(f'  %y{i} = tc.contract "b s i, o i -> b s o" (%x, %w{i}) : {y}' for i, y in enumerate(results))
@@ -231,10 +229,47 @@ def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
     rng = np.random.default_rng(s)
     values = {"x": bf16(rng.standard_normal((b, s, k)))}
     values |= {f"w{i}": bf16(rng.standard_normal((n, k)) * 0.1) for i, n in enumerate((q, kv, kv))}
-    got = Run(text)(values)
+    made = Run(text)
+    got = made(values)
     y0, y1, y2 = (bf16(values["x"] @ values[f"w{i}"].T) for i in range(3))
     assert relative(got["a"], y0 * y0) < 1e-2
     assert relative(got["b"], y1 + y2) < 5e-3
+    return made
+
+
+@pytest.mark.parametrize(("b", "s"), [(1, 128), (2, 40), (1, 100)])
+@pytest.mark.parametrize("heads", [(8, 2), (36, 12), (3, 3)])
+def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
+    """Projections of the same tokens share passes where that is worth it; each result is its own."""
+    projections(b, s, heads[0] * 16, heads[1] * 16)
+
+
+@pytest.mark.parametrize(("b", "s"), [(1, 1), (3, 1), (1, 7)])
+def test_narrow_matrices_take_turns(b: int, s: int) -> None:
+    """Two matrices that fill half of the slices each come through both data-memory networks, and share one pass."""
+    made = projections(b, s, 256, 128)
+    routine = made.emitted.streams[0].routines[0].instructions
+    passes = [i.what for i in routine if isinstance(i.what, Exec) and i.what.contract is not None]
+    assert [p.slices for p in passes] == [64, 64]
+    half = MACHINE.slices_per_dmn * MACHINE.dm_slice_stride
+    narrow = [
+        i.what for i in routine
+        if isinstance(i.what, Dma) and i.what.source.space == Space.HBM
+        and i.what.packet * math.prod(loop[0] for loop in i.what.loops) == 128 * 96 * 2
+    ]  # fmt: skip
+    assert len(narrow) == 2
+    assert all(any(n == 2 and step == half for n, _, step in what.loops) for what in narrow)
+
+
+def test_a_short_last_tile() -> None:
+    """Nothing is loaded behind the last weights, so that a long pass over them would be seen."""
+    made, error = run(1, 1, 4096, 3072)
+    assert error < 3e-3
+    routine = made.emitted.streams[0].routines[0].instructions
+    loads = [i.what for i in routine if isinstance(i.what, Dma) and i.what.source.space == Space.HBM]
+    sizes = [d.packet * math.prod(loop[0] for loop in d.loops) for d in loads]
+    assert sum(n for n in sizes if n > 1 << 20) == 4096 * 3072 * 2
+    assert sizes[-1] == 64 * 4 * 4096 * 2
 
 
 @pytest.mark.parametrize("spill", [None, 64])
