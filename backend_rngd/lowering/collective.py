@@ -19,6 +19,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype, Space
 from backend_rngd.lowering.choices import choose
+from backend_rngd.lowering.contract_base import compact
 from backend_rngd.lowering.emitter import Place, dm, hbm
 from backend_rngd.lowering.exchange import Exchange, feature, feature_count, peer, piece_size, row_bytes
 from backend_rngd.lowering.gather import Gather
@@ -89,7 +90,7 @@ class AllReduce(Exchange):
             size, parts = one_shot, features // one_shot
             slots = self._pull_pieces(held, scope.register, parts, size)
             total = self._spread_buffer(count * size * width, parts)
-            self.add(slots, group.local, count * size, x.dtype, total, parts)
+            self.add(slots, group.local, compact(count * size, x.dtype), total, parts)
             return self._to_all_slices(x, total, count, size)
         assert two_phase is not None
         size = two_phase
@@ -135,11 +136,11 @@ class AllReduce(Exchange):
         nbytes = count * dtype.bytes
         if group.cards == 1:
             total = group.publish(group.card_scope, "dm", nbytes, shared)
-            self.add(slots, group.local, count, dtype, total, slices)
+            self.add(slots, group.local, compact(count, dtype), total, slices)
             return total
         mine = em.alloc(nbytes, "card sum") if group.local > 1 else slots
         if group.local > 1:
-            self.add(slots, group.local, count, dtype, mine, slices)
+            self.add(slots, group.local, compact(count, dtype), mine, slices)
         scope = group.rank_scope
         image = group.publish(scope, "hbm", slices * nbytes, False)
         em.dma(dm(mine), hbm(image), [(slices, DM_SLICE_STRIDE, nbytes)], nbytes)
@@ -148,7 +149,7 @@ class AllReduce(Exchange):
         loops = [(slices, nbytes, DM_SLICE_STRIDE), (group.cards, group.local * UNIT_STRIDE, nbytes)]
         em.dma(peer(image, Space.HBM, 0, scope.register), dm(copies), loops, nbytes)
         total = group.publish(group.card_scope, "dm", nbytes, shared)
-        self.add(copies, group.cards, count, dtype, total, slices)
+        self.add(copies, group.cards, compact(count, dtype), total, slices)
         return total
 
     def _spread_buffer(self, nbytes: int, slices: int) -> SSAValue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from xdsl.ir import SSAValue
@@ -72,15 +73,14 @@ class Exchange:
             begin = source._replace(base=source.base + first * x.pitch)
             em.dma(begin, dm(slots), [*loops, (rows, x.pitch, run)], run)
             total = em.alloc(rows * run, "sum")
-            self.add(slots, copies, rows * run // x.dtype.bytes, x.dtype, total, slices)
+            self.add(slots, copies, compact(rows * run // x.dtype.bytes, x.dtype), total, slices)
             loops = [(slices, DM_SLICE_STRIDE, per_slice * x.pitch), (rows, run, x.pitch)]
             em.dma(dm(total), hbm(sums, first * x.pitch), loops, run)
 
-    def add(self, slots: SSAValue, copies: int, count: int, dtype: Dtype, target: SSAValue, slices: int) -> None:
-        """target[i] = sum over the copies of slots[copy][i], `count` elements a slice, in f32."""
-        packet = 8 if count % 8 == 0 else 4
+    def add(self, slots: SSAValue, copies: int, commit: Commit, target: SSAValue, slices: int) -> None:
+        """Element i of `commit` = sum over the copies of slots[copy][i], in f32."""
+        count, dtype, packet = math.prod(n for n, _ in commit.loops), commit.dtype, commit.valid
         width = dtype.bytes
-        whole = compact(count, dtype)
         self.em.execute(
             self.em.fetch(
                 0,
@@ -90,7 +90,7 @@ class Exchange:
                 Dtype.F32 if dtype == Dtype.BF16 else None,
             ),
             slots,
-            Commit(0, whole.loops, dtype, packet),
+            commit,
             target,
             slices=slices,
             vector=(VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=copies, inner=packet),),

@@ -34,16 +34,21 @@ class Gated:
         self.result = result
         self.join = join
         self._held: list[Tensor] = []
+        self._areas: dict[int, SSAValue] = {}  # by stack
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`."""
         row = group.passes * CHANNELS * self.dtype.bytes
-        return self.em.alloc(rows * row, "channels"), row
+        if number == 0:
+            self._areas[stack] = self.em.alloc(rows * row, "channels")
+        return self._areas[stack], row, number * CHANNELS * self.dtype.bytes
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
         tokens = self.result.rows
         assert tokens is not None
+        if number < group.passes - 1:
+            return
         # Every slice holds all tokens of its channels: as many local rows.
         everywhere = RowSpace(
             1, tokens.physical * tokens.slices, tokens.slices, tokens.physical, tokens.physical, False
@@ -88,11 +93,11 @@ class GatedBlocks:
         buffer = em.alloc(width // cls.BLOCK * stride, "blocks")
         return Tensor(buffer, Space.DM, dtype, dims, rows, 0, pitch, cls.BLOCK, stride)
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`."""
         raise AssertionError("it takes sums")
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
         tokens, em, ring = self.result.rows, self.em, group.ring
         assert tokens is not None

@@ -79,6 +79,7 @@ def fixed_weights(
 def fixed_tokens(passes: int, in_flight: int, local: int, tile_bytes: int = TILE_BYTES) -> Mapping:
     """Many tokens, `local` of them a slice; `passes` of a group; tile_bytes of few tokens."""
     if local > SHORT_ROWS:
+        in_flight = in_flight if local < BLOCK_ROWS else min(in_flight, LONG_IN_FLIGHT)
         return Mapping("tokens", in_flight, TRF_K_BYTES, 0, passes=passes)
     return Mapping("tokens", in_flight, 2 * TRF_K_BYTES, tile_bytes, passes=passes)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Space
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Commit, Space
 from backend_rngd.lowering.emitter import dm
 from backend_rngd.lowering.exchange import Exchange, peer
+from backend_rngd.lowering.mapping import CHANNELS, LANES
 from backend_rngd.lowering.shares import own_tokens
 from backend_rngd.lowering.stream_tokens import Group
 from backend_rngd.lowering.tensor import RowSpace, Tensor
@@ -21,16 +22,17 @@ from backend_rngd.lowering.tensor import RowSpace, Tensor
 
 @dataclass(frozen=True)
 class _Pulled:
-    """The own tokens of a group, from all units."""
+    """The own tokens of a pass of a group, from all units."""
 
     group: Group
+    number: int
     copies: SSAValue
 
 
 class TokenScatter:
     """Takes the groups of a contraction (a `Sink`) and leaves in `result` the sums of the unit's own tokens."""
 
-    limit = 1  # passes of a group: the last group is not hidden
+    limit = 2  # passes of a group, which goes home in one piece; every pass is exchanged by itself
     whole = scattered = True
     narrow = sums = False
 
@@ -41,14 +43,15 @@ class TokenScatter:
         self.mine = result.rows
         self.result = result
         self._waiting: _Pulled | None = None
+        self._total: SSAValue | None = None  # sums of the group
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`: a buffer that the others can read."""
         units = self.exchange.group
-        row = group.per_slice * self.result.dtype.bytes
-        return units.publish(units.card_scope, "dm", rows * row), row
+        row = CHANNELS * self.result.dtype.bytes
+        return units.publish(units.card_scope, "dm", rows * row), row, 0
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`: pull the own tokens from all units; what was pulled before is added meanwhile."""
         units, em, rows = self.exchange.group, self.exchange.em, self.rows
         share = em.slices // units.units
@@ -63,10 +66,10 @@ class TokenScatter:
         ]
         em.dma(peer(area, Space.DM, 0, own), dm(copies), loops, share * row)
         self._add()
-        self._waiting = _Pulled(group, copies)
+        self._waiting = _Pulled(group, number, copies)
 
     def finish(self) -> None:
-        """Add the last group."""
+        """Add the last pass."""
         self._add()
 
     def _add(self) -> None:
@@ -74,12 +77,17 @@ class TokenScatter:
         if waiting is None:
             return
         em, result, group = self.exchange.em, self.result, waiting.group
-        units = self.exchange.group.units
-        row = group.per_slice * result.dtype.bytes
+        units, width = self.exchange.group.units, result.dtype.bytes
+        row = group.per_slice * width
         share = em.slices // units
-        total = em.alloc(self.mine.physical * row, "sum")
-        count = self.mine.physical * group.per_slice
-        self.exchange.add(waiting.copies, units, count, result.dtype, total, group.slices)
+        if waiting.number == 0:
+            self._total = em.alloc(self.mine.physical * row, "sum")
+        assert self._total is not None
+        sums = ((self.mine.physical, row), (CHANNELS, width))
+        commit = Commit(waiting.number * CHANNELS * width, sums, result.dtype, LANES)
+        self.exchange.add(waiting.copies, units, commit, self._total, group.slices)
+        if waiting.number < group.passes - 1:
+            return
         loops = [
             (group.slices, DM_SLICE_STRIDE, row),
             *(
@@ -91,4 +99,4 @@ class TokenScatter:
                 for t in own_tokens(self.rows, self.mine)
             ),
         ]
-        em.dma(dm(total), dm(result.buffer, result.base + group.start * result.dtype.bytes), loops, row)
+        em.dma(dm(self._total), dm(result.buffer, result.base + group.start * width), loops, row)

@@ -33,7 +33,7 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.choices import Piece, Streamed, record
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, Stack, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
-from backend_rngd.lowering.mapping import CHANNELS, LANES, Mapping, block_rows
+from backend_rngd.lowering.mapping import BLOCK_ROWS, CHANNELS, LANES, Mapping, block_rows
 from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
@@ -121,12 +121,13 @@ class Sink(Protocol):
         """Whether it takes the f32 sums of a pass as they are: its groups have one pass, and it has no areas."""
         ...
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
-        """A buffer for `rows` rows of a group of stack number `stack`, and the bytes of a row."""
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
+        """Where pass `number` of a group of stack number `stack` leaves `rows` rows: a buffer, the bytes between rows,
+        the byte of the first."""
         ...
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
-        """All passes of a group have been issued. An area of sums serves another pass afterwards."""
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
+        """Pass `number` of a group has been issued. An area of sums serves another pass afterwards."""
         ...
 
 
@@ -226,7 +227,9 @@ class TokensStream(ContractionMapping):
         unset = gaps(tiles, [g.slices == g.ring for g in groups], slots)
         sizes = [max(tile.read for tile in tiles[n::slots]) * element for n in range(slots)]
         first = em.early_bytes > 0  # contraction of the routine
-        early = em.take_early(sizes[:2]) if packed is None and not any(high for _, high in unset[:2]) else []
+        early: list[SSAValue] = []
+        if packed is None and rows.local < BLOCK_ROWS and not any(high for _, high in unset[:2]):
+            early = em.take_early(sizes[:2])
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
@@ -283,7 +286,6 @@ class TokensStream(ContractionMapping):
             fetch_weights(i)
         tokens, loaded = x, (-1, -1)
         scales = ScaleOps(em, self.scales)
-        areas: dict[int, tuple[SSAValue, int]] = {}  # by stack
         if beside:
             prepare(0)
         later: list[Callable[[], None]] = []  # what needs a sum that the sub context is adding up
@@ -300,10 +302,10 @@ class TokensStream(ContractionMapping):
             final, after = None, ()
             if last and not to.sums:
                 if t == 0:
-                    areas[job.stack] = to.area(job.stack, group, count)
                     scales.broadcast_tokens(ring)
                     scales.load_channels(group.start, group.per_slice, group.slices, ring)
-                final = Area(areas[job.stack][0], seen, areas[job.stack][1], dtype, t * CHANNELS * dtype.bytes)
+                area, row, base = to.area(job.stack, group, t, count)
+                final = Area(area, seen, row, dtype, base)
                 after = (*scales.many(seen, CHANNELS, t * CHANNELS), *vector)
             place = Area(sums.popleft(), seen, partial, Dtype.F32) if split or final is None else final
             ops = (*w.raised, *after) if place is final else w.raised
@@ -324,18 +326,14 @@ class TokensStream(ContractionMapping):
             del held[number]
 
             def finish(
-                job: Job = job, total: Area = total, final: Area | None = final,
-                after: Sequence[VectorOp] = after, area: tuple[SSAValue, int] | None = areas.get(job.stack),
-            ) -> None:  # fmt: skip
-                group = groups[job.group]
-                if final is None:
-                    to.done(job.stack, group, total.buffer, partial)
-                elif own_epilogue:
+                job: Job = job, total: Area = total, final: Area | None = final, after: Sequence[VectorOp] = after
+            ) -> None:
+                if final is not None and own_epilogue:
                     self._apply(total.buffer, total.rows * CHANNELS, final.commit, final.buffer, after)
+                left = final or total
+                to.done(job.stack, groups[job.group], job.number, left.buffer, left.row)
                 if total is not final:
                     sums.append(total.buffer)
-                if area is not None and job.number == group.passes - 1:
-                    to.done(job.stack, group, *area)
 
             if final is None or own_epilogue:
                 later.append(finish)
@@ -433,18 +431,20 @@ class RowsHome:
         self._areas: list[SSAValue] = []
         self._next = 0
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`: two buffers in turn, so that a group is brought home while the next one is computed."""
-        machine = self.em.machine
-        row = spread_bytes(self.limit * CHANNELS * self.result.dtype.bytes, machine)
-        if len(self._areas) < 2:
-            self._areas.append(self.em.alloc(rows * row, "channels"))
-        self._next += 1
-        return self._areas[(self._next - 1) % len(self._areas)], row
+        width = CHANNELS * self.result.dtype.bytes
+        row = spread_bytes(self.limit * width, self.em.machine)
+        if number == 0:
+            if len(self._areas) < 2:
+                self._areas.append(self.em.alloc(rows * row, "channels"))
+            self._next += 1
+        return self._areas[(self._next - 1) % len(self._areas)], row, number * width
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
-        rows_home(self.em, area, row, group, self.result, first=self._first, block=self._block)
+        if number == group.passes - 1:
+            rows_home(self.em, area, row, group, self.result, first=self._first, block=self._block)
 
 
 class StackHome:
@@ -460,11 +460,11 @@ class StackHome:
         self.results = results
         self._home = RowsHome(em, results[0], self.limit, narrow=False)
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`."""
-        return self._home.area(stack, group, rows)
+        return self._home.area(stack, group, number, rows)
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
         if len({r.buffer for r in self.results}) == 1:
             rows_home(self.em, area, row, group, self.results[0])

@@ -10,9 +10,10 @@ from __future__ import annotations
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Space
+from backend_rngd.lowering.contract_base import compact
 from backend_rngd.lowering.emitter import dm
 from backend_rngd.lowering.exchange import Exchange, peer
-from backend_rngd.lowering.mapping import MOST_PASSES
+from backend_rngd.lowering.mapping import CHANNELS, MOST_PASSES
 from backend_rngd.lowering.stream_tokens import Group
 from backend_rngd.lowering.tensor import RowSpace, Tensor
 
@@ -37,17 +38,23 @@ class SumHome:
         self.rows = result.rows
         self.result = result
         self.share = share
+        self._area: SSAValue | None = None
         if share * exchange.group.local < result.rows.slices:  # what no token uses takes part in passes all the same
             exchange.em.memset(result.buffer, 0, result.rows.local * result.pitch)
 
-    def area(self, stack: int, group: Group, rows: int) -> tuple[SSAValue, int]:
+    def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`: a buffer that the others can read."""
-        units = self.exchange.group
-        row = group.per_slice * self.result.dtype.bytes
-        return units.publish(units.card_scope, "dm", rows * row), row
+        units, width = self.exchange.group, self.result.dtype.bytes
+        row = group.per_slice * width
+        if number == 0:
+            self._area = units.publish(units.card_scope, "dm", rows * row)
+        assert self._area is not None
+        return self._area, row, number * CHANNELS * width
 
-    def done(self, stack: int, group: Group, area: SSAValue, row: int) -> None:
+    def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
+        if number < group.passes - 1:
+            return
         units, em, rows, result, share = self.exchange.group, self.exchange.em, self.rows, self.result, self.share
         scope, local, slices = units.card_scope, rows.local, (group.slices, DM_SLICE_STRIDE, DM_SLICE_STRIDE)
         copy = local * share * row
@@ -58,7 +65,7 @@ class SumHome:
         em.dma(peer(area, Space.DM, 0, own), dm(copies), loops, share * row)
         total = units.publish(scope, "dm", copy)
         count = copy // result.dtype.bytes
-        self.exchange.add(copies, units.local, count, result.dtype, total, group.slices)
+        self.exchange.add(copies, units.local, compact(count, result.dtype), total, group.slices)
         units.exchange(scope, total)
         loops = [
             (units.local, UNIT_STRIDE, share * DM_SLICE_STRIDE),
