@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +25,7 @@ from tests.cli.conftest import Command
 from tests.cli.small_models import write_model
 from tests.cli.test_build_problems import refused
 from tests.cli.test_commands import reference_tokens
+from tests.frontend.loopback_hub import run_script, serving
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[86, 51, 103], [4, 101, 28, 72, 120, 113, 73, 32, 54], [6], [114, 114]]
@@ -381,7 +376,6 @@ def test_run_and_simulate_take_the_same_choices(rngdc: Command, pair: Path, expe
 
 
 # The hub --------------------------------------------------------------------------------------------------------------
-SHA = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import sys
 from backend_rngd.artifact import ArtifactError
@@ -396,14 +390,9 @@ else:
 """
 
 
-def load_in_process(name: str, home: Path, revision: str = "", **env: str) -> str:
-    """Load a hub id in a fresh process: the endpoint and the cache are read when huggingface_hub is imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"} | env
-    command = [sys.executable, "-c", SCRIPT, name, revision]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def load_in_process(name: str, home: Path, **env: str) -> str:
+    """Load a hub id in a fresh process."""
+    return run_script(SCRIPT, name, "", home=home, **env)
 
 
 @pytest.fixture
@@ -418,63 +407,8 @@ def hub(folder: Path, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     repositories = {"acme/built": directory, "acme/model": tmp_path / "model"}
     extra = directory / "training_state.bin"  # in the repository, not of the artifact
     extra.write_bytes(b"x")
-    served: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(False)
-
-        def do_GET(self) -> None:
-            self.answer(True)
-
-        def answer(self, body: bool) -> None:
-            path = self.path.split("?")[0]
-            name = next((n for n in repositories if f"/{n}" in path), "")
-            if not name:
-                self.refuse("RepoNotFound")
-                return
-            base = repositories[name]
-            files = sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file())
-            if "/tree/" in path:
-                entries = [{"type": "file", "path": f, "size": (base / f).stat().st_size} for f in files]
-                self.reply(json.dumps([e | {"oid": "0" * 40} for e in entries]).encode(), body)
-            elif path.startswith("/api/models/"):
-                info = {"id": name, "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
-                self.reply(json.dumps(info).encode(), body)
-            else:
-                file = re.sub(rf"^/{name}/resolve/[^/]+/", "", path)
-                if file not in files:
-                    self.refuse("EntryNotFound")
-                    return
-                if body:
-                    served.append(file)
-                self.reply((base / file).read_bytes(), body)
-
-        def refuse(self, code: str) -> None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Repo-Commit", SHA)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def reply(self, content: bytes, body: bool) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hash(content) & (1 << 64) - 1:x}"')
-            self.send_header("X-Repo-Commit", SHA)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", served
-    server.shutdown()
-    thread.join()
+    with serving(repositories) as found:
+        yield found
     extra.unlink()
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,10 @@ import torch
 
 from frontend.resolve import resolve_model
 from ir.errors import UserError
+from tests.frontend.loopback_hub import SHA, run_script, serving
 from tests.frontend.tiny import make_config, save_model
 
 ROOT = Path(__file__).parents[2]
-SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 def problems(*args: Any, **kwargs: Any) -> list[str]:
@@ -185,12 +181,7 @@ else:
 
 def resolve_in_process(name: str, home: Path, revision: str = "", weights: str = "weights", **env: str) -> str:
     """Resolve a hub id in a fresh process with its own cache and endpoint."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"} | env
-    command = [sys.executable, "-c", SCRIPT, name, revision, weights]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_script(SCRIPT, name, revision, weights, home=home, **env)
 
 
 def test_hub_id_from_the_cache_without_network(tmp_path: Path) -> None:
@@ -216,56 +207,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     (repositories["acme/packed"] / "model.Q4_1.gguf").write_bytes(b"not really")
     (directory / "README.md").write_text("not needed")
     (directory / "pytorch_model.bin").write_bytes(b"not needed")
-    served: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(False)
-
-        def do_GET(self) -> None:
-            self.answer(True)
-
-        def answer(self, body: bool) -> None:
-            path = self.path.split("?")[0]
-            name = next((n for n in repositories if f"/{n}/" in path), "")
-            directory = repositories.get(name, tmp_path / "nothing")
-            files = sorted(f.name for f in directory.iterdir()) if name else []
-            if name and path.startswith("/api/models/"):
-                info = {"id": name, "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
-                if "/tree/" in path:
-                    entries = [{"type": "file", "path": f, "size": (directory / f).stat().st_size} for f in files]
-                    self.reply(json.dumps([e | {"oid": "0" * 40} for e in entries]).encode(), body)
-                else:
-                    self.reply(json.dumps(info).encode(), body)
-            elif path.startswith(f"/{name}/resolve/") and path.rsplit("/", 1)[1] in files:
-                name = path.rsplit("/", 1)[1]
-                if body:
-                    served.append(name)
-                self.reply((directory / name).read_bytes(), body)
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        def reply(self, content: bytes, body: bool) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", SHA)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", served
-    server.shutdown()
-    thread.join()
+    with serving(repositories) as found:
+        yield found
 
 
 def test_hub_id_from_a_server(hub: tuple[str, list[str]], tmp_path: Path) -> None:
