@@ -13,7 +13,7 @@ from backend_rngd.isa.descriptors import Dma, Endpoint, Space
 from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.transfers import dma_startup, dma_time, dma_work
 
-MAX_LOOP = 65536
+MAX_LOOP = load_machine().max_loop_size  # of the instruction set: alike on every machine
 WORTH = 1.01  # times less that shorter packets must take
 Entries = tuple[tuple[int, ...], ...]
 Side = tuple[Space, int, int]

