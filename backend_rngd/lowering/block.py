@@ -10,6 +10,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.dialect import BufferType, buffer_type
 from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.function import FunctionLowering
+from backend_rngd.lowering.pieces import Pieces
 from backend_rngd.lowering.slots import Slots
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form, Stored, Value, Weight
@@ -31,7 +32,7 @@ class BlockLowering(FunctionLowering):
         super().__init__(parent, function, parent.routine(function.sym_name.data))
         self.slots = slots
         self.parameters: list[tuple[int, Form | None]] = []
-        self.results: list[int | Tensor] = []
+        self.results: list[int | Tensor | Pieces] = []
         self.em.location = self.name
         if OUTLINED not in function.attributes:
             self.em.early_bytes = EARLY_BYTES
@@ -76,12 +77,14 @@ class BlockLowering(FunctionLowering):
                     next(i for i, a in enumerate(arguments) if isinstance(a, Stored) and a.buffer is v.buffer)
                 )
                 continue
-            t = self.tensor(value)
             if value in self.outputs:
-                self.results.append(self.output(t, self.outputs[value]))
+                self.results.append(self.output(self.tensor(value), self.outputs[value]))
                 continue
-            target = self.slots.place(result, t, self.em)
-            self.move(t, target)
+            target = self.slots.place(result, v if isinstance(v, Pieces) else self.tensor(value), self.em)
+            if isinstance(target, Pieces):
+                self.move(self.pieces(value).held, target.held)
+            else:
+                self.move(self.tensor(value), target)
             self.results.append(target)
 
 

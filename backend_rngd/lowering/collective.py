@@ -25,6 +25,7 @@ from backend_rngd.lowering.exchange import Exchange, feature, feature_count, pee
 from backend_rngd.lowering.gather import Gather
 from backend_rngd.lowering.group import Scope
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
+from backend_rngd.lowering.pieces import Pieces, can_cut, in_pieces
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.machine.formulas import collective_time
 from ir.errors import UnsupportedError
@@ -35,8 +36,8 @@ LEAST_PART = 256  # bytes of a row in HBM that a unit adds at least: a line
 class AllReduce(Exchange):
     """Sums over all units."""
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all units, laid out like `x`, whose features are contiguous (`dense`)."""
+    def all_reduce(self, x: Tensor) -> Tensor | Pieces:
+        """The sum over all units, laid out like `x`, whose features are contiguous (`dense`), or in pieces."""
         rows = x.rows
         assert rows is not None
         if self.group.units == 1:
@@ -70,8 +71,8 @@ class AllReduce(Exchange):
             "use fewer units (-tp), or a hidden size that is a multiple of 4 times their number",
         )
 
-    def _sum_of_few(self, x: Tensor) -> Tensor:
-        """Rows in every slice."""
+    def _sum_of_few(self, x: Tensor) -> Tensor | Pieces:
+        """Rows in every slice; the sum stays in pieces if all slices have one."""
         group, em = self.group, self.em
         width = x.dtype.bytes
         rows = x.rows
@@ -91,6 +92,8 @@ class AllReduce(Exchange):
             slots = self._pull_pieces(held, scope.register, parts, size)
             total = self._spread_buffer(count * size * width, parts)
             self.add(slots, group.local, compact(count * size, x.dtype), total, parts)
+            if parts == em.slices and can_cut(x, parts):
+                return in_pieces(x, total, parts)
             return self._to_all_slices(x, total, count, size)
         assert two_phase is not None
         size = two_phase
@@ -102,6 +105,8 @@ class AllReduce(Exchange):
         total = self._spread_buffer(nbytes, parts * group.local)
         loops = [(group.local, UNIT_STRIDE, parts * DM_SLICE_STRIDE), (parts, DM_SLICE_STRIDE, DM_SLICE_STRIDE)]
         em.dma(peer(mine, Space.DM, 0, scope.register), dm(total), loops, nbytes)
+        if parts * group.local == em.slices and can_cut(x, em.slices):
+            return in_pieces(x, total, em.slices)
         return self._to_all_slices(x, total, count, size)
 
     def _pull_pieces(self, held: Tensor, register: int, parts: int, size: int) -> SSAValue:

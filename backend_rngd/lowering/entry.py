@@ -18,6 +18,7 @@ from backend_rngd.lowering.function import FunctionLowering
 from backend_rngd.lowering.function_rows import ROW_WISE
 from backend_rngd.lowering.handover import add_handover
 from backend_rngd.lowering.move import load_rows
+from backend_rngd.lowering.pieces import Pieces
 from backend_rngd.lowering.program import INPUT_PITCH, Port
 from backend_rngd.lowering.slots import Slots
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, round_up
@@ -150,7 +151,7 @@ class EntryLowering(FunctionLowering):
         arguments: list[SSAValue] = []
         for i, form in block.parameters:
             v = operands[i]
-            assert not isinstance(v, Tensor)
+            assert not isinstance(v, (Tensor, Pieces))
             arguments.append(v.buffer if isinstance(v, Stored) else _bound(v, form))
         self.em.add(CallOp(name, arguments, self.em.location))
         for i, result in enumerate(op.results):
@@ -160,17 +161,21 @@ class EntryLowering(FunctionLowering):
                 assert isinstance(source, Stored)
                 self.env[result] = Stored(source.buffer, tuple(shape_of(result)))
             else:
-                self.env[result] = replace(r, buffer=self._seen_here(result, r))
+                if isinstance(r, Pieces):
+                    self.env[result] = replace(r, held=self._seen_here(result, r.held))
+                else:
+                    self.env[result] = self._seen_here(result, r)
                 following = op.next_op
                 if role(name) == CUT and isinstance(following, func.CallOp):
                     routine = following.callee.string_value()
                     if role(routine) == PREPARE:
                         self.parent.prepared[self.slots.name(result)] = routine
 
-    def _seen_here(self, result: SSAValue, t: Tensor) -> SSAValue:
-        """The buffer of a call's result as a value of this routine."""
+    def _seen_here(self, result: SSAValue, t: Tensor) -> Tensor:
+        """A call's result as a value of this routine."""
         name = self.slots.outputs.get(result) or self.slots.name(result)
-        return self.em.global_buffer(name, t.space.name.lower(), self.em.declared_bytes(name), "activation")
+        buffer = self.em.global_buffer(name, t.space.name.lower(), self.em.declared_bytes(name), "activation")
+        return replace(t, buffer=buffer)
 
     def _global_of(self, v: Value) -> str | None:
         if not isinstance(v, Tensor):

@@ -18,9 +18,10 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.group import Group
 from backend_rngd.lowering.indexed import token_range
 from backend_rngd.lowering.move import load_constant, load_rows, move_rows
+from backend_rngd.lowering.pieces import Pieces, to_whole
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, split_tokens
-from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, uniform
+from backend_rngd.lowering.values import Stored, Value, Weight, dtype_of, probe_layout, probe_pieces, uniform
 from backend_rngd.lowering.vector import VectorLowering, Wanted, output_tensor
 from ir import expr as ex
 from ir.dialects import tc
@@ -54,6 +55,8 @@ class FunctionBase:
         self.fused: set[Operation] = set()
         self.joined: dict[SSAValue, tc.ContractOp] = {}  # contractions that run when the map that joins them is reached
         self.scattered: dict[SSAValue, Tensor] = {}  # sums over units that were made while the parts were computed
+        self.cut: dict[SSAValue, Pieces] = {}  # values, and the parts of parameters, that slices have pieces of
+        self.cut_weights: dict[SSAValue, Tensor] = {}
         self.outputs: dict[SSAValue, str] = {}  # values that the program returns, with the name of their HBM buffer
         self.index = 0
 
@@ -63,6 +66,10 @@ class FunctionBase:
         v = self.env[value]
         if isinstance(v, Weight):
             return self.vector_weight(value, v)
+        if isinstance(v, Pieces):
+            if value not in self.resident:
+                self.resident[value] = to_whole(self.em, v)
+            return self.resident[value]
         if isinstance(v, Stored):
             raise UnsupportedError(
                 "arithmetic on a KV cache", "caches are read by attention only", "update, then attend"
@@ -121,9 +128,15 @@ class FunctionBase:
         """Lower `op` and those after it that work on the same rows chunk by chunk, if that is their way."""
         return False
 
+    def in_pieces(self, op: tc.MapOp | tc.ReduceOp, reduce: str | None) -> bool:
+        """Lower an element-wise operation of values that lie in pieces on the slices, if it is one."""
+        return False
+
     def _probe(self, op: Operation) -> None:
         for i, result in enumerate(op.results):
             v = self.env.get(result)
+            if isinstance(v, Pieces):
+                self.em.probe(v.held.buffer, f"{self.name}#{self.index}.{i}", json.dumps(probe_pieces(v)))
             if isinstance(v, Tensor) and v.rows is not None and not isinstance(op, VIEWS):
                 self.em.probe(v.buffer, f"{self.name}#{self.index}.{i}", json.dumps(probe_layout(v)))
 
@@ -234,6 +247,8 @@ class FunctionBase:
         self._map(op, op.kind.data)
 
     def _map(self, op: tc.MapOp | tc.ReduceOp, reduce: str | None) -> None:
+        if self.in_pieces(op, reduce):
+            return
         rule = op.rule()
         e = op.expression()
         inputs: list[Tensor] = []

@@ -13,6 +13,7 @@ from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.function_base import FunctionBase
 from backend_rngd.lowering.packed import bind_packed, packed_weight
+from backend_rngd.lowering.pieces import Pieces
 from backend_rngd.lowering.scales import Scales, scales_of, scaling
 from backend_rngd.lowering.shares import own_rows
 from backend_rngd.lowering.stream_tokens import CHANNELS
@@ -72,7 +73,7 @@ class Contractions(FunctionBase):
         return self.collectives.reserve(space, nbytes, not rows.replicated, padded)
 
     def _rows_of(self, op: tc.ContractOp) -> RowSpace:
-        rows = [v.rows for o in op.operands if isinstance(v := self.env[o], Tensor) and v.rows is not None]
+        rows = [v.rows for o in op.operands if isinstance(v := self.env[o], (Tensor, Pieces)) and v.rows is not None]
         return rows[0]
 
     def op_tc_dequantize(self, op: tc.DequantizeOp) -> None:

@@ -8,12 +8,14 @@ chunks, whatever number of keys they read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from xdsl.dialects import func
 from xdsl.ir import SSAValue
 
 from backend_rngd.artifact.stages import LAYER, TAIL, family, role
 from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.pieces import Pieces
 from backend_rngd.lowering.tensor import Tensor
 from backend_rngd.lowering.values import in_global
 from ir.errors import UnsupportedError
@@ -37,7 +39,7 @@ class Slots:
         self.outputs = dict(outputs)
         self._parent: dict[Key, Key] = {}
         self._names: dict[Key, str] = {}
-        self._layout: dict[str, Tensor] = {}
+        self._layout: dict[str, Tensor | Pieces] = {}
         for call in self.calls:
             name = family(call.callee.string_value())
             for i, value in enumerate(call.operands):
@@ -60,12 +62,15 @@ class Slots:
         root = self._root(value)
         return self._names.setdefault(root, f"x{len(self._names)}")
 
-    def place(self, value: SSAValue, like: Tensor, em: Emitter) -> Tensor:
+    def place(self, value: SSAValue, like: Tensor | Pieces, em: Emitter) -> Tensor | Pieces:
         """The tensor of `value` seen from the routine of `em`; `like` gives the layout to the first who asks."""
         name = self.name(value)
-        return in_global(self._layout.setdefault(name, like), name, em)
+        chosen = self._layout.setdefault(name, like)
+        if isinstance(chosen, Pieces):
+            return replace(chosen, held=in_global(chosen.held, name, em))
+        return in_global(chosen, name, em)
 
-    def known(self, value: SSAValue) -> Tensor | None:
+    def known(self, value: SSAValue) -> Tensor | Pieces | None:
         """The layout of a value's buffer, if it has been chosen."""
         return self._layout.get(self.name(value))
 
@@ -79,7 +84,8 @@ class Slots:
             name = call.callee.string_value()
             if role(name) == LAYER:
                 made = {self.name(v) for v in call.results if self.known(v) is not None} - set(self.outputs.values())
-                out.setdefault(TAIL if name.endswith(TAIL) else "", {}).update((n, self._layout[n]) for n in made)
+                held = {n: v.held if isinstance(v := self._layout[n], Pieces) else v for n in made}
+                out.setdefault(TAIL if name.endswith(TAIL) else "", {}).update(held)
         return {ending: dict(sorted(values.items())) for ending, values in out.items() if values}
 
     def _check_lives(self, caches: set[Key]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -12,6 +12,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.lowering.pieces import Pieces
 from backend_rngd.lowering.program import INPUT_PITCH
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
 from ir.errors import UnsupportedError
@@ -129,7 +130,7 @@ class Stored:
     shape: tuple[int, ...]
 
 
-Value = Tensor | Weight | Stored
+Value = Tensor | Pieces | Weight | Stored
 
 
 @dataclass
@@ -213,7 +214,24 @@ def probe_layout(t: Tensor) -> dict[str, Any]:
             digits += [[i, d.size // t.block, 0, t.block_stride], [i, t.block, 0, d.stride]]
         elif d.kind == "feature":
             digits.append([i, d.size, 0, d.stride])
-    space = "hbm" if hbm else "dm"
+    return _probed(t, digits)
+
+
+def probe_pieces(p: Pieces) -> dict[str, Any]:
+    """`probe_layout` of a value whose features lie in pieces on the slices."""
+    t, rows = p.held, p.rows
+    steps = {"batch": rows.length if rows.length > 1 else 1, "length": 1, "tokens": 1}
+    digits: list[list[int]] = []
+    for i, (d, whole) in enumerate(zip(t.dims, p.dims, strict=True)):
+        if d.is_row:
+            digits.append([i, d.size, 0, steps[d.kind] * t.pitch])
+        elif d.kind == "feature":
+            digits += [[i, whole.size // d.size, 1, 0], [i, d.size, 0, d.stride]]
+    return _probed(replace(t, dims=p.dims), digits)
+
+
+def _probed(t: Tensor, digits: list[list[int]]) -> dict[str, Any]:
+    space = "hbm" if t.space == Space.HBM else "dm"
     return {"dtype": t.dtype.name.lower(), "shape": list(t.shape), "base": t.base, "space": space, "digits": digits}
 
 

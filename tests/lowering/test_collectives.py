@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
+from backend_rngd.isa.descriptors import Alu, Exec
 from backend_rngd.machine import Machine, load_machine
 from tests.lowering.running import GroupRun, bf16, relative
 
@@ -53,6 +56,56 @@ def test_all_reduce(units: int, batch: int, seq: int) -> None:
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (1, 24)])
 def test_all_reduce_of_wide_sums(batch: int, seq: int) -> None:
     check_mlp(GroupRun(mlp(4, batch, seq, 64, 96, "f32")), batch, seq, 64, 96)
+
+
+@pytest.mark.parametrize("units", [2, 8])
+@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (3, 1), (1, 8)])
+def test_norm_of_a_sum_in_pieces(units: int, batch: int, seq: int) -> None:
+    """Every slice computes its piece of residual and norm; only the norm goes round the ring to all slices."""
+    hidden, part = 512, 64 // units
+    x, stat = f'tensor<{batch}x{seq}x{hidden}xbf16, #tc.axes<"B,S,_">>', f'tensor<{batch}x{seq}xf32, #tc.axes<"B,S">>'
+    h = f'tensor<{batch}x{seq}x{part}xbf16, #tc.axes<"B,S,_">>'
+    text = f"""
+builtin.module attributes {{tc.mesh = "kv={units}"}} {{
+  func.func @main(%x: {x}) -> ({x}, {stat}) attributes {{arg_names = ["x"], result_names = ["y", "top"]}} {{
+    %a = tc.weight "a" shard "64@tp, {hidden}" : tensor<{part}x{hidden}xbf16>
+    %b = tc.weight "b" shard "{hidden}, 64@tp" : tensor<{hidden}x{part}xbf16>
+    %w = tc.weight "w" : tensor<{hidden}xbf16>
+    %h = tc.contract "b s i, o i -> b s o" (%x, %a) : {h}
+    %p = tc.contract "b s i, o i -> b s o" (%h, %b) : {x}
+    %s = tc.all_reduce %p kind add axis tp why "test" : {x}
+    %r = tc.map "add(a, b)" over "b s h, b s h -> b s h" (%x, %s) : {x}
+    %m = tc.reduce add "mul(a, a)" over "b s h -> b s" (%r) : {stat}
+    %top = tc.reduce max "abs(a)" over "b s h -> b s" (%r) : {stat}
+    %n = tc.map "mul(mul(a, rsqrt(add(mul(b, 0.001953125), 1e-05))), c)" over "b s h, b s, h -> b s h" (%r, %m, %w)
+      : {x}
+    %g = tc.contract "b s i, o i -> b s o" (%n, %a) : {h}
+    %q = tc.contract "b s i, o i -> b s o" (%g, %b) : {x}
+    %y = tc.all_reduce %q kind add axis tp why "test" : {x}
+    func.return %y, %top : {x}, {stat}
+  }}
+}}
+"""
+    run = GroupRun(text)
+    elements = [math.prod(n for n, _ in e.fetch.loops) for e in passes(run, Alu.FP_DIV, Alu.FP_MUL0)]
+    assert elements
+    assert max(elements) <= max(4, batch * seq) * hidden // 64 * 2
+    rng = np.random.default_rng(0)
+    x_, a, b, w = (
+        bf16(rng.standard_normal(shape).astype(np.float32) / scale)
+        for shape, scale in (((batch, seq, hidden), 1), ((64, hidden), 22), ((hidden, 64), 8), ((hidden,), 1))
+    )
+    got = run({"x": x_}, {"a": a, "b": b, "w": w}.__getitem__)
+    r = bf16(x_ + bf16(bf16(x_ @ a.T) @ b.T))
+    n = bf16(r / np.sqrt((r**2).mean(-1, keepdims=True) + 1e-5) * w)
+    assert relative(got["y"], bf16(n @ a.T) @ b.T) < 0.02
+    assert relative(got["top"], np.abs(r).max(-1)) < 0.01
+
+
+def passes(run: GroupRun, *alus: Alu) -> list[Exec]:
+    """Passes with one of these ALUs."""
+    found = [i.what for r in run.stream.routines for i in r.instructions if isinstance(i.what, Exec)]
+    return [e for e in found if any(op.alu in alus for op in e.vector)]
 
 
 @pytest.mark.parametrize("units", [2, 4])

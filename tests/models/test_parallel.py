@@ -34,7 +34,8 @@ SHAPES = [
     (1, 4, 16), (1, 40, 8), (2, 4, 16), (2, 14, 8), (3, 9, 16), (3, 3, 32), (5, 5, 16), (5, 40, 8), (6, 12, 8),
     (8, 8, 8), (8, 32, 8),
 ]  # fmt: skip
-FAST = [((2, 14, 8), 4, (1, 3)), ((3, 9, 16), 2, (1, 2)), ((8, 32, 8), 16, (1,))]
+FAST = [((2, 14, 8), 4, (1, 3)), ((3, 9, 16), 2, (1, 2)), ((8, 32, 8), 16, (1,)), ((4, 16, 16), 4, (1, 2))]
+"""The hidden sizes of the last two give every slice a piece."""
 
 
 def llama(directory: Path, shape: tuple[int, int, int], **changes: Any) -> Path:
