@@ -5,9 +5,9 @@ after:  ``dma(weights of pass 8), dma(result of pass 7)``
 
 A transfer may move if it reads what no instruction writes (weights and constants) and as far as the last instruction
 before it that touches its target buffer. Which transfers go first is decided by list scheduling with the closed forms
-of engine time; the memory that the longer life of the targets costs is kept within a budget. Everything else stays in
-order: transfers that are not free, notifies and waits among them, so that what a wait leaves idle is filled with
-weights.
+of engine time, as they were measured; the memory that the longer life of the targets costs is kept within a budget.
+Everything else stays in order: transfers that are not free, notifies and waits among them, so that what a wait leaves
+idle is filled with weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, M
 from backend_rngd.isa.footprint import Access, footprint
 from backend_rngd.isa.hazards import Hazards
 from backend_rngd.liveness import Live, constant_values, live_bytes
-from backend_rngd.machine import Machine
+from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.formulas import dma_time, sync_time, unit_cycles
 from backend_rngd.sync_ops import SyncOp
 
@@ -64,6 +64,7 @@ def hoist(module: ModuleOp, machine: Machine, share: float = 0.9) -> Moves:
     leave room for it with `share`.
     """
     constants = constant_values(module)
+    machine = load_machine(machine.name, mode="silicon")  # the documented rates are not reached
     out = Moves()
     budget = int(machine.dm_slice_bytes * share) - sum(
         op.buffer_type.nbytes.data
@@ -147,7 +148,7 @@ def _items(segment: Sequence[InstructionOp], constants: set[SSAValue], machine: 
         needs = tuple(queues[c][n - 1] for c, n in zip(queues, need, strict=True) if n)
         item = _Item(op, context, _cycles(op, context, machine), needs)
         if isinstance(op, DmaOp) and op.index is None and op.source in constants and space_of(op.destination) == "dm":
-            item.free = isinstance(op.destination.owner, AllocOp)
+            item.free = isinstance(op.destination.owner, AllocOp) or op.destination in touched
             item.earliest = touched.get(op.destination, -1) + 1
             item.nbytes = bytes_of(op.destination) if op.destination not in touched else 0
         desc = op.descriptor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from xdsl.ir import SSAValue
 
@@ -154,26 +155,30 @@ class FewTokens:
             head = HeadLowering(self.em, p, iota, r.used, sub)
             work = self._rows(q, limit, r)
             source = _Source(self.em, k, v, r, each, chunk)
-            state = head.attend(work, source, (k.padded, v.padded), round_up(each, KEY_MULTIPLE), tile)
+            adder = Parts(self.em, parts, r.batches * r.heads)
+            ring = parts > 1 and target is not None and (alone or adder.by_ring(count, v.width, v.padded))
+            weighed = partial(adder.weigh_early, rows=count) if ring and not alone else None
+            keys = round_up(each, KEY_MULTIPLE)
+            state = head.attend(work, source, (k.padded, v.padded), keys, tile, weighed=weighed)
             if target is not None and _at_home(rows, r, p) and target.space == Space.DM:
                 at = target.base + r.batch * target.pitch
                 head.finish(work, state, v.width, target.buffer, at, target.pitch, v.width * 2)
                 continue
-            if alone:
-                values = Parts(self.em, parts, 1).whole(state, v.width, v.padded)
+            if alone or ring:
+                values = adder.whole(state, v.width, v.padded)
             elif parts == 1:
                 values = self.em.alloc(count * v.width * 2, "values")
                 if by_ring and r.used < self.em.slices:  # the ring that follows reads every slice
                     self.em.memset(values, 0, count * v.width * 2)
                 head.finish(work, state, v.width, values, 0, p.group * v.width * 2, v.width * 2)
             else:
-                values = Parts(self.em, parts, r.batches * r.heads).combine(state, v.width, v.padded)
+                values = adder.combine(state, v.width, v.padded)
             if alone and target is not None:
                 self._copy(values, target, v.width)
                 continue
             if target is None:
                 return self._everywhere(values, q, v, parts)
-            self._send(values, target, r, v)
+            self._send(values, target, r, v, 1 if ring else parts)
         assert target is not None
         return target
 
@@ -217,13 +222,13 @@ class FewTokens:
             em.dma(place_of(limit, base), dm(lim), [*r.nest(step, 0, 0), (tokens, limit.pitch, 8)], 8)
         return Rows(tokens, mine, 0, p.group * head, head, lim, lim_base, lim_pitch)
 
-    def _send(self, values: SSAValue, out: Tensor, r: Round, v: Cache) -> None:
-        """`[row][width / parts]` of every slice to the rows of `out`."""
+    def _send(self, values: SSAValue, out: Tensor, r: Round, v: Cache, cut: int) -> None:
+        """`[row][width / cut]` of every slice to the rows of `out`; cut 1: those of a pair's first slice."""
         rows, p = out.rows, self.p
         assert rows is not None
         base, step = _row_address(out, r)
         copies = [(self.em.slices, 0, DM_SLICE_STRIDE)] if out.space == Space.DM and rows.replicated else []
-        run = v.width // r.parts * 2
+        run = v.width // cut * 2
         self.em.dma(
             dm(values),
             place_of(out, base + r.head * p.group * v.width * 2),
@@ -231,7 +236,7 @@ class FewTokens:
                 *copies,
                 (r.batches, r.heads * r.parts * DM_SLICE_STRIDE, step),
                 (r.heads, r.parts * DM_SLICE_STRIDE, p.group * v.width * 2),
-                (r.parts, DM_SLICE_STRIDE, run),
+                (cut, DM_SLICE_STRIDE, run),
                 (rows.length, p.group * run, out.pitch),
                 (p.group, run, v.width * 2),
             ],

@@ -82,11 +82,15 @@ class HeadLowering:
         tile: int,
         state: State | None = None,
         position: int = 0,
+        weighed: Callable[[SSAValue], None] | None = None,
     ) -> State:
         """All keys of `source` in tiles; padded: values of a key and of a value in DM; position: of the first key.
-        `state` is updated."""
+        `state` is updated. weighed: emitted as soon as the statistics are complete."""
         for start in range(0, keys, tile):
-            state = self._step(r, source, padded, start, min(tile, keys - start), state, position + start)
+            last = weighed if start == 0 and keys <= tile and state is None else None
+            state = self._step(r, source, padded, start, min(tile, keys - start), state, position + start, last)
+            if weighed is not None and last is None and start + tile >= keys:
+                weighed(state.stats)
         assert state is not None
         return state
 
@@ -112,6 +116,7 @@ class HeadLowering:
         count: int,
         before: State | None,
         position: int,
+        weighed: Callable[[SSAValue], None] | None,
     ) -> State:
         em, rows = self.em, r.tokens * self.p.group
         scores = em.alloc(rows * count * 4, "scores")
@@ -139,6 +144,9 @@ class HeadLowering:
         decay = self._largest(rows, count, scores, stats, before)
         total, at_total = (stats, rows * 8) if before is None else (em.alloc(rows * 8, "sum"), 0)
         self._weights(rows, count, scores, stats, probabilities)
+        if weighed is not None:  # while the values are on the way
+            self._add_weights(rows, count, probabilities, total, at_total)
+            weighed(stats)
         sums = None if before is None else before.sums
         chunk = min(source.value_chunk, count)
         for at in range(0, count, chunk):
@@ -146,7 +154,7 @@ class HeadLowering:
             values = source.values(start + at, some)
             part = em.alloc(rows_held * padded[1] * 4, "sums")
             self._values(probabilities, count, at, some, rows_held // lanes, lanes, values, padded[1], part)
-            if at == 0:
+            if at == 0 and weighed is None:
                 self._add_weights(rows, count, probabilities, total, at_total)
             if sums is None:
                 sums = part

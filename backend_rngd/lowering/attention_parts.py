@@ -1,15 +1,16 @@
 """Adds up what the slices of a pair computed of their parts of the keys.
 
 Every slice holds weighted sums, largest scores and sums of weights of its part. Each of them gets the parts' statistics
-by the ring and its share of the values' columns by a transfer (all columns by the ring, if all slices work for one
-pair), adds the parts with weights exp(own maximum - maximum), and divides. A part without a visible key has a maximum
-far below the others and gets weight 0.
+by the ring and its share of the values' columns by a transfer, or all columns by the ring (if all slices work for one
+pair, or only one of a pair's has to have the result), adds the parts with weights exp(own maximum - maximum), and
+divides. A part without a visible key has a maximum far below the others and gets weight 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from xdsl.ir import SSAValue
 
@@ -29,6 +30,15 @@ from backend_rngd.lowering.attention_types import State
 from backend_rngd.lowering.emitter import Emitter, dm, operand_loops
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import round_up
+from backend_rngd.machine.formulas import dma_requests
+
+
+class _Weights(NamedTuple):
+    """Of every part `[row][part]` and their `[row]` sums. scale: the multiplication by them, if VRF holds them."""
+
+    weights: SSAValue
+    total: SSAValue
+    scale: VectorOp | None
 
 
 class Parts:
@@ -38,6 +48,12 @@ class Parts:
         self.em = em
         self.parts = parts
         self.pairs = pairs
+        self._early: _Weights | None = None
+
+    @property
+    def slices(self) -> int:
+        """Slices that hold a part."""
+        return self.pairs * self.parts
 
     def combine(self, state: State, width: int, padded: int) -> SSAValue:
         """`[row][width / parts]` bf16 of every slice: its share of the columns of the pair's result."""
@@ -54,7 +70,7 @@ class Parts:
             ],
             share * 4,
         )
-        return self._add(state.stats, gathered, rows, share, share * 4, rows * share * 4)
+        return self._add(self.weigh(state.stats, rows), gathered, rows, share, share * 4, rows * share * 4)
 
     def whole(self, state: State, width: int, padded: int) -> SSAValue:
         """`[row][width]` bf16 of every slice: the pair's result."""
@@ -65,14 +81,27 @@ class Parts:
         packet = ring_packet(own, 8)
         ring_broadcast(
             self.em, state.sums, [(own, 4)], Dtype.F32, packet, 0, self.parts, every, 0,
-            [(own // packet, packet * 4)], step, [(packet, 4)], 8,
+            [(own // packet, packet * 4)], step, [(packet, 4)], 8, slices=self.slices,
         )  # fmt: skip
-        return self._add(state.stats, every, rows, width, padded * 4, step)
+        weights = self._early or self.weigh(state.stats, rows)
+        return self._add(weights, every, rows, width, padded * 4, step)
 
-    def _add(self, stats: SSAValue, gathered: SSAValue, rows: int, share: int, pitch: int, step: int) -> SSAValue:
-        """`[row][share]` bf16 of every slice: the parts' sums, weighted and divided. `gathered` has `pitch` bytes from
-        row to row and `step` from part to part."""
-        em, parts, slices = self.em, self.parts, self.pairs * self.parts
+    def by_ring(self, rows: int, width: int, padded: int) -> bool:
+        """Whether `whole` takes less time than `combine`: a transfer of all shares, or a ring and longer passes."""
+        machine, share = self.em.machine, width // self.parts
+        requests = dma_requests(self.slices * self.parts * rows, share * 4, machine.dma_request_bytes)
+        transfer = machine.dma_startup_cycles + 2 * requests
+        ring = machine.switch_configuration_cycles + self.parts * rows * padded * 4 // FLIT_BYTES
+        return ring + self.parts * rows * (width - share) // machine.vector_narrow < transfer
+
+    def weigh_early(self, stats: SSAValue, rows: int) -> None:
+        """As soon as the statistics of all parts are complete, before their sums are."""
+        weights = self.weigh(stats, rows)
+        self._early = weights._replace(scale=None)  # VRF is used for other things meanwhile
+
+    def weigh(self, stats: SSAValue, rows: int) -> _Weights:
+        """What the parts' sums are multiplied by, and the sum of all weights."""
+        em, parts, slices = self.em, self.parts, self.slices
         own = 16 * rows  # bytes of a part's statistics
         every = em.alloc(parts * own, "all maxima and sums")
         packet = 8 if rows % 2 == 0 else 4
@@ -92,10 +121,19 @@ class Parts:
         scale = self._operand(Alu.FP_MUL0, Op.MUL, weights, rows * parts, ((rows * parts, 4),), slices)
         add = VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=parts, inner=1)
         self._pass(every, rows * 8, by_row, one, total, slices, scale, add)
+        return _Weights(weights, total, scale)
+
+    def _add(self, w: _Weights, gathered: SSAValue, rows: int, share: int, pitch: int, step: int) -> SSAValue:
+        """`[row][share]` bf16 of every slice: the parts' sums, weighted and divided. `gathered` has `pitch` bytes from
+        row to row and `step` from part to part."""
+        em, parts, slices = self.em, self.parts, self.slices
         inner = 8 if share % 8 == 0 else 4
         blocks = [(rows, pitch), (share // inner, inner * 4), (parts, step), (inner, 4)]
-        repeated = operand_loops(((rows, parts * 4), (share // inner, 0), (parts, 4), (inner, 0)))
-        scale = replace(scale, operand=replace(scale.operand, loops=repeated))
+        repeated = ((rows, parts * 4), (share // inner, 0), (parts, 4), (inner, 0))
+        if w.scale is None:
+            scale = self._operand(Alu.FP_MUL0, Op.MUL, w.weights, rows * parts, repeated, slices)
+        else:
+            scale = replace(w.scale, operand=replace(w.scale.operand, loops=operand_loops(repeated)))
         sums = em.alloc(rows * share * 4, "sums")
         em.execute(
             em.fetch(0, blocks, Dtype.F32, inner),
@@ -108,7 +146,7 @@ class Parts:
         values = em.alloc(rows * share * 2, "values")
         if slices < em.slices:  # the ring that follows reads every slice
             em.memset(values, 0, rows * share * 2)
-        divide = self._operand(Alu.FP_DIV, Op.DIV, total, rows * 2, ((rows, 8), (share, 0)), slices)
+        divide = self._operand(Alu.FP_DIV, Op.DIV, w.total, rows * 2, ((rows, 8), (share, 0)), slices)
         em.execute(
             em.fetch(0, [(rows * share, 4)], Dtype.F32, inner),
             sums,

@@ -84,7 +84,7 @@ class Emitter:
     location: str = ""
     probes: bool = True
     early_bytes: int = 0  # of DM a slice that weights loaded before the routine starts may take
-    _early: int = 0  # buffers of that kind
+    _early: list[tuple[int, SSAValue]] = field(default_factory=list[tuple[int, SSAValue]])  # buffers of that kind
     _start: Operation | None = None  # the first instruction that is not moved to the start
     _globals: dict[str, SSAValue] = field(default_factory=dict[str, SSAValue])
     _declared: dict[str, GlobalOp] = field(default_factory=dict[str, GlobalOp])
@@ -173,9 +173,14 @@ class Emitter:
         self.early_bytes = 0 if last else max(0, room - sum(sizes))
         if sum(sizes) > room:
             return []
-        self._early += len(sizes)
-        first = self._early - len(sizes)
-        return [self.global_buffer(f"early{first + i}.{n}", "dm", n, EARLY) for i, n in enumerate(sizes)]
+        first = len(self._early)
+        taken = [self.global_buffer(f"early{first + i}.{n}", "dm", n, EARLY) for i, n in enumerate(sizes)]
+        self._early += zip(sizes, taken, strict=True)
+        return taken
+
+    def read_early(self, nbytes: int) -> list[SSAValue]:
+        """Buffers of `take_early` of at least so many bytes: free for others when what came early has been read."""
+        return [buffer for size, buffer in self._early if size >= nbytes]
 
     @contextmanager
     def at_start(self) -> Generator[None]:

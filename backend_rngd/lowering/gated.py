@@ -13,7 +13,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
 from backend_rngd.lowering.emitter import Emitter, dm
-from backend_rngd.lowering.stream_tokens import CHANNELS, Group, rows_home, spread_bytes
+from backend_rngd.lowering.stream_tokens import CHANNELS, Group, clear_unused, rows_home, spread_bytes
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
 BLOCK_TOKENS = 4  # of a slice, from which on blocks are longer pieces than a group's channels of a token
@@ -35,6 +35,7 @@ class Gated:
         self.join = join
         self._held: list[Tensor] = []
         self._areas: dict[int, SSAValue] = {}  # by stack
+        clear_unused(em, result)
 
     def area(self, stack: int, group: Group, number: int, rows: int) -> tuple[SSAValue, int, int]:
         """See `Sink`."""

@@ -59,7 +59,9 @@ def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
     row_loops: list[tuple[int, int, int]] = []
     if t.rows is not None:
         across = 0 if t.rows.replicated else t.rows.local * t.pitch
-        row_loops = [(em.slices, across, DM_SLICE_STRIDE), (rows, t.pitch, out.pitch)]
+        if t.rows.used_slices < em.slices:  # the others take part in passes all the same
+            em.memset(out.buffer, 0, rows * out.pitch)
+        row_loops = [(t.rows.used_slices, across, DM_SLICE_STRIDE), (rows, t.pitch, out.pitch)]
     else:
         row_loops = [(em.slices, 0, DM_SLICE_STRIDE)]
     em.dma(hbm(t.buffer, t.base), dm(out.buffer), [*row_loops, *loops], packet)

@@ -33,13 +33,15 @@ from backend_rngd.isa.descriptors import (
 from backend_rngd.lowering.choices import Piece, Streamed, record
 from backend_rngd.lowering.contract_base import ContractionMapping, Matrix, Stack, k_multiple, needs_own_pass, split_k
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
-from backend_rngd.lowering.mapping import BLOCK_ROWS, CHANNELS, LANES, Mapping, block_rows
+from backend_rngd.lowering.mapping import BLOCK_ROWS, CHANNELS, LANES, SHORT_ROWS, Mapping, block_rows
+from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.packed import clear, expand, load, staging
 from backend_rngd.lowering.scales import ScaleOps
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims
 from backend_rngd.lowering.weight_tiles import Job, Tile, gaps, tiles_of
 from backend_rngd.machine import Machine
 
+WEAVE = 4  # neighbouring slices, whose results can travel together
 NARROW = (12,)  # channels of a pass that is not full: fewer would be better off in smaller rings
 
 
@@ -56,15 +58,19 @@ class Group:
     per_slice: int
     slices: int
     ring: int
-    woven: bool = False  # slices of one half of the ring and of the other one in turn: a network each
+    woven: bool = False  # WEAVE slices of one half of the ring and of the other one in turn: a network each
 
-    def steps(self, first: int, count: int, step: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def steps(self, first: int, count: int, step: int, ring: int = 1) -> tuple[int, list[tuple[int, int, int]]]:
         """`count` slices from number `first` of the group on: DM address of the first one, and loops over them of
-        (size, `step` bytes elsewhere a slice, DM stride)."""
+        (size, `step` bytes elsewhere a slice, DM stride). ring: only the first of every so many."""
         if not self.woven:
-            return first * DM_SLICE_STRIDE, [(count, step, DM_SLICE_STRIDE)]
-        half = self.ring // 2 * DM_SLICE_STRIDE
-        return first // 2 * DM_SLICE_STRIDE, [(count // 2, 2 * step, DM_SLICE_STRIDE), (2, step, half)]
+            return first * DM_SLICE_STRIDE, [(count // ring, ring * step, ring * DM_SLICE_STRIDE)]
+        half, pair = self.ring // 2 * DM_SLICE_STRIDE, 2 * WEAVE
+        return first // 2 * DM_SLICE_STRIDE, [
+            (count // pair, pair * step, WEAVE * DM_SLICE_STRIDE),
+            (2, WEAVE * step, half),
+            (WEAVE // ring, ring * step, ring * DM_SLICE_STRIDE),
+        ]
 
     @property
     def passes(self) -> int:
@@ -222,7 +228,9 @@ class TokensStream(ContractionMapping):
         most_tile = m.tile_bytes // element if packed is None else 0
         tiles = tiles_of(jobs, chunks, [g.per_slice for g in groups], most_tile)
         at = {tile.first: n for n, tile in enumerate(tiles)}
-        slots = min(m.in_flight, len(tiles))
+        largest = max(tile.read for tile in tiles) * element
+        idle = em.read_early(largest)[: max(0, len(tiles) - m.in_flight)] if packed is None else []
+        slots = min(m.in_flight + len(idle), len(tiles))
         # What takes part without channels needs some weights.
         unset = gaps(tiles, [g.slices == g.ring for g in groups], slots)
         sizes = [max(tile.read for tile in tiles[n::slots]) * element for n in range(slots)]
@@ -235,7 +243,7 @@ class TokensStream(ContractionMapping):
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
                         em.slices, resident, packed is not None, most, to.scattered))  # fmt: skip
         with em.at_start() if first else nullcontext():
-            buffers = [*early, *(em.alloc(nbytes, "weights") for nbytes in sizes[len(early) :])]
+            buffers = [*early, *(em.alloc(n, "weights") for n in sizes[len(early) : slots - len(idle)]), *idle]
             stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]
             for n, (low, high) in enumerate(unset):
                 if high and packed is not None:
@@ -428,6 +436,7 @@ class RowsHome:
         self.result = result
         self.limit = limit
         self._first, self._block = first, block
+        clear_unused(em, result)
         self._areas: list[SSAValue] = []
         self._next = 0
 
@@ -482,7 +491,7 @@ def slices_of(stack: Stack, group: Group) -> list[tuple[int, int, int, int]]:
 
 def _can_weave(stack: Stack, group: Group, slices: int) -> bool:
     """Whether the matrices of a group that leaves slices free may alternate between the halves of a unit."""
-    even = all(n % 2 == 0 and before % 2 == 0 for _, _, n, before in slices_of(stack, group))
+    even = all(n % (2 * WEAVE) == before % (2 * WEAVE) == 0 for _, _, n, before in slices_of(stack, group))
     return even and group.slices < group.ring == slices
 
 
@@ -508,17 +517,53 @@ def rows_home(
     if spilled:
         pitch = group.slices * run
         target, base = em.alloc(local * pitch, "rows"), 0
-    begin, over_slices = group.steps(first_slice, group.slices, run)
+    tokens, together = group.ring, 1
+    if local <= SHORT_ROWS and not spilled and group.ring == em.slices:
+        tokens = rows.used_slices
+        together = _neighbours(group, run, em.machine)
+    if together > 1:
+        channels, row = _side_by_side(em, channels, row, tokens * local, group.per_slice, result.dtype, together)
+    begin, over_slices = group.steps(first_slice, group.slices, run, together)
+    run *= together
     loops = [
         (em.slices // group.ring, group.ring * DM_SLICE_STRIDE, group.ring * DM_SLICE_STRIDE),
         *((n, there, here) for n, here, there in over_slices),
-        (group.ring, row, DM_SLICE_STRIDE),
+        (tokens, row, DM_SLICE_STRIDE),
         (local, group.ring * row, pitch),
     ]
     em.dma(dm(channels, begin), dm(target, base), loops, run)
     if spilled:
         loops = [(em.slices, DM_SLICE_STRIDE, rows.local * result.pitch), (local, pitch, result.pitch)]
         em.dma(dm(target), hbm(result.buffer, home), loops, group.slices * run)
+
+
+def _neighbours(group: Group, run: int, machine: Machine) -> int:
+    """Slices whose `run` bytes of a token should travel together, so that fewer requests are needed."""
+    fitting = [n for n in (1, 2, WEAVE) if group.slices % n == 0 and n * run <= machine.dma_request_bytes]
+    return max(fitting, default=1)
+
+
+def _side_by_side(
+    em: Emitter, channels: SSAValue, row: int, rows: int, per_slice: int, dtype: Dtype, ring: int
+) -> tuple[SSAValue, int]:
+    """`[row][slice of the ring][channel]` in every slice of rings of `ring` slices, and the bytes of a row."""
+    run = per_slice * dtype.bytes
+    target = em.alloc(rows * ring * run, "neighbours")
+    packet = ring_packet(per_slice, FLIT_BYTES // dtype.bytes)
+    ring_broadcast(
+        em, channels, [(rows, row), (per_slice, dtype.bytes)], dtype, packet, 0, ring, target, 0,
+        [(rows, ring * run), (per_slice // packet, packet * dtype.bytes)], run, [(packet, dtype.bytes)],
+        min(packet, FLIT_BYTES // dtype.bytes),
+    )  # fmt: skip
+    return target, ring * run
+
+
+def clear_unused(em: Emitter, result: Tensor) -> None:
+    """Zero what `rows_home` leaves out: slices without tokens take part in passes all the same."""
+    rows = result.rows
+    assert rows is not None
+    if rows.local <= SHORT_ROWS and result.space == Space.DM and rows.used_slices < em.slices:
+        em.memset(result.buffer, result.base, rows.local * result.pitch)
 
 
 def spread_bytes(nbytes: int, machine: Machine) -> int:
