@@ -39,7 +39,16 @@ DIRECTORY_VARIABLE = "RNGDC_CACHE_DIR"
 STALE_SECONDS = 3600.0
 """Age from which an unfinished file belongs to nobody."""
 COMPILER_PACKAGES = ("ir", "passes", "backend_rngd")
-COMPILER_FILES = ("buckets.py", "compile.py", "effort.py", "estimate.py", "tasks.py", "cache.py", "results.py")
+COMPILER_FILES = (
+    "buckets.py",
+    "compile.py",
+    "effort.py",
+    "estimate.py",
+    "tasks.py",
+    "cache.py",
+    "results.py",
+    "searches.py",
+)
 """Files of this package that results depend on."""
 LIBRARIES = ("xdsl", "numpy", "ml-dtypes")
 

@@ -29,6 +29,7 @@ class Effort:
     fuse: bool
     variants: tuple[Variant, ...]
     help: str
+    search: bool = False
     largest: int = sys.maxsize
 
 
@@ -39,12 +40,14 @@ EFFORTS = (
         True,
         (Variant(), Variant(prefetch=0.0)),
         "and weights are fetched while earlier operations compute, where the simulator finds that faster",
-        1000,
+        search=True,
+        largest=1000,
     ),
     Effort(
         True,
         (Variant(), Variant(prefetch=0.97), Variant(prefetch=0.6), Variant(0.5), Variant(0.25), Variant(prefetch=0.0)),
         "and more ways to use data memory are tried (six in all)",
+        search=True,
     ),
 )
 """By level."""

@@ -20,8 +20,7 @@ from backend_rngd.dialect import InstructionOp, RoutineOp
 from backend_rngd.instructions import DmaOp
 from backend_rngd.isa.descriptors import Call, Dma, Space, Stream
 from backend_rngd.lowering import Lowered, lower
-from backend_rngd.lowering.candidates import Candidate, candidates, reason, tokens_of
-from backend_rngd.lowering.choices import Choice, Streamed, recording
+from backend_rngd.lowering.choices import Choice, Streamed, described, recording
 from backend_rngd.lowering.tensor import RowSpace
 from backend_rngd.machine import Machine, load_machine
 from backend_rngd.machine.formulas import CollectiveKind, collective_algorithms, collective_time
@@ -41,6 +40,15 @@ LISTED = 6
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A way to do an operation. cycles: predicted."""
+
+    name: str
+    cycles: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Simulated:
     """What the simulator finds for an operation, on the slowest unit, mean of `executions`. cycles: in which any of its
     instructions is at work. path: that the critical path spends in it."""
@@ -53,10 +61,12 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A contraction or collective: every operation of the same kind and size is in `simulated`."""
+    """A contraction, attention or collective: every operation of the same kind and size is in `simulated`. built: what
+    became of the chosen candidate."""
 
     kind: str
     what: str
+    built: str
     candidates: list[Candidate]
     why: str
     simulated: list[Simulated]
@@ -94,7 +104,7 @@ def explain(device: Device, bucket: Bucket, named: str | None = None) -> Explain
     artifact, machine = device.artifact, device.machine
     decisions, share = _decisions(artifact, bucket)
     result = device.time(bucket)
-    found = _contractions(decisions, machine, artifact.manifest.parallel.tensor, result)
+    found = _choices(decisions, result)
     found += _collectives(artifact, bucket, decisions, machine, result)
     if named is not None:
         found = [e for e in found if any(named in s.where for s in e.simulated)]
@@ -174,24 +184,25 @@ def _fills(what: Dma) -> bool:
     return what.source.space == Space.HBM and what.destination.space == Space.DM
 
 
-# Contractions ----------------------------------------------------------------------------------------------------
-def _contractions(
-    decisions: Sequence[Streamed | Choice], machine: Machine, tensor: int, result: TimingResult
-) -> list[Explanation]:
-    """One for every distinct shape and mapping."""
-    groups: dict[Streamed, list[str]] = {}
+# Contractions and attention ------------------------------------------------------------------------------------------
+def _choices(decisions: Sequence[Streamed | Choice], result: TimingResult) -> list[Explanation]:
+    """One for every distinct shape and choice."""
+    built: dict[str, str] = {}
     for s in decisions:
-        if isinstance(s, Streamed):
-            places = groups.setdefault(replace(s, where=""), [])
-            if s.where not in places:
-                places.append(s.where)
+        if isinstance(s, Streamed) and described(s) not in built.setdefault(s.where, described(s)):
+            built[s.where] += f"; {described(s)}"
+    groups: dict[str, tuple[Choice, list[str]]] = {}
+    for c in decisions:
+        if isinstance(c, Choice) and c.kind != "collective":
+            _, places = groups.setdefault(f"{replace(c, where='')} {built.get(c.where)}", (c, []))
+            if c.where not in places:
+                places.append(c.where)
     out: list[Explanation] = []
-    for s, places in groups.items():
-        found = candidates(s, machine, min(tensor, machine.pes_per_chip))
-        several = f"{s.matrices} x " if s.matrices > 1 else ""
-        what = f"{several}[{tokens_of(s)} x {s.k}] . [{s.rows} x {s.k}]"
+    for c, places in groups.values():
+        found = [Candidate(name, cycles, name == c.chosen) for name, cycles in c.candidates.items()]
+        found.sort(key=lambda x: x.cycles)
         simulated = [_simulated(place, result) for place in places]
-        out.append(Explanation("contraction", what, found, reason(s, found), simulated))
+        out.append(Explanation(c.kind, c.what, built.get(c.where, ""), found, c.why, simulated))
     return out
 
 
@@ -220,7 +231,7 @@ def _collectives(
     result: TimingResult,
 ) -> list[Explanation]:
     """One for every kind and size."""
-    decided = {d.where: d for d in decisions if isinstance(d, Choice)}
+    decided = {d.where: d for d in decisions if isinstance(d, Choice) and d.kind == "collective"}
     units = artifact.manifest.parallel.tensor
     cards = -(-units // machine.pes_per_chip)
     everywhere = RowSpace.make(bucket.batch, bucket.input_length, artifact.manifest.parallel.slices).replicated
@@ -236,13 +247,13 @@ def _collectives(
         ways = collective_algorithms(kind, units, cards)
         few = choice is not None or everywhere
         found = [
-            Candidate(a, collective_time(kind, a, nbytes, units, cards, machine, replicate=few), True, a == algorithm)
+            Candidate(a, collective_time(kind, a, nbytes, units, cards, machine, replicate=few), a == algorithm)
             for a in ways
         ]
-        found.sort(key=lambda c: c.cycles or 0.0)
+        found.sort(key=lambda c: c.cycles)
         what = f"{name} of {nbytes:,} B over {units} units"
         simulated = [_simulated(p, result) for p in places]
-        out.append(Explanation("collective", what, found, _why(kind, choice, ways, algorithm), simulated))
+        out.append(Explanation("collective", what, "", found, _why(kind, choice, ways, algorithm), simulated))
     return out
 
 
@@ -274,8 +285,7 @@ def explain_tables(explained: Explained) -> list[RenderableType]:
         table.add_column("predicted", justify="right")
         shown = [c for i, c in enumerate(e.candidates) if i < LISTED or c.chosen]
         for c in shown:
-            mark = "->" if c.chosen else "" if c.built else "not built"
-            table.add_row(mark, c.name, "-" if c.cycles is None else f"{c.cycles:,.0f}")
+            table.add_row("->" if c.chosen else "", c.name, f"{c.cycles:,.0f}")
         if len(shown) < len(e.candidates):
             table.add_row("", f"and {len(e.candidates) - len(shown)} slower ones (--json)", "")
         out.append(table)
@@ -283,7 +293,7 @@ def explain_tables(explained: Explained) -> list[RenderableType]:
 
 
 def _caption(e: Explanation) -> str:
-    lines = [e.why]
+    lines = [e.why, *([f"built: {e.built}"] if e.built else [])]
     for s in e.simulated:
         place = s.where.replace("|", " ").strip()
         times = f"simulated {s.cycles:,.0f}, {s.path:,.0f} of them on the critical path"

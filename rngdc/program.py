@@ -23,6 +23,7 @@ from rngdc.buckets import BucketSpec
 from rngdc.cache import Cache as ResultCache
 from rngdc.cache import key_of
 from rngdc.effort import DEFAULT as DEFAULT_LEVEL
+from rngdc.effort import EFFORTS
 from rngdc.estimate import Memory
 from rngdc.executor import Executor, Failure, InlineExecutor, Listeners
 from rngdc.results import from_files, to_files
@@ -102,7 +103,12 @@ def lowering_options(
     capacity = max((b.attention_size for b in buckets), default=0)
     batch = max((b.batch for b in buckets), default=1)
     return LoweringOptions(
-        slices=slices, cache_capacity=capacity, cache_batch=batch, probes=probes, opt_level=opt_level
+        slices=slices,
+        cache_capacity=capacity,
+        cache_batch=batch,
+        probes=probes,
+        opt_level=opt_level,
+        search=EFFORTS[opt_level].search,
     )
 
 
@@ -184,7 +190,7 @@ class _Build:
     def _builders(self) -> list[BuildTask]:
         r = self.request
         return [
-            BuildTask(b, r.text, passes, r.machine, r.lowering, r.digest, self._dumps(b))
+            BuildTask(b, r.text, passes, r.machine, r.lowering, r.digest, self._dumps(b), self._directory)
             for b, passes in r.passes.items()
         ]
 
@@ -192,7 +198,13 @@ class _Build:
         r = self.request
         addresses = {image.key: shared.address[image.key] for image in built.images}
         # The map may hold a form or a literal that only another bucket has asked for so far.
-        return CompileTask(bucket, built.text, r.machine, r.lowering, addresses, base, self._dumps(bucket))
+        return CompileTask(
+            bucket, built.text, r.machine, r.lowering, addresses, base, self._dumps(bucket), self._directory
+        )
+
+    @property
+    def _directory(self) -> str | None:
+        return str(self.cache.directory) if self.cache is not None else None
 
     def _dumps(self, bucket: BucketSpec) -> str | None:
         return str(self.request.dumps / bucket.name) if self.request.dumps is not None else None

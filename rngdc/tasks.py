@@ -31,6 +31,7 @@ from ir.text import parse_module, print_module
 from rngdc.buckets import BucketSpec
 from rngdc.cache import source_digest
 from rngdc.effort import EFFORTS, Variant
+from rngdc.searches import remembered
 
 if TYPE_CHECKING:
     from rngdc.estimate import Memory
@@ -44,7 +45,8 @@ class BuildTask:
     """Passes and lowering of a bucket. `text`: the simplified model; `passes`: a pipeline as `rngdc opt -p` takes it,
     the last of which outlines.
 
-    `digest` stands for files that passes read (a user's plan). `dumps`: directory for the IR after every pass.
+    `digest` stands for files that passes read (a user's plan). `dumps`: directory for the IR after every pass. `cache`:
+    directory with mappings that were found before.
     """
 
     bucket: BucketSpec
@@ -54,6 +56,7 @@ class BuildTask:
     lowering: LoweringOptions
     digest: str = ""
     dumps: str | None = None
+    cache: str | None = None
 
     stage = "pipeline builder"
 
@@ -84,14 +87,16 @@ class BuildTask:
 
     def run(self, listen: Listener, module: ModuleOp | None = None) -> Built:
         """Do it; `module` is the parsed text if the caller has it (it stays as it is)."""
-        return _build(self, listen, module)
+        with remembered(self.cache):
+            return _build(self, listen, module)
 
 
 @dataclass(frozen=True)
 class CompileTask:
     """Placement, schedule, stream and verification of a bucket. `text`: its `tc` module after the passes.
 
-    `addresses`: HBM address of every shared image by its key; the bucket's own area starts at `hbm_base`.
+    `addresses`: HBM address of every shared image by its key; the bucket's own area starts at `hbm_base`. `cache`: see
+    `BuildTask`.
     """
 
     bucket: BucketSpec
@@ -101,6 +106,7 @@ class CompileTask:
     addresses: Mapping[str, int]
     hbm_base: int
     dumps: str | None = None
+    cache: str | None = None
 
     stage = "compile"
 
@@ -134,7 +140,8 @@ class CompileTask:
         """Do it; `lowered` and `module` are what the pipeline builder has made, if it ran in this process."""
         from rngdc.compile import compile_bucket
 
-        return compile_bucket(self, listen, lowered, module)
+        with remembered(self.cache):
+            return compile_bucket(self, listen, lowered, module)
 
 
 Task = BuildTask | CompileTask

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from backend_rngd.lowering.mapping import CHANNELS, LANES
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -48,14 +50,44 @@ class Streamed:
     scattered: bool = False
 
 
+def tokens_of(s: Streamed) -> int:
+    """Tokens of a contraction, padding included."""
+    return s.local if s.streams == "weights" else s.local * s.slices
+
+
+def described(s: Streamed) -> str:
+    """What was built, in words."""
+    chunks = f"K in {len(s.chunks)} chunks" if len(s.chunks) > 1 else "K whole"
+    if s.streams == "weights":
+        lanes = max(4, min(s.local, LANES))
+        sweeps = -(-s.local // lanes)
+        largest = max(p.per_slice for p in s.pieces)
+        tiles = f"{len(s.pieces)} tile{'s' if len(s.pieces) > 1 else ''} of {largest} channels a slice"
+        again = f", each used {sweeps} times for {lanes} tokens" if sweeps > 1 else ""
+        copies = f", {s.slots} on the way" if s.slots > 1 else ""
+        return f"tokens in TRF, weights stream: {tiles}{copies}{again}; {chunks}"
+    found: dict[tuple[int, int, int], int] = {}
+    for p in s.pieces:
+        key = (-(-p.per_slice // CHANNELS), p.slices, p.ring)
+        found[key] = found.get(key, 0) + 1
+    parts = " + ".join(
+        f"{n} x {passes} pass{'es' if passes > 1 else ''} on {slices} slices in rings of {ring}"
+        for (passes, slices, ring), n in found.items()
+    )
+    return f"weights in TRF, tokens go round: {parts}; {chunks}"
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A decision between ways that all were possible. candidates: predicted cycles by name."""
+    """A decision between ways that all were possible. kind: of the operation. candidates: predicted cycles by name.
+    why: what speaks for the chosen one."""
 
     where: str
+    kind: Literal["contraction", "collective", "attention"]
     what: str
     candidates: Mapping[str, float]
     chosen: str
+    why: str
 
 
 _listening: ContextVar[list[Streamed | Choice] | None] = ContextVar("_listening", default=None)
@@ -72,6 +104,16 @@ def recording() -> Generator[list[Streamed | Choice]]:
         _listening.reset(token)
 
 
+@contextmanager
+def unheard() -> Generator[None]:
+    """Nobody hears what is lowered inside."""
+    token = _listening.set(None)
+    try:
+        yield
+    finally:
+        _listening.reset(token)
+
+
 def record(decision: Streamed | Choice) -> None:
     """Note a decision if somebody listens."""
     listening = _listening.get()
@@ -79,8 +121,14 @@ def record(decision: Streamed | Choice) -> None:
         listening.append(decision)
 
 
-def choose(where: str, what: str, candidates: Mapping[str, float]) -> str:
+def heard() -> bool:
+    """Whether somebody listens."""
+    return _listening.get() is not None
+
+
+def choose(where: str, kind: Literal["collective", "attention"], what: str, candidates: Mapping[str, float]) -> str:
     """The fastest candidate; the first of equal ones."""
     chosen = min(candidates, key=lambda name: candidates[name])
-    record(Choice(where, what, dict(candidates), chosen))
+    why = "the fastest by the formulas" if len(candidates) > 1 else "the only way that is possible"
+    record(Choice(where, kind, what, dict(candidates), chosen, why))
     return chosen

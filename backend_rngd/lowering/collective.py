@@ -86,7 +86,7 @@ class AllReduce(Exchange):
         scope = group.card_scope
         held = self.published(x, features != feature_count(x))
         group.exchange(scope, held.buffer)
-        if choose(em.location, f"all_reduce of {whole:,} B", times) == "one_shot":
+        if choose(em.location, "collective", f"all_reduce of {whole:,} B", times) == "one_shot":
             assert one_shot is not None
             size, parts = one_shot, features // one_shot
             slots = self._pull_pieces(held, scope.register, parts, size)

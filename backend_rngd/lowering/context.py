@@ -17,6 +17,7 @@ from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.indexed import OFFSET_BYTES, offsets
 from backend_rngd.lowering.move import load_rows
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
+from backend_rngd.lowering.search import Search
 from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.lowering.values import Form
 from backend_rngd.lowering.vector import VectorLowering
@@ -41,6 +42,7 @@ class Program:
         self.functions = {op.sym_name.data: op for op in module.body.block.ops if isinstance(op, func.FuncOp)}
         self.mesh = tc.mesh_of(module) or Mesh(())
         self.units = self.mesh.size
+        self.search = Search(machine, options.slices, self.units, options.search)
         self._semaphores = 0
         self._offsets: set[str] = set()
         self._iotas: set[str] = set()

@@ -2,11 +2,16 @@
 
 * Few tokens (rows in every slice): `stream_weights.py`, activations in TRF.
 * Many tokens (rows spread over slices): `stream_tokens.py`, weights in TRF.
+
+How each is done in detail is a `Mapping`, which the search finds (`search.py`): it lowers candidates with `lower`
+functions, which do the same for a trial as for the program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from xdsl.ir import SSAValue
 
@@ -16,32 +21,45 @@ from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.exchange import Exchange, row_dim
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.gated import Gated, GatedBlocks, Join
+from backend_rngd.lowering.group import Group
 from backend_rngd.lowering.mapping import (
     BLOCK_BYTES,
+    HBM_KNOBS,
     LONG_TILE_BYTES,
+    TOKENS_KNOBS,
+    WEIGHTS_KNOBS,
     Mapping,
     block_rows,
     fixed_tokens,
     fixed_weights,
     gated_passes,
+    most_rows,
     passes_home,
 )
 from backend_rngd.lowering.program import IN_FLIGHT
 from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.scatter import TokenScatter
+from backend_rngd.lowering.search import Alone, Search, Shape, StandIns
 from backend_rngd.lowering.stream_tokens import StackHome, TokensStream, best_stack
 from backend_rngd.lowering.stream_weights import WeightsStream
 from backend_rngd.lowering.summed import SumHome
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
+R = TypeVar("R")
+
 
 class ContractLowering:
     """Lowers `x[rows, K] . w[N, K] -> y[rows, N]`."""
 
-    def __init__(self, em: Emitter, spill: int, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(self, em: Emitter, spill: int, in_flight: int = IN_FLIGHT, search: Search | None = None) -> None:
+        """in_flight: tiles of weights in DM at a time, at most. search: chooses mappings; without it they are fixed."""
         self.few = WeightsStream(em, spill)
         self.many = TokensStream(em, spill)
-        self.in_flight = in_flight  # tiles of weights in DM at a time
+        self.em = em
+        self.spill = spill
+        self.in_flight = in_flight
+        self.search = search
+        self.arriving: set[SSAValue] = set()  # operands that other units send in parts of K, while passes begin
 
     def run(
         self,
@@ -61,26 +79,85 @@ class ContractLowering:
         target: gives the buffer of the result (memory, bytes) instead of a local one. scales: factors of the result.
         ends: no contraction follows in the routine.
         """
-        assert x.rows is not None
-        engine = self.few if x.rows.replicated else self.many
-        engine.target, engine.scales = target, scales or Scales()
-        result = engine.run(x, w, dims, dtype, vector_ops(epilogue), output, self._fixed(x, w, dtype, ends))
-        engine.target, engine.scales = None, Scales()
-        return result
-
-    def _fixed(self, x: Tensor, w: Matrix, dtype: Dtype, ends: bool) -> Mapping:
-        """The mapping of a contraction whose results go home."""
-        rows, machine = x.rows, self.few.em.machine
+        rows, vector, factors = x.rows, vector_ops(epilogue), scales or Scales()
         assert rows is not None
+        local, knobs = rows.local, WEIGHTS_KNOBS if rows.replicated else TOKENS_KNOBS
+        if not rows.replicated and x.space == Space.HBM and factors.tokens is None:
+            local = block_rows(rows.local, w.pitch, BLOCK_BYTES)
         if rows.replicated:
-            return fixed_weights(rows.local, w.rows, w.pitch, self.few.em.slices, self.in_flight, machine, ends)
-        whole = x.space == Space.DM or self.many.scales.tokens is not None
-        local = rows.local if whole else block_rows(rows.local, w.pitch, BLOCK_BYTES)
-        return self._passes(passes_home(local * rows.slices, dtype.bytes), local)
+            fixed = fixed_weights(local, w.rows, w.pitch, self.em.slices, self.in_flight, self.em.machine, ends)
+        else:
+            fixed = fixed_tokens(passes_home(local * rows.slices, dtype.bytes), self.in_flight, local)
 
-    def _passes(self, passes: int, local: int) -> Mapping:
-        """The mapping of many tokens, `local` of them a slice, with groups of so many passes."""
-        return fixed_tokens(passes, self.in_flight, local)
+        def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], factors: Scales, m: Mapping) -> Tensor:
+            engine = to.few if m.streams == "weights" else to.many
+            engine.target, engine.scales = target if to is self else None, factors
+            out = output if to is self or output is None else StandIns(to.em)(output, "output")
+            result = engine.run(x, ws[0], fewer(dims, ws), dtype, vector, out, m)
+            engine.target, engine.scales = None, Scales()
+            return result
+
+        spilled = self.few.spills(rows, w.rows * dtype.bytes)
+        kind = f"{dtype.name} {'HBM' if spilled else 'DM'} {output is not None} {vector}"
+        blocks = rows.local // local
+        knobs = (*knobs, *(HBM_KNOBS if blocks > 1 else ()))
+        return self._mapped(x, [w], factors, kind, fixed, knobs, lower, -1 if spilled else 1 << 30, blocks)
+
+    def _mapped(
+        self,
+        x: Tensor,
+        matrices: Sequence[Matrix],
+        scales: Scales,
+        result: str,
+        fixed: Mapping,
+        knobs: tuple[str, ...],
+        lower: Callable[[ContractLowering, Tensor, Sequence[Matrix], Scales, Mapping], R],
+        spill: int,
+        blocks: int = 1,
+    ) -> R:
+        """Lower as the search says.
+
+        result: what becomes of the result, as far as its time depends on it. fixed: the mapping without a search.
+        spill: bytes of a value from which on it lies in HBM, for trials. blocks: in which the tokens are multiplied; of
+        several matrices only stacks are tried with all channels.
+        """
+        rows, em, w = x.rows, self.em, matrices[0]
+        assert rows is not None
+        if self.search is None:  # of a trial
+            return lower(self, x, matrices, scales, fixed)
+        if x.buffer in self.arriving:
+            knobs = tuple(k for k in knobs if k != "k_bytes")
+        alike = all(m.rows == w.rows for m in matrices)
+        short = most_rows(w.rows, w.pitch, blocks * len(matrices), fixed, em.slices) if alike else 0
+        tokens = rows.local if rows.replicated else rows.physical
+        heights = " + ".join(str(m.rows) for m in matrices)
+        shape = Shape(
+            f"[{tokens} x {w.k}] . [{heights if len(matrices) == 1 else f'({heights})'} x {w.k}]",
+            f"{x.space.name} {x.dtype.name} {rows} {x.base % em.machine.dma_request_bytes} {x.pitch} {x.block}",
+            f"{result} {scales.kinds}",
+            f"{heights} {w.k} {w.dtype.name} {w.packed is not None}",
+            em.early_bytes,
+            fixed,
+            knobs,
+        )
+
+        def attempt(trial: Emitter, m: Mapping) -> SSAValue:
+            stand_in = StandIns(trial)
+            mine, parts = stand_in(x), [stand_in(part, "weight") for part in matrices]
+            if alike:
+                parts = [replace(part, rows=short) for part in parts]
+            lower(ContractLowering(trial, spill), mine, parts, stand_in(scales, "weight"), m)
+            return mine.buffer
+
+        m = self.search.best(shape, sum(m.rows * m.pitch for m in matrices), em.location, attempt)
+        return lower(self, x, matrices, scales, m)
+
+    def _exchange(self, like: Exchange) -> Exchange:
+        """`like`, or in a trial one with nobody behind it."""
+        if like.em is self.em:
+            return like
+        units = Alone(self.em.machine, like.group.units)
+        return Exchange(Group(units, self.em, "trial", False), self.em, like.spill)
 
     def scatter(
         self,
@@ -95,13 +172,21 @@ class ContractLowering:
     ) -> Tensor:
         """The own tokens `mine` of the sum of the results over all units, for many tokens in DM (`scatter.py`)."""
         assert x.rows is not None
-        own = [row_dim(d, mine) for d in dims]
-        sink = TokenScatter(exchange, x.rows, self.many.result(own, dtype, mine, w.rows))
-        self.many.scales = scales or Scales()
-        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink, self._passes(sink.limit, x.rows.local))
-        self.many.scales = Scales()
-        sink.finish()
-        return sink.result
+        vector = vector_ops(epilogue)
+
+        def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], factors: Scales, m: Mapping) -> Tensor:
+            assert x.rows is not None
+            own = [row_dim(d, mine) for d in fewer(dims, ws)]
+            sink = TokenScatter(to._exchange(exchange), x.rows, to.many.result(own, dtype, mine, ws[0].rows))
+            to.many.scales = factors
+            to.many.stream(x, [Stack(tuple(ws))], dtype, vector, sink, m)
+            to.many.scales = Scales()
+            sink.finish()
+            return sink.result
+
+        kind = f"{dtype.name} scattered over {exchange.group.units} {vector}"
+        fixed = fixed_tokens(TokenScatter.limit, self.in_flight, x.rows.local)
+        return self._mapped(x, [w], scales or Scales(), kind, fixed, TOKENS_KNOBS, lower, 1 << 30)
 
     def summed(
         self,
@@ -116,32 +201,53 @@ class ContractLowering:
     ) -> Tensor:
         """The sum of the results over all units of the card, for many tokens in DM (`summed.py`)."""
         assert x.rows is not None
-        sink = SumHome(exchange, self.many.result(dims, dtype, x.rows, w.rows), share)
-        passes = passes_home(x.rows.physical, dtype.bytes)
-        self.many.scales = scales or Scales()
-        self.many.stream(x, [Stack((w,))], dtype, vector_ops(epilogue), sink, self._passes(passes, x.rows.local))
-        self.many.scales = Scales()
-        return sink.result
+        vector = vector_ops(epilogue)
+
+        def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], factors: Scales, m: Mapping) -> Tensor:
+            assert x.rows is not None
+            result = to.many.result(fewer(dims, ws), dtype, x.rows, ws[0].rows)
+            sink = SumHome(to._exchange(exchange), result, share)
+            to.many.scales = factors
+            to.many.stream(x, [Stack(tuple(ws))], dtype, vector, sink, m)
+            to.many.scales = Scales()
+            return sink.result
+
+        kind = f"{dtype.name} summed over {exchange.group.units} {share} {vector}"
+        fixed = fixed_tokens(passes_home(x.rows.physical, dtype.bytes), self.in_flight, x.rows.local)
+        return self._mapped(x, [w], scales or Scales(), kind, fixed, TOKENS_KNOBS, lower, 1 << 30)
 
     def gated(
-        self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Dim], join: Join, result: Dtype, blocks: bool
+        self,
+        x: Tensor,
+        matrices: Sequence[Matrix],
+        dims: Sequence[Dim],
+        join: Join,
+        result: Dtype,
+        blocks: bool,
+        expression: str,
     ) -> Tensor:
         """`join` of the results [rows, N] of contractions of `x` with matrices of one shape (`gated.py`). blocks: the
-        result may have blocks of features."""
+        result may have blocks of features. expression: what `join` computes."""
         assert x.rows is not None
-        em, height = self.many.em, matrices[0].rows
-        if blocks and len(matrices) == 2 and GatedBlocks.suits(x.rows, height, result, self.many.spill, em):
-            out = GatedBlocks.result_of(em, tuple(dims), result, x.rows, height)
-            joined = GatedBlocks(em, out, join)
-            mapping = self._passes(joined.limit, x.rows.local)
-            self.many.stream(x, [Stack(tuple(matrices), True)], Dtype.F32, (), joined, mapping)
+        height = matrices[0].rows
+        blocks = blocks and len(matrices) == 2 and GatedBlocks.suits(x.rows, height, result, self.spill, self.em)
+
+        def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], _: Scales, m: Mapping) -> Tensor:
+            assert x.rows is not None
+            if blocks:
+                out = GatedBlocks.result_of(to.em, fewer(dims, ws), result, x.rows, ws[0].rows)
+                to.many.stream(x, [Stack(tuple(ws), True)], Dtype.F32, (), GatedBlocks(to.em, out, join), m)
+                return out
+            out = to.many.result(fewer(dims, ws), result, x.rows, ws[0].rows)
+            sink = Gated(to.em, len(ws), Dtype.BF16, out, join)
+            to.many.stream(x, [Stack((w,)) for w in ws], Dtype.BF16, (), sink, m)
             return out
-        out = self.many.result(dims, result, x.rows, height)
-        dtype = Dtype.BF16
-        sink = Gated(em, len(matrices), dtype, out, join)
-        mapping = self._passes(gated_passes(x.rows.local), x.rows.local)
-        self.many.stream(x, [Stack((m,)) for m in matrices], dtype, (), sink, mapping)
-        return out
+
+        kind = f"{result.name} of {expression}, {'in blocks' if blocks else 'in rows'}"
+        passes = GatedBlocks.limit if blocks else gated_passes(x.rows.local)
+        fixed = fixed_tokens(passes, self.in_flight, x.rows.local)
+        spill = -1 if self.many.spills(x.rows, height * result.bytes) else 1 << 30
+        return self._mapped(x, matrices, Scales(), kind, fixed, TOKENS_KNOBS, lower, spill)
 
     def best_stack(self, x: Tensor, matrices: Sequence[Matrix]) -> tuple[int, ...]:
         """Which contractions of `x` should share their passes."""
@@ -149,18 +255,40 @@ class ContractLowering:
         if x.rows.replicated:
             alike = [i for i, m in enumerate(matrices) if m.rows == matrices[0].rows][:2]
             return tuple(alike) if len(alike) == 2 and self.few.alternates(x, [matrices[i] for i in alike]) else ()
-        return best_stack(matrices, self.many.em.slices, x.rows.local, self.many.em.machine)
+        return best_stack(matrices, self.em.slices, x.rows.local, self.em.machine)
 
     def stacked(
         self, x: Tensor, matrices: Sequence[Matrix], dims: Sequence[Sequence[Dim]], dtype: Dtype
     ) -> list[Tensor]:
         """The results [rows, N] of contractions of `x` with several matrices; `dims` of each."""
         assert x.rows is not None
-        if x.rows.replicated:
-            return self.few.stacked(x, matrices, dims, dtype)
-        results = self.many.results(dims, dtype, x.rows, [m.rows for m in matrices])
-        stack = Stack(tuple(matrices))
-        sink = StackHome(self.many.em, stack, results)
-        mapping = fixed_tokens(sink.limit, self.in_flight, x.rows.local, LONG_TILE_BYTES)  # a transfer a matrix
-        self.many.stream(x, [stack], dtype, (), sink, mapping)
-        return results
+        local, kind = x.rows.local, f"{dtype.name} stacked {self.spill}"
+        if x.rows.replicated:  # in one pass: there is nothing to choose
+            fixed = fixed_weights(local, matrices[0].rows, matrices[0].pitch, self.em.slices, 1, self.em.machine)
+
+            def few(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], _: Scales, m: Mapping) -> list[Tensor]:
+                return to.few.stacked(x, ws, dims, dtype)
+
+            return self._mapped(x, matrices, Scales(), kind, fixed, (), few, self.spill)
+
+        def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], _: Scales, m: Mapping) -> list[Tensor]:
+            assert x.rows is not None
+            placed = [fewer(d, [w]) for d, w in zip(dims, ws, strict=True)]
+            results = to.many.results(placed, dtype, x.rows, [w.rows for w in ws])
+            stack = Stack(tuple(ws))
+            to.many.stream(x, [stack], dtype, (), StackHome(to.em, stack, results), m)
+            return results
+
+        knobs = tuple(k for k in TOKENS_KNOBS if k != "passes")
+        fixed = fixed_tokens(StackHome.limit, self.in_flight, local, LONG_TILE_BYTES)  # a transfer a matrix
+        return self._mapped(x, matrices, Scales(), kind, fixed, knobs, lower, self.spill)
+
+
+def fewer(dims: Sequence[Dim], matrices: Sequence[Matrix]) -> tuple[Dim, ...]:
+    """Dimensions of a result whose matrix was shortened for a trial; those of the program stay as they are."""
+    width = 1
+    for d in dims:
+        width *= d.size if d.kind == "feature" else 1
+    if width <= matrices[0].rows:
+        return tuple(dims)
+    return (*(d for d in dims if d.kind != "feature"), Dim("feature", matrices[0].rows))

@@ -130,6 +130,10 @@ class ContractionMapping:
         self.half ^= 1
         return self.half * (lane_bytes // 2)
 
+    def spills(self, rows: RowSpace, pitch: int) -> bool:
+        """Whether a value with rows of `pitch` bytes lies in HBM."""
+        return rows.local * pitch > self.spill
+
     def result(self, dims: Sequence[Dim], dtype: Dtype, rows: RowSpace, width: int) -> Tensor:
         """A compact result with rows of at least `width` channels, in DM or, if large, in HBM."""
         out, pitch = placed(dims, dtype)

@@ -44,7 +44,7 @@ class FunctionBase:
         )
         self.spill = parent.options.spill_bytes
         self.vector = VectorLowering(self.em, self.spill)
-        self.contracts = ContractLowering(self.em, self.spill, parent.options.in_flight)
+        self.contracts = ContractLowering(self.em, self.spill, parent.options.in_flight, parent.search)
         outlined = OUTLINED in function.attributes or self.name == "main"
         self.group = Group(parent, self.em, self.name, not outlined or parent.called_often(self.name))
         self.collectives = CollectiveLowering(self.group, self.em, self.spill)

@@ -10,6 +10,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
+from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.function_base import FunctionBase
 from backend_rngd.lowering.packed import bind_packed, packed_weight
@@ -20,7 +21,7 @@ from backend_rngd.lowering.stream_tokens import CHANNELS
 from backend_rngd.lowering.summed import token_share
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.values import Weight, dtype_of, product
-from backend_rngd.lowering.vector import Wanted, output_tensor
+from backend_rngd.lowering.vector import VectorLowering, Wanted, output_tensor
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
@@ -93,12 +94,14 @@ class Contractions(FunctionBase):
         bound = [self._operands(part) for part in parts]
         dtype = dtype_of(op.results[0])
 
-        def join(held: list[Tensor]) -> Tensor:
+        def join(em: Emitter, held: list[Tensor]) -> Tensor:
             names = [f"d{i}" for i in range(len(held[0].dims))]
-            return self.vector.map(op.expression(), held, [names] * len(held), names, dtype)
+            vector = self.vector if em is self.em else VectorLowering(em, self.spill)
+            return vector.map(op.expression(), held, [names] * len(held), names, dtype)
 
+        matrices, blocks = [b.matrix for b in bound], self._reads_blocks(op, bound[0])
         self.env[op.results[0]] = self.contracts.gated(
-            bound[0].x, [b.matrix for b in bound], bound[0].dims, join, dtype, self._reads_blocks(op, bound[0])
+            bound[0].x, matrices, bound[0].dims, join, dtype, blocks, str(op.expression())
         )
 
     def _reads_blocks(self, op: tc.MapOp, bound: Bound) -> bool:

@@ -38,7 +38,9 @@ class BetweenUnits(FunctionBase):
         def sink(nbytes: int) -> SSAValue:
             return self.em.global_buffer(name, "hbm", nbytes, "output") if name else self.em.alloc(nbytes, space="hbm")
 
-        self.env[op.result] = self.collectives.all_gather(x, dim, sink)
+        whole = self.collectives.all_gather(x, dim, sink)
+        self.contracts.arriving.add(whole.buffer)
+        self.env[op.result] = whole
 
     def op_tc_reduce_scatter(self, op: tc.ReduceScatterOp) -> None:
         """See `collective.py`."""

@@ -17,7 +17,7 @@ from backend_rngd.lowering.stream_tokens import CHANNELS, Group, clear_unused, r
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
 BLOCK_TOKENS = 4  # of a slice, from which on blocks are longer pieces than a group's channels of a token
-Join = Callable[[list[Tensor]], Tensor]
+Join = Callable[[Emitter, list[Tensor]], Tensor]
 
 
 class Gated:
@@ -57,7 +57,7 @@ class Gated:
         dims = (Dim("tokens", everywhere.length), Dim("feature", row // self.dtype.bytes, self.dtype.bytes))
         self._held.append(Tensor(area, Space.DM, self.dtype, dims, everywhere, 0, row))
         if stack == self.count - 1:
-            joined = self.join(self._held)
+            joined = self.join(self.em, self._held)
             self._held = []
             rows_home(self.em, joined.buffer, joined.pitch, group, self.result)
 
@@ -107,7 +107,7 @@ class GatedBlocks:
         local = Dim("feature", tokens.local, ring * row) if tokens.local > 1 else Dim("one", 1)
         dims = (Dim("tokens", slices.length), local, Dim("feature", self.BLOCK, Dtype.F32.bytes))
         sums = [Tensor(area, Space.DM, Dtype.F32, dims, slices, i * self.BLOCK * Dtype.F32.bytes, row) for i in (0, 1)]
-        joined = self.join(sums)
+        joined = self.join(self.em, sums)
         run = tokens.local * self.result.pitch
         loops = [
             (em.slices // ring, ring * DM_SLICE_STRIDE, ring * DM_SLICE_STRIDE),

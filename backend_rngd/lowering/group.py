@@ -8,14 +8,18 @@ in phase k + 1, its partners have notified in k + 1 and so have read what it pub
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import UNIT_STRIDE, Notify, Wait
-from backend_rngd.lowering.context import Program
 from backend_rngd.lowering.emitter import Emitter
+from backend_rngd.machine import Machine
 from backend_rngd.sync_ops import NotifyOp, WaitOp
 from ir.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from backend_rngd.lowering.context import Program
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,26 @@ class _Phase:
     wait: WaitOp
 
 
+class Units(Protocol):
+    """What a group needs of the program around it; see `Program`."""
+
+    units: int
+    machine: Machine
+
+    def launch_register(self, values: tuple[int, ...]) -> int:
+        """The register that holds these values, one a unit of the group."""
+        ...
+
+    def semaphore(self) -> int:
+        """A semaphore that no other phase uses."""
+        ...
+
+
 @dataclass
 class Group:
     """The group as one routine sees it."""
 
-    program: Program
+    program: Units
     em: Emitter
     routine: str
     repeated: bool

@@ -6,7 +6,8 @@ taken without a search.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from backend_rngd.machine import Machine
@@ -22,6 +23,7 @@ LONG_IN_FLIGHT = 2  # of its tiles
 SHORT_ROWS = 1  # tokens a slice up to which transfers of weights take longer than passes: the larger, the faster
 MOST_PASSES = 8  # of a group
 GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
+TRIAL_PASSES = 64  # of a contraction that is tried
 PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
 BLOCK_BYTES = 64 * 1024  # tokens of a block a slice, if they lie in HBM
 BLOCK_ROWS = 4  # of them a slice at least: with fewer, the weights take longer than the multiplications
@@ -99,3 +101,65 @@ def block_rows(local: int, run: int, most: int) -> int:
     """Local rows of `run` bytes that come from HBM at a time: a divisor of `local` of at most `most` bytes."""
     fitting = [n for n in range(1, local) if local % n == 0 and n * run <= most]
     return fitting[-1] if fitting and fitting[-1] >= BLOCK_ROWS else local
+
+
+def most_rows(rows: int, pitch: int, blocks: int, m: Mapping, slices: int) -> int:
+    """Channels that a trial needs: of many tokens those that no full group has, and some full ones."""
+    if m.streams == "weights":
+        return rows
+    width = slices * CHANNELS
+    passes = max(2 * MOST_PASSES, TRIAL_PASSES // (blocks * -(-pitch // m.k_bytes)))
+    return rows - max(0, rows // width - passes) * width
+
+
+WEIGHTS_KNOBS = ("tiles", "k_bytes")
+TOKENS_KNOBS = ("k_bytes", "passes", "tile_bytes", "small_rings", "in_flight")
+HBM_KNOBS = ("partial_bytes", "block_bytes")  # of tokens that lie in HBM
+TILES = ((32, 8), (32, 6), (48, 5), (64, 3), (64, 4), (96, 2), (128, 2), (128, 1), (256, 1))  # KB, in flight
+
+
+def variants(m: Mapping, knob: str) -> Iterator[Mapping]:
+    """Mappings that differ in one knob."""
+    match knob:
+        case "tiles":
+            for kilobytes, count in TILES:
+                yield replace(m, tile_bytes=kilobytes * 1024, in_flight=count)
+        case "k_bytes":
+            for nbytes in (m.k_bytes // 2, m.k_bytes * 2):
+                if TRF_K_BYTES // 4 <= nbytes <= (2 * TRF_K_BYTES if m.streams == "tokens" else m.k_bytes):
+                    yield replace(m, k_bytes=nbytes)
+        case "tile_bytes":
+            for nbytes in (0, TILE_BYTES // 2, TILE_BYTES, LONG_TILE_BYTES):
+                yield replace(m, tile_bytes=nbytes)
+        case "passes":
+            for passes in (1, 2, 4, MOST_PASSES):
+                yield replace(m, passes=passes)
+        case "small_rings":
+            yield replace(m, small_rings=not m.small_rings)
+        case "in_flight":
+            for count in (2, 3, 4, 6, 8):
+                yield replace(m, in_flight=count)
+        case "partial_bytes":
+            for nbytes in (PARTIAL_BYTES // 2, PARTIAL_BYTES, 2 * PARTIAL_BYTES):
+                yield replace(m, partial_bytes=nbytes)
+        case "block_bytes":
+            for nbytes in (BLOCK_BYTES // 2, BLOCK_BYTES, 2 * BLOCK_BYTES):
+                yield replace(m, block_bytes=nbytes)
+        case _:
+            raise ValueError(f"no knob {knob!r}")
+
+
+def describe(m: Mapping) -> str:
+    """A mapping in words."""
+    if m.streams == "weights":
+        tiles = f"tiles of {m.tile_bytes // 1024} KB a slice, {m.in_flight} in DM"
+        return f"tokens in TRF ({m.k_bytes:,} B of K), weights stream: {tiles}"
+    large = f" of up to {m.tile_bytes // 1024} KB" if m.tile_bytes else ""
+    groups = f"{m.passes} pass{'es' if m.passes > 1 else ''} a group, {m.in_flight} tiles{large} in DM"
+    rings = "" if m.small_rings else ", whole rings"
+    spilled = (
+        ""
+        if (m.partial_bytes, m.block_bytes) == (PARTIAL_BYTES, BLOCK_BYTES)
+        else (f", {m.partial_bytes // 1024} KB of partial sums, blocks of {m.block_bytes // 1024} KB")
+    )
+    return f"weights in TRF ({m.k_bytes:,} B of K), tokens go round: {groups}{rings}{spilled}"

@@ -7,11 +7,10 @@ and lines that are on the way at the same time should lie in different HBM chann
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 
 from backend_rngd.isa.descriptors import Dma, Endpoint, Space
 from backend_rngd.machine import Machine, load_machine
-from backend_rngd.machine.transfers import dma_startup, dma_time, dma_work
+from backend_rngd.machine.crowd import crowded, judge, share_of_hbm
 
 MAX_LOOP = load_machine().max_loop_size  # of the instruction set: alike on every machine
 WORTH = 1.01  # times less that shorter packets must take
@@ -51,7 +50,8 @@ def best_order(entries: Entries, packet: int, source: Side, target: Side, machin
     places = (Endpoint(source[0], 0), Endpoint(target[0], 0))
 
     def cycles(order: Entries, packet: int) -> float:
-        return _crowded(Dma(*places, tuple((n, a, b) for n, a, b, *_ in order), packet), machine.name)
+        desc = Dma(*places, tuple((n, a, b) for n, a, b, *_ in order), packet)
+        return crowded(desc, machine.name, machine.pes_per_chip)
 
     found = min((*reversed(turns), entries), key=lambda order: cycles(order, packet))
     request, least = machine.dma_request_bytes, cycles(found, packet)
@@ -82,28 +82,7 @@ def _alternating(entries: Entries, machine: Machine) -> list[Entries]:
     return []
 
 
-@lru_cache
-def _judge(name: str) -> Machine:
-    """The machine as measured: the documented rates know no difference between orders."""
-    return load_machine(name, mode="silicon")
-
-
-def _share(machine: Machine) -> float:
-    """Bytes a cycle of HBM for one engine of a busy card."""
-    return machine.hbm_bytes_per_cycle * machine.hbm_efficiency / machine.pes_per_chip
-
-
 def _bound(moved: int, name: str) -> float:
     """Cycles of a transfer of so many bytes that spreads evenly, if all engines are busy with such transfers."""
-    machine = _judge(name)
-    return machine.dma_startup_cycles + moved / _share(machine)
-
-
-@lru_cache(maxsize=1 << 14)
-def _crowded(desc: Dma, name: str) -> float:
-    """Cycles of a transfer if all engines of the card are busy with such transfers."""
-    machine = _judge(name)
-    work = dma_work(desc, machine)
-    lines = sum(side.busiest for side in (work.read, work.write) if side is not None)
-    together = lines * machine.hbm_channels * machine.hbm_line_bytes / _share(machine)
-    return max(dma_time(desc, machine), dma_startup(desc, machine) + together)
+    machine = judge(name)
+    return machine.dma_startup_cycles + moved / share_of_hbm(machine, machine.pes_per_chip)

@@ -18,7 +18,7 @@ INPUT_PITCH = 8  # bytes between the i32 values of a program input: the smallest
 class LoweringOptions:
     """slices: slices of a unit. cache_capacity, cache_batch: geometry of the KV cache shared by all buckets.
 
-    in_flight: tiles of a weight in DM at a time.
+    in_flight: tiles of a weight in DM at a time. search: contractions are mapped by predicted time, not by fixed rules.
     opt_level: 0 to 3, how much time the build may spend on the program; see `rngdc.effort`.
     """
 
@@ -28,6 +28,7 @@ class LoweringOptions:
     probes: bool = True
     spill_bytes: int = SPILL_BYTES
     in_flight: int = IN_FLIGHT
+    search: bool = False
     opt_level: int = 2
 
 

@@ -51,6 +51,11 @@ class Scales:
     all: tuple[Tensor, ...] = ()
 
     @property
+    def kinds(self) -> tuple[bool, bool, int]:
+        """Whether there are some per channel and per token, and how many for all."""
+        return self.channels is not None, self.tokens is not None, len(self.all)
+
+    @property
     def count(self) -> int:
         """Multipliers that they take."""
         return (self.channels is not None) + (self.tokens is not None) + len(self.all)

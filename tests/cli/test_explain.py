@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from backend_rngd.lowering.candidates import Step, candidates, played, predicted
-from backend_rngd.lowering.choices import Choice, Piece, Streamed, choose, recording
-from backend_rngd.machine import load_machine
+from backend_rngd.lowering.choices import Choice, choose, recording
 from tests.cli.conftest import Command
 from tests.cli.test_build_problems import refused
 from tests.lowering.running import tensor_text
@@ -32,17 +30,14 @@ def test_every_contraction_of_an_artifact(rngdc: Command, artifact: Path) -> Non
             times = [c["cycles"] for c in row["candidates"]]
             assert times == sorted(times)
             assert row["predicted"] == taken["cycles"] > 0
-            assert taken["built"]
-            assert row["why"].startswith("fixed: ")
-            assert (row["why"].find("cycles less") > 0) == any(
-                c["built"] and c["cycles"] < taken["cycles"] for c in row["candidates"]
-            )
+            assert "are not worth a search" in row["why"]  # of so small a model
+            assert len(times) == 1
             for s in row["simulated"]:
                 assert s["cycles"] > 0
-                places[s["where"].split("|")[0]] = taken["name"].split(",")[0]
+                places[s["where"].split("|")[0]] = taken["name"].split(" (")[0]
                 assert s["executions"] == (1 if s["where"].startswith("lm_head") else 2)  # layers
         if program["bucket"].startswith("decode"):
-            assert places.keys() == PROJECTIONS
+            assert PROJECTIONS - {"self_attn.v_proj", "mlp.up_proj"} <= places.keys() <= PROJECTIONS  # stacked, or not
             assert set(places.values()) == {"tokens in TRF"}
         else:  # gate and up are multiplied together with the map that joins them
             assert places.keys() <= PROJECTIONS | {"mlp"}
@@ -73,10 +68,9 @@ def test_collectives_of_a_model(rngdc: Command, model: Path) -> None:
     assert found["all_gather"]["why"] == "fixed: one_shot is the only way"
 
 
-@pytest.mark.parametrize("mode", ["documented", "silicon"])
 @pytest.mark.parametrize("tokens", [1, 512])
-def test_predictions_are_near_the_simulator(rngdc: Command, tmp_path: Path, tokens: int, mode: str) -> None:
-    """The formulas leave out what overlaps and details of transfers, not a factor."""
+def test_predictions_are_near_the_simulator(rngdc: Command, tmp_path: Path, tokens: int) -> None:
+    """A prediction is what one more contraction adds to a program; the simulator plays one from its start."""
     x, w, y = (tensor_text(s, "bf16") for s in ((1, tokens, 2048), (2048, 2048), (1, tokens, 2048)))
     path = tmp_path / "linear.mlir"
     path.write_text(
@@ -86,33 +80,22 @@ def test_predictions_are_near_the_simulator(rngdc: Command, tmp_path: Path, toke
   func.return %y : {y}
 }}"""
     )
-    ran = rngdc("explain", path, "--mode", mode, "--json", "-")
+    ran = rngdc("explain", path, "--mode", "silicon", "--json", "-")
     assert ran.status == 0, ran.err
     (row,) = ran.json["programs"][0]["operations"]
     assert row["predicted"] == pytest.approx(row["simulated"][0]["cycles"], rel=0.3)
-
-
-def test_steps_overlap() -> None:
-    steps = [Step(100.0, 0.0, 10.0)] * 4
-    assert played(steps, 2) == 410.0  # transfers follow each other, the last pass stands behind
-    assert played(steps, 1) == 440.0  # with one buffer a transfer waits for the pass before it
-    assert played([Step(10.0, 5.0, 100.0)] * 4, 2) == 415.0  # loads hide behind passes
-    assert played([Step(10.0, 0.0, 100.0, 7.0)], 2) == 117.0
+    times = [c["cycles"] for c in row["candidates"]]
+    assert times == sorted(times)
+    assert len(times) > 3
+    assert row["predicted"] <= 1.02 * times[0]
+    assert "the fixed mapping" in row["why"]
 
 
 def test_choices_are_heard_only_while_recorded() -> None:
-    assert choose("p", "before", {"a": 1.0, "b": 2.0}) == "a"
+    assert choose("p", "collective", "before", {"a": 1.0, "b": 2.0}) == "a"
     with recording() as heard:
-        assert choose("p", "inside", {"a": 3.0, "b": 2.0, "c": 2.0}) == "b"
-    choose("p", "after", {"a": 1.0})
-    assert heard == [Choice("p", "inside", {"a": 3.0, "b": 2.0, "c": 2.0}, "b")]
-
-
-def test_less_hbm_for_a_unit_takes_longer() -> None:
-    machine = load_machine()
-    s = Streamed("p", "weights", 4, 4096, 1024, 1, 2, (1024,), (Piece(32, 64, 64),) * 2, 2, 64)
-    alone, shared = predicted(s, machine, 1), predicted(s, machine, 8)
-    assert alone is not None
-    assert shared is not None
-    assert shared >= alone >= 4096 * 1024 * 2 / machine.hbm_bytes_per_cycle
-    assert sum(c.chosen for c in candidates(s, machine, 8)) == 1
+        assert choose("p", "collective", "inside", {"a": 3.0, "b": 2.0, "c": 2.0}) == "b"
+    choose("p", "collective", "after", {"a": 1.0})
+    (choice,) = heard
+    assert isinstance(choice, Choice)
+    assert (choice.what, choice.candidates, choice.chosen) == ("inside", {"a": 3.0, "b": 2.0, "c": 2.0}, "b")
