@@ -245,11 +245,11 @@ def _collectives(
         kind: CollectiveKind = _kind(name)
         choice = next((decided[p] for p in places if p in decided), None)
         ways = collective_algorithms(kind, units, cards)
-        few = choice is not None or everywhere
-        found = [
-            Candidate(a, collective_time(kind, a, nbytes, units, cards, machine, replicate=few), a == algorithm)
-            for a in ways
-        ]
+        if choice is not None:  # with the padding of rows, which the value's bytes do not tell
+            found = [Candidate(a, cycles, a == algorithm) for a, cycles in choice.candidates.items()]
+        else:
+            times = {a: collective_time(kind, a, nbytes, units, cards, machine, replicate=everywhere) for a in ways}
+            found = [Candidate(a, cycles, a == algorithm) for a, cycles in times.items()]
         found.sort(key=lambda c: c.cycles)
         what = f"{name} of {nbytes:,} B over {units} units"
         simulated = [_simulated(p, result) for p in places]

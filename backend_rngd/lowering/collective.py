@@ -82,7 +82,7 @@ class AllReduce(Exchange):
         whole = count * features * width
         one_shot = piece_size(features, 1, em.slices)
         two_phase = piece_size(features, group.local, em.slices)
-        times = self._times(whole, one_shot is not None, two_phase is not None)
+        times = self._times(whole, count, one_shot is not None, two_phase is not None)
         scope = group.card_scope
         held = self.published(x, features != feature_count(x))
         group.exchange(scope, held.buffer)
@@ -124,15 +124,15 @@ class AllReduce(Exchange):
         em.dma(peer(held.buffer, held.space, held.base, register), dm(slots), loops, piece)
         return slots
 
-    def _times(self, nbytes: int, one_shot: bool, two_phase: bool) -> dict[str, float]:
+    def _times(self, nbytes: int, rows: int, one_shot: bool, two_phase: bool) -> dict[str, float]:
         """Cycles of the algorithms that are possible."""
         group, machine = self.group, self.em.machine
         out: dict[str, float] = {}
         if one_shot and group.cards == 1:
-            out["one_shot"] = collective_time("all_reduce", "one_shot", nbytes, group.units, 1, machine)
+            out["one_shot"] = collective_time("all_reduce", "one_shot", nbytes, group.units, 1, machine, rows=rows)
         if two_phase:
             name = "two_phase" if group.cards == 1 else "hierarchical"
-            out[name] = collective_time("all_reduce", name, nbytes, group.units, group.cards, machine)
+            out[name] = collective_time("all_reduce", name, nbytes, group.units, group.cards, machine, rows=rows)
         return out
 
     def _between_cards(self, slots: SSAValue, count: int, dtype: Dtype, slices: int, shared: bool) -> SSAValue:

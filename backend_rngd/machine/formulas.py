@@ -304,13 +304,15 @@ def collective_time(
     machine: Machine,
     element_bytes: int = 2,
     replicate: bool = True,
+    rows: int = 1,
 ) -> float:
     """Cycles of a collective of a group whose units reach it at the same time and that has the card for itself.
 
     nbytes: the whole value: an all-reduce's operand, an all-gather's result, a reduce-scatter's operand. units are
     those of the whole group, cards the cards they are spread over evenly. replicate: whether the result must reach
-    every slice (tokens of a decode step), by a pass round the ring of slices. Raises ValueError for an algorithm that
-    does not exist for the group (`collective_algorithms`).
+    every slice (tokens of a decode step), by a pass round the ring of slices. rows: of the value as it lies in memory,
+    each of which is cut into the slices' pieces, so that units read runs of a row's piece. Raises ValueError for an
+    algorithm that does not exist for the group (`collective_algorithms`).
     """
     if algorithm not in collective_algorithms(kind, units, cards):
         raise ValueError(f"no {algorithm} {kind} over {units} units on {cards} cards")
@@ -319,16 +321,17 @@ def collective_time(
     last = _ring(nbytes, machine) if replicate and kind != "reduce_scatter" else 0.0
     local = units // cards
     run = nbytes / machine.slices_per_pe  # one slice's piece of one copy
+    piece = run / rows  # of a row, as it is published
     sync = sync_time(local, 1, machine) if local > 1 else 0.0
     if algorithm == "one_shot":
         if kind == "all_gather":
-            return sync + _pull(nbytes, run, local, machine) + last
+            return sync + _pull(nbytes, piece, local, machine) + last
         copies = nbytes * units if kind == "all_reduce" else nbytes
-        return sync + _pull(copies, run, local, machine) + _add(copies, element_bytes, machine) + last
+        return sync + _pull(copies, piece, local, machine) + _add(copies, element_bytes, machine) + last
     # A unit's part of a value that every slice holds lies in 1/local of its slices, which add all of it.
     wide = local if replicate else 1
     if algorithm == "two_phase":
-        scatter = _pull(nbytes, run, local, machine) + _add(nbytes * wide, element_bytes, machine)
+        scatter = _pull(nbytes, piece, local, machine) + _add(nbytes * wide, element_bytes, machine)
         return 2 * sync + scatter + _pull(nbytes, run, local, machine) + last
     # Through the cards' links: a unit exchanges its 1/local part with the units of equal rank on the other cards.
     part = nbytes / local
@@ -338,7 +341,7 @@ def collective_time(
         return between + _exchange(nbytes * (cards - 1) / cards, local, machine) + gather + last
     inside = 0.0
     if local > 1:
-        inside = sync + _pull(nbytes, run, local, machine) + _add(nbytes * wide, element_bytes, machine)
+        inside = sync + _pull(nbytes, piece, local, machine) + _add(nbytes * wide, element_bytes, machine)
     exchanged = nbytes * (cards - 1) if kind == "all_reduce" else nbytes * (cards - 1) / cards
     summed = part * cards * wide if kind == "all_reduce" else part * wide
     middle = between + _exchange(exchanged, local, machine) + _add(summed, element_bytes, machine)

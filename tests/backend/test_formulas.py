@@ -236,3 +236,13 @@ def test_misspelled_parameter_is_refused(tmp_path: object) -> None:
         load_machine(str(bad))
     with pytest.raises(FileNotFoundError, match="no machine"):
         load_machine("tpu")
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_phase"])
+def test_rows_of_a_collective_are_read_in_runs_of_their_own(algorithm: f.Algorithm) -> None:
+    def cycles(nbytes: int, rows: int) -> float:
+        return f.collective_time("all_reduce", algorithm, nbytes, 8, 1, SILICON, rows=rows)
+
+    line = SILICON.slices_per_pe * SILICON.dma_request_bytes
+    assert cycles(4 * line, 4) == cycles(4 * line, 1)  # every run is whole requests
+    assert cycles(line, 4) > cycles(line, 2) > cycles(line, 1)  # runs of a quarter of a request take one each

@@ -188,6 +188,7 @@ def test_what_was_found_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Search, "tried", tried)
     book, texts = Notebook(), list[str]()
+    first = 0
     for _ in range(3):
         module = parse_module(chain(1, 1024, 2))
         outline(module)
