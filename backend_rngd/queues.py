@@ -75,7 +75,8 @@ def items_of(segment: Sequence[InstructionOp], constants: set[SSAValue], cycles:
     buffers that no instruction writes; transfers from them into locals are free to move."""
     notifies: dict[int, int] = {}  # semaphore -> position of the last notify
     buffers: dict[SSAValue, _Accesses] = {}
-    touched: dict[SSAValue, int] = {}
+    touched: dict[SSAValue, int] = {}  # last instruction at a buffer that may not move; others keep their order
+    begun: set[SSAValue] = set()
     items: list[Item] = []
     for i, op in enumerate(segment):
         context = CONTEXTS[op.context.data]
@@ -85,16 +86,17 @@ def items_of(segment: Sequence[InstructionOp], constants: set[SSAValue], cycles:
                 buffers.setdefault(value, _Accesses()).note(i, int(context), intervals, write, needs)
         item = Item(op, context, cycles(op, context), tuple(n for n in needs if n >= 0))
         if isinstance(op, DmaOp) and op.index is None and op.source in constants and space_of(op.destination) == "dm":
-            item.free = isinstance(op.destination.owner, AllocOp) or op.destination in touched
+            item.free = isinstance(op.destination.owner, AllocOp) or op.destination in begun
             item.earliest = touched.get(op.destination, -1) + 1
-            item.nbytes = bytes_of(op.destination) if op.destination not in touched else 0
+            item.nbytes = bytes_of(op.destination) if op.destination not in begun else 0
         desc = op.descriptor
         if isinstance(desc, Notify):
             notifies[desc.semaphore] = i
         elif isinstance(desc, Wait):
             item.notify = notifies.get(desc.semaphore, -1)
-        for value in op.operands:
-            touched[value] = i
+        begun.update(op.operands)
+        if not item.free:
+            touched.update(dict.fromkeys(op.operands, i))
         items.append(item)
     return items
 
@@ -160,8 +162,26 @@ def _ready(item: Item, items: Sequence[Item], latency: float) -> float | None:
     return at
 
 
+def _due(items: Sequence[Item]) -> list[int]:
+    """Position of the first instruction of the main context, or notify of other units, that waits for an instruction,
+    directly or not; of a transfer also for those behind it in its queue."""
+    due = [len(items)] * len(items)
+    for i in range(len(items) - 1, -1, -1):
+        item = items[i]
+        if item.context == Context.MAIN or isinstance(item.op.descriptor, Notify):
+            due[i] = i  # others wait for a notify
+        for j in (*item.needs, item.notify) if item.notify >= 0 else item.needs:
+            due[j] = min(due[j], due[i])
+    soonest = {True: len(items), False: len(items)}
+    for i in range(len(items) - 1, -1, -1):
+        if items[i].context == Context.DMA:
+            due[i] = soonest[items[i].free] = min(soonest[items[i].free], due[i])
+    return due
+
+
 def play(items: Sequence[Item], units: int, machine: Machine, moves: Callable[[int, int], bool]) -> None:
-    """Set when every instruction finishes, by list scheduling: free transfers go first where they can start earlier.
+    """Set when every instruction finishes, by list scheduling: free transfers go first where they can start earlier,
+    or where the main context waits for them earlier.
 
     moves(head, ahead): whether the free transfer `head` may move before the transfer `ahead`; if so, it does. It stays
     where it is if it would hold up a wait for the other of `units` units that is nearly over.
@@ -169,6 +189,7 @@ def play(items: Sequence[Item], units: int, machine: Machine, moves: Callable[[i
     machine = judge(machine.name)
     latency = sync_time(units, -(-units // machine.pes_per_chip), machine)  # from a notify to the wait that answers it
     patience = PATIENCE * machine.dma_startup_cycles
+    due = _due(items)
     queues = {
         c: _Queue([i for i, item in enumerate(items) if item.context == c and not item.free]) for c in CONTEXTS.values()
     }
@@ -192,8 +213,10 @@ def play(items: Sequence[Item], units: int, machine: Machine, moves: Callable[[i
             ready = _ready(items[head], items, latency)
             begin = math.inf if ready is None else max(ready, dma.time)
             holds_up = begin + patience > soon and begin + items[head].cycles > soon + patience
-            sooner = ready is not None and not holds_up and (best is None or begin < best[0])
-            if sooner and (ahead is None or ahead > head or moves(head, ahead)):
+            sooner = best is None or begin < best[0]
+            urgent = best is not None and best[2] is dma and begin <= best[0] and due[head] < due[best[1]]
+            may = ready is not None and not holds_up and (sooner or urgent)
+            if may and (ahead is None or ahead > head or moves(head, ahead)):
                 best = (begin, head, waiting)
         if best is None:
             return

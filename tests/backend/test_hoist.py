@@ -216,6 +216,31 @@ def test_weights_do_not_hold_up_other_units() -> None:
     assert b.order[2:6] == ["load b", "store x", "notify", "wait"]
 
 
+def test_what_is_needed_first_goes_first() -> None:
+    """A result that only the end needs lets weights of the next pass by, even if both could start at once."""
+    b = Builder()
+    b.load("a")
+    b.work("a", "x")
+    b.store("x")
+    b.load("b", 64 * KB)
+    b.work("b", "y")
+    assert hoist(b.module, MACHINE).transfers == 1
+    assert b.order.index("load b") < b.order.index("store x")
+
+
+def test_parts_of_a_tile_move_together() -> None:
+    """The second transfer into a buffer is no obstacle to itself."""
+    b = Builder()
+    b.load("a")
+    b.work("a", "x")
+    b.store("x")
+    b.load("b")
+    b.load("b")
+    b.work("b", "y")
+    assert hoist(b.module, MACHINE).transfers == 2
+    assert b.order.index("store x") > max(i for i, name in enumerate(b.order) if name == "load b")
+
+
 def test_loads_fill_the_waits() -> None:
     """Load, pass, store, eight times: the loads run while the passes compute."""
 
