@@ -7,7 +7,7 @@ into parts, one a slice, and added up afterwards (`attention_parts.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from xdsl.ir import SSAValue
@@ -135,6 +135,7 @@ class FewTokens:
         self.p = p
         self.host = host
         self.ring_bytes = ring_bytes
+        self._joined: SSAValue | None = None  # queries and limits of all tokens, in their slices
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, out: Callable[[], Tensor]) -> Tensor:
         """q `b h s d`; limit: f32 per token (8 B apart); result `b s h e` with heads and values contiguous, in a
@@ -206,6 +207,8 @@ class FewTokens:
                 tokens, q.buffer, q.base + row * q.pitch + first, q.pitch, q_head,
                 limit.buffer, limit.base + row * limit.pitch, limit.pitch,
             )  # fmt: skip
+        if q.space == limit.space == Space.DM and not rows.replicated:
+            return self._rows_with_limits(q, limit, r, q_head)
         mine = em.alloc(tokens * p.group * head, "queries")
         base, step = _row_address(q, r)
         em.dma(
@@ -221,6 +224,35 @@ class FewTokens:
             base, step = _row_address(limit, r)
             em.dma(place_of(limit, base), dm(lim), [*r.nest(step, 0, 0), (tokens, limit.pitch, 8)], 8)
         return Rows(tokens, mine, 0, p.group * head, head, lim, lim_base, lim_pitch)
+
+    def _rows_with_limits(self, q: Tensor, limit: Tensor, r: Round, q_head: int) -> Rows:
+        """The round's queries and limits from the slices of their tokens: side by side first, so that one transfer
+        brings both."""
+        em, p, rows = self.em, self.p, q.rows
+        assert rows is not None
+        head = q.dims[3].size * 2
+        run = p.group * head
+        each = round_up(run + 8, em.machine.dm_alignment)  # queries of a token and KV head, and the token's limit
+        pitch = p.kv_heads * each
+        if self._joined is None:
+            self._joined = joined = em.alloc(rows.local * pitch, "queries and limits")
+            packet = next(n for n in (16, 8, 4) if head // 2 % n == 0)
+            heads = [(rows.local, q.pitch), (p.kv_heads, p.group * q_head), (p.group, q_head), (head // 2, 2)]
+            places = ((rows.local, pitch), (p.kv_heads, each), (p.group, head), (head // 2, 2))
+            fetch = em.fetch(q.base, heads, Dtype.BF16, packet)
+            em.execute(fetch, q.buffer, Commit(0, places, Dtype.BF16, packet), joined)
+            fetch = em.fetch(limit.base, [(rows.local, limit.pitch), (p.kv_heads, 0), (2, 4)], Dtype.F32, 2)
+            places = ((rows.local, pitch), (p.kv_heads, each), (2, 4))
+            em.execute(fetch, limit.buffer, Commit(run, places, Dtype.F32, 2), joined)
+        mine = em.alloc(rows.length * each, "queries and limits")
+        base, step = _row_address(replace(q, buffer=self._joined, base=0, pitch=pitch), r)
+        em.dma(
+            dm(self._joined, base + r.head * each),
+            dm(mine),
+            [*r.nest(step, each, 0), (rows.length, pitch, each)],
+            run + 8,
+        )
+        return Rows(rows.length, mine, 0, each, head, mine, run, each)
 
     def _send(self, values: SSAValue, out: Tensor, r: Round, v: Cache, cut: int) -> None:
         """`[row][width / cut]` of every slice to the rows of `out`; cut 1: those of a pair's first slice."""

@@ -34,10 +34,11 @@ from backend_rngd.machine.formulas import dma_requests
 
 
 class _Weights(NamedTuple):
-    """Of every part `[row][part]` and their `[row]` sums. scale: the multiplication by them, if VRF holds them."""
+    """Of every part `[row][part]` and their `[row]` sums, by which they are divided already if it is None. scale: the
+    multiplication by them, if VRF holds them."""
 
     weights: SSAValue
-    total: SSAValue
+    total: SSAValue | None
     scale: VectorOp | None
 
 
@@ -96,8 +97,13 @@ class Parts:
 
     def weigh_early(self, stats: SSAValue, rows: int) -> None:
         """As soon as the statistics of all parts are complete, before their sums are."""
-        weights = self.weigh(stats, rows)
-        self._early = weights._replace(scale=None)  # VRF is used for other things meanwhile
+        w, count = self.weigh(stats, rows), rows * self.parts
+        assert w.total is not None
+        divided = self.em.alloc(count * 4, "weights of parts")
+        divide = self._operand(Alu.FP_DIV, Op.DIV, w.total, rows * 2, ((rows, 8), (self.parts, 0)), self.slices)
+        commit = Commit(0, ((count, 4),), Dtype.F32, min(self.parts, 8))
+        self._pass(w.weights, 0, [(count, 4)], commit, divided, self.slices, divide)
+        self._early = _Weights(divided, None, None)  # VRF is used for other things meanwhile
 
     def weigh(self, stats: SSAValue, rows: int) -> _Weights:
         """What the parts' sums are multiplied by, and the sum of all weights."""
@@ -134,18 +140,21 @@ class Parts:
             scale = self._operand(Alu.FP_MUL0, Op.MUL, w.weights, rows * parts, repeated, slices)
         else:
             scale = replace(w.scale, operand=replace(w.scale.operand, loops=operand_loops(repeated)))
-        sums = em.alloc(rows * share * 4, "sums")
+        values = em.alloc(rows * share * 2, "values")
+        if slices < em.slices:  # the ring that follows reads every slice
+            em.memset(values, 0, rows * share * 2)
+        sums = values if w.total is None else em.alloc(rows * share * 4, "sums")
+        dtype = Dtype.BF16 if w.total is None else Dtype.F32
         em.execute(
             em.fetch(0, blocks, Dtype.F32, inner),
             gathered,
-            Commit(0, ((rows * share, 4),), Dtype.F32, inner),
+            Commit(0, ((rows * share, dtype.bytes),), dtype, inner),
             sums,
             vector=(scale, VectorOp(Alu.REDUCE, Op.ADD, Mode.UNARY, count=parts, inner=inner)),
             slices=slices,
         )
-        values = em.alloc(rows * share * 2, "values")
-        if slices < em.slices:  # the ring that follows reads every slice
-            em.memset(values, 0, rows * share * 2)
+        if w.total is None:
+            return values
         divide = self._operand(Alu.FP_DIV, Op.DIV, w.total, rows * 2, ((rows, 8), (share, 0)), slices)
         em.execute(
             em.fetch(0, [(rows * share, 4)], Dtype.F32, inner),

@@ -14,7 +14,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.dialect import CallOp, LaunchOp, RoutineOp
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype, Space
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
-from backend_rngd.lowering.indexed import OFFSET_BYTES, offsets
+from backend_rngd.lowering.indexed import offset_pitch, offsets
 from backend_rngd.lowering.move import load_rows
 from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
 from backend_rngd.lowering.search import Search
@@ -179,7 +179,7 @@ class Program:
             return None
         name, first, source = found
         target = f"offsets.{name}.{scale}"
-        nbytes = index.rows.physical * OFFSET_BYTES
+        nbytes = index.rows.physical * offset_pitch(index.rows, self.machine)
         if target not in self._offsets:
             self._offsets.add(target)
             image = first.global_buffer(target, "hbm", nbytes, "activation")

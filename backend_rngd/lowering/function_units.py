@@ -38,7 +38,7 @@ class BetweenUnits(FunctionBase):
         def sink(nbytes: int) -> SSAValue:
             return self.em.global_buffer(name, "hbm", nbytes, "output") if name else self.em.alloc(nbytes, space="hbm")
 
-        whole = self.collectives.all_gather(x, dim, sink)
+        whole = self.collectives.all_gather(x, dim, sink, name is not None)
         self.contracts.arriving.add(whole.buffer)
         self.env[op.result] = whole
 

@@ -22,15 +22,16 @@ from ir.errors import UnsupportedError
 class Gather(Exchange):
     """All-gather, reduce-scatter, and the own part of a value."""
 
-    def all_gather(self, x: Tensor, dim: int, output: Callable[[int], SSAValue]) -> Tensor:
-        """The parts of all units along dimension `dim`; `output` gives an HBM buffer for gathered features."""
+    def all_gather(self, x: Tensor, dim: int, output: Callable[[int], SSAValue], returned: bool = False) -> Tensor:
+        """The parts of all units along dimension `dim`; `output` gives an HBM buffer for gathered features, of which
+        nobody reads rows without a token if they are `returned`."""
         if self.group.units == 1:
             return x
         if x.dims[dim].is_row:
             return self._gather_rows(x, dim)
-        return self._gather_features(x, dim, output)
+        return self._gather_features(x, dim, output, returned)
 
-    def _gather_features(self, x: Tensor, dim: int, output: Callable[[int], SSAValue]) -> Tensor:
+    def _gather_features(self, x: Tensor, dim: int, output: Callable[[int], SSAValue], returned: bool) -> Tensor:
         """Features: the image of every unit is a part of the result in all rows."""
         group, em = self.group, self.em
         rows = x.rows
@@ -63,7 +64,8 @@ class Gather(Exchange):
         whole = run // em.machine.dma_packet_max_bytes * em.machine.dma_packet_max_bytes
         for first, size in ((0, whole), (whole, run - whole)):
             if size:
-                loops = [(group.units, UNIT_STRIDE, run), (rows.physical, x.pitch, pitch)]
+                count = rows.used if returned else rows.physical
+                loops = [(group.units, UNIT_STRIDE, run), (count, x.pitch, pitch)]
                 em.dma(peer(held.buffer, Space.HBM, held.base + first, 0), hbm(target, first), loops, size)
         at = iter(strides)
         dims = [

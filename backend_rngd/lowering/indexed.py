@@ -17,30 +17,42 @@ from backend_rngd.lowering.emitter import Emitter, Offsets, dm, hbm
 from backend_rngd.lowering.move import compact_like, feature_loops, load_rows, place_of, store_rows
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.vector import VectorLowering, Wanted, output_tensor
+from backend_rngd.machine import Machine
 from ir import expr as ex
 
 OFFSET_BYTES = 8  # an offset and its padding: a commit writes at least 8 B
 
 
+def offset_pitch(rows: RowSpace, machine: Machine) -> int:
+    """Bytes between offsets in HBM: those of a slice lie side by side, and a single one gets as many as HBM writes
+    without merging them with what lies there, which takes long."""
+    return machine.hbm_write_granule_bytes if rows.local == 1 and not rows.replicated else OFFSET_BYTES
+
+
 def offsets(
     em: Emitter, vector: VectorLowering, index: Tensor, row_bytes: int, image: SSAValue | None = None
 ) -> SSAValue:
-    """HBM image `[physical row]` (8 B apart) of index * row_bytes for an i32 tensor with rows."""
+    """HBM image `[physical row]` (see `offset_pitch`) of index * row_bytes for an i32 tensor with rows."""
     rows = index.rows
     assert rows is not None
     if index.space == Space.HBM:
         index = load_rows(em, index, rows.local)
     names = [f"d{i}" for i in range(len(index.dims))]
     # As far apart as in HBM, so that those of a slice leave as one packet.
-    scaled = replace(index, buffer=em.alloc(rows.local * OFFSET_BYTES), base=0, pitch=OFFSET_BYTES)
+    pitch = offset_pitch(rows, em.machine)
+    scaled = replace(index, buffer=em.alloc(rows.local * pitch), base=0, pitch=pitch)
+    if pitch > OFFSET_BYTES:
+        em.memset(scaled.buffer, 0, pitch)
     e = ex.Call("mul", (ex.Input(0), ex.Const(float(row_bytes))))
     vector.map(e, [index], [names], names, Dtype.I32, target=scaled)
-    image = image or em.alloc(rows.physical * OFFSET_BYTES, "offsets", "hbm")
-    target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, rows, 0, OFFSET_BYTES)
-    if not rows.replicated and rows.local * OFFSET_BYTES % em.machine.hbm_write_granule_bytes:
-        # HBM merges a short write with what lies there, which takes long: all of them leave from one slice.
-        flat = em.alloc(rows.physical * OFFSET_BYTES, "offsets")
-        each = rows.local * OFFSET_BYTES
+    image = image or em.alloc(rows.physical * pitch, "offsets", "hbm")
+    target = Tensor(image, Space.HBM, Dtype.I32, scaled.dims, rows, 0, pitch)
+    each = rows.local * pitch
+    if pitch > OFFSET_BYTES:
+        em.dma(dm(scaled.buffer), hbm(image), [(em.slices, DM_SLICE_STRIDE, each)], each)
+    elif not rows.replicated and each % em.machine.hbm_write_granule_bytes:
+        # All of them leave from one slice in whole granules.
+        flat = em.alloc(rows.physical * pitch, "offsets")
         em.dma(dm(scaled.buffer), dm(flat), [(em.slices, DM_SLICE_STRIDE, each)], each)
         em.dma(dm(flat), hbm(image), [(em.slices, each, each)], each)
     else:
@@ -65,7 +77,8 @@ def embedding(
     for i in order:
         run *= dims[i].size
     run = round_up(run * dtype.bytes, 8)
-    across = 0 if rows.replicated else rows.local * OFFSET_BYTES
+    pitch = offset_pitch(rows, em.machine)
+    across = 0 if rows.replicated else rows.local * pitch
     chunk = rows.local if out.space == Space.DM else max(1, spill // out.pitch)  # a gather writes DM
     for first in range(0, rows.local, chunk):
         count = min(chunk, rows.local - first)
@@ -75,7 +88,7 @@ def embedding(
             dm(here.buffer),
             [(em.slices, 0, DM_SLICE_STRIDE), (count, 0, here.pitch)],
             run,
-            Offsets(at, first * OFFSET_BYTES, [across, OFFSET_BYTES]),
+            Offsets(at, first * pitch, [across, pitch]),
         )
         if out.space == Space.HBM:
             store_rows(em, here, replace(out, base=out.base + first * out.pitch), count)
@@ -108,15 +121,16 @@ def one_token(em: Emitter, vector: VectorLowering, x: Tensor, index: Tensor, dim
             Offsets(at, 0, [0, OFFSET_BYTES]),
         )
         return out
+    pitch = offset_pitch(rows, em.machine)
     for nest in rows.valid_nests():
         loops = [(n, b * step, s * DM_SLICE_STRIDE + local * out.pitch) for n, s, local, b, _ in nest.loops]
-        strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
+        strides = [(s * rows.local + local) * pitch for _, s, local, _, _ in nest.loops]
         em.dma(
             hbm(x.buffer, x.base + nest.token * step),
             dm(out.buffer, nest.slice * DM_SLICE_STRIDE),
             loops,
             run,
-            Offsets(at, nest.slice * rows.local * OFFSET_BYTES, strides),
+            Offsets(at, nest.slice * rows.local * pitch, strides),
         )
     return out
 
@@ -151,18 +165,19 @@ def write_cache(em: Emitter, new: Tensor, cache: Cache, at: SSAValue, head: int 
     """cache[b, head + k, slot, :] = new[b, k, s, :] for every token; new `b k s d`, `at` offsets of its slot."""
     rows, heads, width = new.rows, new.dims[1], new.dims[3]
     assert rows is not None
+    pitch = offset_pitch(rows, em.machine)
     for nest in rows.valid_nests():
         loops = [
             (n, s * DM_SLICE_STRIDE + local * new.pitch, b * cache.batch_stride) for n, s, local, b, _ in nest.loops
         ]
-        strides = [(s * rows.local + local) * OFFSET_BYTES for _, s, local, _, _ in nest.loops]
+        strides = [(s * rows.local + local) * pitch for _, s, local, _, _ in nest.loops]
         first = head * cache.head_stride + (nest.token * cache.batch_stride if rows.length == 1 else 0)
         em.dma(
             dm(new.buffer, new.base + nest.slice * DM_SLICE_STRIDE),
             hbm(cache.buffer, first),
             [*loops, (heads.size, heads.stride, cache.head_stride)],
             width.size * new.dtype.bytes,
-            Offsets(at, nest.slice * rows.local * OFFSET_BYTES, [*strides, 0], scatter=True),
+            Offsets(at, nest.slice * rows.local * pitch, [*strides, 0], scatter=True),
         )
 
 

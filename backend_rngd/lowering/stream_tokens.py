@@ -159,7 +159,7 @@ class TokensStream(ContractionMapping):
         plain = w.packed is None and self.scales.channels is None
         for first, part in self._blocks(x, w, m):
             assert part.rows is not None
-            home = RowsHome(self.em, result, m.passes, plain, first, part.rows)
+            home = RowsHome(self.em, result, m.passes, plain, first, part.rows, output is not None)
             self.stream(part, [Stack((w,))], dtype, vector, home, m)
         return result
 
@@ -389,7 +389,9 @@ class TokensStream(ContractionMapping):
         assert rows is not None
         run = k * x.dtype.bytes
         buffer = self.em.alloc(rows.local * run, "tokens")
-        loops = [(self.em.slices, rows.local * x.pitch, DM_SLICE_STRIDE), (rows.local, x.pitch, run)]
+        if rows.used_slices < rows.slices:
+            self.em.memset(buffer, 0, rows.local * run)
+        loops = [(rows.used_slices, rows.local * x.pitch, DM_SLICE_STRIDE), (rows.local, x.pitch, run)]
         self.em.dma(hbm(x.buffer, x.base + k0 * x.dtype.bytes), dm(buffer), loops, run)
         return Tensor(buffer, Space.DM, x.dtype, (), rows, 0, run)
 
@@ -428,14 +430,22 @@ class RowsHome:
     whole = scattered = sums = False
 
     def __init__(
-        self, em: Emitter, result: Tensor, limit: int, narrow: bool, first: int = 0, block: RowSpace | None = None
+        self,
+        em: Emitter,
+        result: Tensor,
+        limit: int,
+        narrow: bool,
+        first: int = 0,
+        block: RowSpace | None = None,
+        returned: bool = False,
     ) -> None:
-        """`block`: the tokens that are multiplied, local rows of the result from `first` on; all if it is None."""
+        """`block`: the tokens that are multiplied, local rows of the result from `first` on; all if it is None.
+        returned: nobody reads rows of HBM without a token."""
         self.em = em
         self.narrow = narrow
         self.result = result
         self.limit = limit
-        self._first, self._block = first, block
+        self._first, self._block, self._returned = first, block, returned
         clear_unused(em, result)
         self._areas: list[SSAValue] = []
         self._next = 0
@@ -453,7 +463,10 @@ class RowsHome:
     def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
         if number == group.passes - 1:
-            rows_home(self.em, area, row, group, self.result, first=self._first, block=self._block)
+            rows_home(
+                self.em, area, row, group, self.result,
+                first=self._first, block=self._block, returned=self._returned,
+            )  # fmt: skip
 
 
 class StackHome:
@@ -504,9 +517,10 @@ def rows_home(
     first_slice: int = 0,
     first: int = 0,
     block: RowSpace | None = None,
+    returned: bool = False,
 ) -> None:
     """`[local row][slice][channel]` of every slice from `first_slice` on to rows on their own slices (and on to HBM if
-    spilled). block: see `RowsHome`."""
+    spilled). block, returned: see `RowsHome`."""
     rows = result.rows
     assert rows is not None
     width, local = result.dtype.bytes, (block or rows).local
@@ -517,9 +531,9 @@ def rows_home(
     if spilled:
         pitch = group.slices * run
         target, base = em.alloc(local * pitch, "rows"), 0
-    tokens, together = group.ring, 1
-    if local <= SHORT_ROWS and not spilled and group.ring == em.slices:
-        tokens = rows.used_slices
+    tokens, stored, together = group.ring, em.slices, 1
+    if local <= SHORT_ROWS and group.ring == em.slices:
+        tokens = stored = rows.used_slices if returned or not spilled else em.slices
         together = _neighbours(group, run, em.machine)
     if together > 1:
         channels, row = _side_by_side(em, channels, row, tokens * local, group.per_slice, result.dtype, together)
@@ -533,8 +547,8 @@ def rows_home(
     ]
     em.dma(dm(channels, begin), dm(target, base), loops, run)
     if spilled:
-        loops = [(em.slices, DM_SLICE_STRIDE, rows.local * result.pitch), (local, pitch, result.pitch)]
-        em.dma(dm(target), hbm(result.buffer, home), loops, group.slices * run)
+        loops = [(stored, DM_SLICE_STRIDE, rows.local * result.pitch), (local, pitch, result.pitch)]
+        em.dma(dm(target), hbm(result.buffer, home), loops, pitch)
 
 
 def _neighbours(group: Group, run: int, machine: Machine) -> int:

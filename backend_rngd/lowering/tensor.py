@@ -81,6 +81,11 @@ class RowSpace:
         last = (self.batch - 1) * self.batch_stride + self.length
         return self.slices if self.replicated else -(-last // self.local)
 
+    @property
+    def used(self) -> int:
+        """Rows of the image in HBM up to the last slice that holds a token: what lies behind may not be written."""
+        return self.local if self.replicated else self.used_slices * self.local
+
     def valid_nests(self) -> list[RowNest]:
         """Loop nests that visit every token exactly once; two when the tokens do not fill their last slice."""
         if self.replicated:

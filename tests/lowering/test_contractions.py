@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -242,6 +243,42 @@ def projections(b: int, s: int, q: int, kv: int) -> Run:
 def test_stacked_contractions(b: int, s: int, heads: tuple[int, int]) -> None:
     """Projections of the same tokens share passes where that is worth it; each result is its own."""
     projections(b, s, heads[0] * 16, heads[1] * 16)
+
+
+@pytest.mark.parametrize(("b", "s"), [(16, 1), (1, 64), (1, 33)])
+def test_stacked_contractions_of_few_tokens(b: int, s: int) -> None:
+    """Matrices that leave slices free come through both data-memory networks, and go home in one transfer of as many
+    tokens as there are, four slices' channels at a time."""
+    heights, k = (512, 128, 128), 2048
+    x, results = tensor_text((b, s, k), "bf16"), [tensor_text((b, s, n), "bf16") for n in heights]
+    names = ["x", *(f"{kind}{i}" for kind in "wr" for i in range(3))]
+    types = [x, *(tensor_text((n, k), "bf16") for n in heights), *results]
+    lines = [f'%y{i} = tc.contract "b s i, o i -> b s o" (%x, %w{i}) : {y}' for i, y in enumerate(results)]
+    rule = "b s o, b s o -> b s o"
+    lines += [f'%z{i} = tc.map "add(a, b)" over "{rule}" (%y{i}, %r{i}) : {y}' for i, y in enumerate(results)]
+    arguments, joined = ", ".join(f"%{n}: {t}" for n, t in zip(names, types, strict=True)), ", ".join(results)
+    text = f"""func.func @main({arguments}) -> ({joined})
+    attributes {{arg_names = {json.dumps(names)}, result_names = ["z0", "z1", "z2"]}} {{
+  {chr(10).join(lines)}
+  func.return %z0, %z1, %z2 : {joined}
+}}"""
+    rng = np.random.default_rng(s)
+    values = {"x": bf16(rng.standard_normal((b, s, k)))}
+    values |= {f"w{i}": bf16(rng.standard_normal((n, k)) / np.sqrt(k)) for i, n in enumerate(heights)}
+    values |= {f"r{i}": bf16(rng.standard_normal((b, s, n))) for i, n in enumerate(heights)}
+    made = Run(text)
+    got = made(values)
+    for i in range(3):
+        assert relative(got[f"z{i}"], bf16(values["x"] @ values[f"w{i}"].T) + values[f"r{i}"]) < 1e-2
+    instructions = made.emitted.streams[0].routines[0].instructions
+    transfers = [i.what for i in instructions if isinstance(i.what, Dma)]
+    half = MACHINE.slices_per_dmn * MACHINE.dm_slice_stride
+    sizes = {d.packet * math.prod(loop[0] for loop in d.loops): d for d in transfers if d.source.space == Space.HBM}
+    for rows in (512, 128):
+        assert any(n == 2 and step == half for n, _, step in sizes[rows * k * 2].loops)
+    (home,) = [d for d in transfers if (d.source.space, d.destination.space) == (Space.DM, Space.DM)]
+    assert home.packet * math.prod(loop[0] for loop in home.loops) == b * s * (512 + 2 * 128) * 2
+    assert home.packet == 4 * 16 * 2
 
 
 @pytest.mark.parametrize(("b", "s"), [(1, 1), (3, 1), (1, 7)])
