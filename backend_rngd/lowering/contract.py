@@ -128,7 +128,7 @@ class ContractLowering:
         if x.buffer in self.arriving:
             knobs = tuple(k for k in knobs if k != "k_bytes")
         alike = all(m.rows == w.rows for m in matrices)
-        short = most_rows(w.rows, w.pitch, blocks * len(matrices), fixed, em.slices) if alike else 0
+        short = most_rows(w.rows, w.pitch, blocks * len(matrices), fixed, em.slices) if alike else w.rows
         tokens = rows.local if rows.replicated else rows.physical
         heights = " + ".join(str(m.rows) for m in matrices)
         shape = Shape(
@@ -139,6 +139,7 @@ class ContractLowering:
             em.early_bytes,
             fixed,
             knobs,
+            w.rows / short,
         )
 
         def attempt(trial: Emitter, m: Mapping) -> SSAValue:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from backend_rngd.lowering.context import Program
 
 
+OWN_SEMAPHORES = 4  # of a scope in a routine: every form of a block is a routine
+
+
 @dataclass(frozen=True)
 class Scope:
     """Partners of a unit: (register + base) / UNIT_STRIDE is the first, `units` loops (size, stride) over them."""
@@ -39,6 +42,7 @@ class _Phase:
     scope: Scope
     published: SSAValue | None
     wait: WaitOp
+    semaphore: int
 
 
 class Units(Protocol):
@@ -115,7 +119,7 @@ class Group:
     def exchange(self, scope: Scope, published: SSAValue | None, in_dm: bool = True) -> None:
         """All units of `scope` publish and wait for each other. `in_dm`: the buffer lies in DM (HBM needs no waits:
         only the DMA context, which is in order, touches it)."""
-        semaphore = self.program.semaphore()
+        semaphore = self._semaphore(scope)
         buffers = [published] if published is not None and in_dm else []
         self.em.add(
             NotifyOp(
@@ -124,7 +128,19 @@ class Group:
         )
         wait = WaitOp(Wait(semaphore, scope.size - 1), (), location=self.em.location)
         self.em.add(wait)
-        self.phases.append(_Phase(scope, buffers[0] if buffers else None, wait))
+        self.phases.append(_Phase(scope, buffers[0] if buffers else None, wait, semaphore))
+
+    def _semaphore(self, scope: Scope) -> int:
+        """One of its own for each of the first phases of a scope; later ones take turns with the second half of them.
+
+        When a unit has waited in a phase, all partners have notified in it and so have waited in those before. So two
+        phases that share a semaphore need one between them, also from the last one of a call to the next call's first.
+        """
+        mine = [p for p in self.phases if p.scope.name == scope.name]
+        if len(mine) < OWN_SEMAPHORES:
+            return self.program.semaphore()
+        half = OWN_SEMAPHORES // 2
+        return mine[half + len(mine) % half].semaphore
 
     def finish(self) -> None:
         """Call when the routine is complete: an even number of phases, and what every wait releases."""

@@ -23,7 +23,8 @@ LONG_IN_FLIGHT = 2  # of its tiles
 SHORT_ROWS = 1  # tokens a slice up to which transfers of weights take longer than passes: the larger, the faster
 MOST_PASSES = 8  # of a group
 GROUP_BYTES = 40 * 1024  # results of a group of passes a slice; two groups are in flight
-TRIAL_PASSES = 64  # of a contraction that is tried
+TRIAL_PASSES = 16  # of a contraction that is tried, over all chunks of K
+LEAST_PASSES = 4  # of it
 PARTIAL_BYTES = 128 * 1024  # partial sums of a split K a slice, when the tokens have to be brought in again
 BLOCK_BYTES = 64 * 1024  # tokens of a block a slice, if they lie in HBM
 BLOCK_ROWS = 4  # of them a slice at least: with fewer, the weights take longer than the multiplications
@@ -108,7 +109,7 @@ def most_rows(rows: int, pitch: int, blocks: int, m: Mapping, slices: int) -> in
     if m.streams == "weights":
         return rows
     width = slices * CHANNELS
-    passes = max(2 * MOST_PASSES, TRIAL_PASSES // (blocks * -(-pitch // m.k_bytes)))
+    passes = max(LEAST_PASSES, TRIAL_PASSES // (blocks * -(-pitch // m.k_bytes)))
     return rows - max(0, rows // width - passes) * width
 
 

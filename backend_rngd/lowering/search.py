@@ -32,6 +32,7 @@ from backend_rngd.machine import Machine
 from backend_rngd.queues import items_of, measured, play
 
 TRIALS = 24  # candidates of a contraction at most
+INSTRUCTIONS = 5000  # of all its trials together at most
 ROUNDS = 2  # over all knobs
 WORTH = 0.02  # of the time: what the predictions cannot tell apart stays as it is
 DM_SHARE = 0.9  # of data memory, for what is fetched ahead
@@ -48,7 +49,8 @@ class Shape:
     """What the search is for: everything that a mapping's time depends on, as plain values.
 
     what: kind of the contraction, for people. operand, result: where they lie and how. weights: rows and columns of the
-    matrices. mapping: the fixed one. knobs: what may be changed of it.
+    matrices. mapping: the fixed one. knobs: what may be changed of it. scale: times that the contraction is as large as
+    what is tried.
     """
 
     what: str
@@ -58,6 +60,7 @@ class Shape:
     early: int
     mapping: Mapping
     knobs: tuple[str, ...]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Trial:
     cycles: float
     nbytes: int
     early: bool
+    instructions: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Search:
         if self.enabled and nbytes >= LEAST_BYTES:
             found = self._found(shape, attempt)
         elif heard():
-            found = Found((shape.mapping,), (self.tried(attempt, shape.mapping, shape.early).cycles,), 0)
+            found = Found((shape.mapping,), (shape.scale * self.tried(attempt, shape.mapping, shape.early).cycles,), 0)
         else:
             return shape.mapping
         names = [describe(m) for m in found.mappings]
@@ -178,14 +182,17 @@ class Search:
         """One knob after the other, from the fixed mapping on."""
         fixed = self.tried(attempt, shape.mapping, shape.early)
         tried: dict[Mapping, float] = {shape.mapping: fixed.cycles}
-        best = shape.mapping
+        known = {shape.mapping}  # also those that need too much memory
+        best, left = shape.mapping, INSTRUCTIONS - fixed.instructions
         for _ in range(ROUNDS):
             before = best
             for knob in shape.knobs:
                 for other in variants(best, knob):
-                    if other in tried or len(tried) >= TRIALS:
+                    if other in known or len(known) >= TRIALS or left <= 0:
                         continue
                     trial = self.tried(attempt, other, shape.early)
+                    known.add(other)
+                    left -= trial.instructions
                     if trial.nbytes <= fixed.nbytes and trial.early == fixed.early:
                         tried[other] = trial.cycles
                 best = min(tried, key=lambda m: tried[m])
@@ -194,7 +201,7 @@ class Search:
         if tried[best] > (1 - WORTH) * fixed.cycles:
             best = shape.mapping
         order = list(tried)
-        return Found(tuple(order), tuple(tried[m] for m in order), order.index(best))
+        return Found(tuple(order), tuple(shape.scale * tried[m] for m in order), order.index(best))
 
     def tried(self, attempt: Attempt, mapping: Mapping, early: int = 0) -> Trial:
         """Predicted time of a mapping. early: bytes a slice for weights that come before the routine."""
@@ -210,7 +217,7 @@ class Search:
                 halves.append(sum(isinstance(op, InstructionOp) for op in routine.block.ops))
         assert operand is not None
         cycles = self._predicted(module, routine, halves[0], operand)
-        return Trial(cycles, int(live_bytes(routine).counts.max()), em.early_bytes < early)
+        return Trial(cycles, int(live_bytes(routine).counts.max()), em.early_bytes < early, halves[1])
 
     def _predicted(self, module: ModuleOp, routine: RoutineOp, half: int, operand: SSAValue) -> float:
         """Cycles that the second of two equal contractions adds, whose tokens are what the first computes."""
