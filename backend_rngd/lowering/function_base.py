@@ -17,7 +17,7 @@ from backend_rngd.lowering.contract import ContractLowering
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.group import Group
 from backend_rngd.lowering.indexed import token_range
-from backend_rngd.lowering.move import load_constant, load_rows, move_rows
+from backend_rngd.lowering.move import load_rows, move_rows
 from backend_rngd.lowering.pieces import Pieces, to_whole
 from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, feature_dims, split_tokens
@@ -91,7 +91,7 @@ class FunctionBase:
         buffer = w.vector()
         dims = tuple(Dim("feature", n, s) if n > 1 else Dim("one", 1) for n, s in zip(w.shape, strides, strict=True))
         held = Tensor(buffer, Space.HBM, w.dtype, dims, None, 0, pitch)
-        self.resident[value] = load_constant(self.em, held)
+        self.resident[value] = load_rows(self.em, held, 1)
         return self.resident[value]
 
     def in_dm(self, value: SSAValue) -> Tensor:

@@ -7,12 +7,10 @@ from dataclasses import replace
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Commit, Dtype, Space, Switch, SwitchKind
+from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, FLIT_BYTES, Commit, Dtype, Space, Switch, SwitchKind
 from backend_rngd.lowering.emitter import Emitter, Place, dm, hbm
 from backend_rngd.lowering.program import INPUT_PITCH
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims, round_up
-
-CUT_BYTES = 4096  # constants from this size on reach the slices by the ring
 
 
 def place_of(t: Tensor, offset: int = 0) -> Place:
@@ -40,8 +38,8 @@ def feature_loops(source: Tensor, target: Tensor) -> tuple[list[tuple[int, int, 
     return pairs, width
 
 
-def compact_like(em: Emitter, t: Tensor, rows: int) -> Tensor:
-    """A DM buffer for `rows` local rows of `t`, features row-major in the order of their strides."""
+def compact(t: Tensor) -> Tensor:
+    """`t` as it lies in DM, without a buffer of its own: features row-major in the order of their strides."""
     order = sorted((i for i, d in enumerate(t.dims) if d.kind == "feature"), key=lambda i: -t.dims[i].stride)
     strides, pitch = feature_dims([t.dims[i].size for i in order], t.dtype.bytes)
     if not order:
@@ -49,47 +47,58 @@ def compact_like(em: Emitter, t: Tensor, rows: int) -> Tensor:
     dims = list(t.dims)
     for i, stride in zip(order, strides, strict=True):
         dims[i] = Dim("feature", t.dims[i].size, stride)
-    return Tensor(em.alloc(rows * pitch), Space.DM, t.dtype, tuple(dims), t.rows, 0, pitch)
+    return replace(t, space=Space.DM, dims=tuple(dims), base=0, pitch=pitch)
+
+
+def compact_like(em: Emitter, t: Tensor, rows: int) -> Tensor:
+    """A DM buffer for `rows` local rows of `t`."""
+    out = compact(t)
+    return replace(out, buffer=em.alloc(rows * out.pitch))
 
 
 def load_rows(em: Emitter, t: Tensor, rows: int) -> Tensor:
     """Bring `rows` local rows (from `t.base` on) of an HBM tensor, or a whole constant, into DM of every slice."""
+    own = compact(t)
+    loops, packet = feature_loops(t, own)
+    across = t.rows is not None and not t.rows.replicated
+    if not across and not loops and (rows == 1 or packet == t.pitch == own.pitch):
+        buffer = load_everywhere(em, hbm(t.buffer, t.base), t.dtype, rows * packet, rows * own.pitch)
+        if buffer is not None:
+            return replace(own, buffer=buffer)
     out = compact_like(em, t, rows)
-    loops, packet = feature_loops(t, out)
-    row_loops: list[tuple[int, int, int]] = []
+    slices, step = em.slices, 0
     if t.rows is not None:
-        across = 0 if t.rows.replicated else t.rows.local * t.pitch
-        if t.rows.used_slices < em.slices:  # the others take part in passes all the same
+        slices, step = t.rows.used_slices, 0 if t.rows.replicated else t.rows.local * t.pitch
+        if slices < em.slices:  # the others take part in passes all the same
             em.memset(out.buffer, 0, rows * out.pitch)
-        row_loops = [(t.rows.used_slices, across, DM_SLICE_STRIDE), (rows, t.pitch, out.pitch)]
-    else:
-        row_loops = [(em.slices, 0, DM_SLICE_STRIDE)]
-    em.dma(hbm(t.buffer, t.base), dm(out.buffer), [*row_loops, *loops], packet)
-    return out
-
-
-def load_constant(em: Emitter, t: Tensor) -> Tensor:
-    """Bring a constant into DM of every slice: a piece to each, then round the ring, if it is large enough to be cut.
-
-    A transfer writes 256 B a cycle, which 64 copies of a vector of 4,096 numbers hold up for 2,048 cycles.
-    """
-    count = 1
-    for d in t.features:
-        count *= d.size
-    nbytes, flit = count * t.dtype.bytes, 32 // t.dtype.bytes
-    piece = count // em.slices
-    dense = t.row_bytes == nbytes
-    if nbytes < CUT_BYTES or count % em.slices or piece % flit or not dense:
-        return load_rows(em, t, 1)
-    spread = em.alloc(piece * t.dtype.bytes, "piece")
-    em.dma(place_of(t), dm(spread), [(em.slices, piece * t.dtype.bytes, DM_SLICE_STRIDE)], piece * t.dtype.bytes)
-    out = replace(t, buffer=em.alloc(t.pitch), space=Space.DM, base=0)
-    packet = ring_packet(piece, flit)
-    ring_broadcast(
-        em, spread, [(piece, t.dtype.bytes)], t.dtype, packet, 0, em.slices, out.buffer, 0,
-        [(piece // packet, packet * t.dtype.bytes)], piece * t.dtype.bytes, [(packet, t.dtype.bytes)], flit,
+    em.dma(
+        hbm(t.buffer, t.base), dm(out.buffer),
+        [(slices, step, DM_SLICE_STRIDE), (rows, t.pitch, out.pitch), *loops], packet,
     )  # fmt: skip
     return out
+
+
+def load_everywhere(em: Emitter, source: Place, dtype: Dtype, nbytes: int, room: int = 0) -> SSAValue | None:
+    """Bring the same bytes of HBM to all slices: a piece to each, or to some if they are few, then round the ring. None
+    if they cannot be cut so. room: bytes of the buffer at least.
+
+    As many copies as there are slices would all come from a few lines, which lie in a few channels of HBM.
+    """
+    width, flit = dtype.bytes, FLIT_BYTES
+    piece = nbytes // em.slices if nbytes % (em.slices * flit) == 0 else min(nbytes, flit)
+    if piece % 8 or nbytes % piece or nbytes // piece > em.slices:
+        return None
+    pieces, count, length = em.alloc(piece, "piece"), nbytes // piece, piece // width
+    if count < em.slices:  # the ring reads every slice
+        em.memset(pieces, 0, piece)
+    em.dma(source, dm(pieces), [(count, piece, DM_SLICE_STRIDE)], piece)
+    everywhere = em.alloc(max(em.slices * piece, room))
+    packet = ring_packet(length, flit // width) if piece % flit == 0 else length
+    ring_broadcast(
+        em, pieces, [(length, width)], dtype, packet, 0, em.slices, everywhere, 0,
+        [(length // packet, packet * width)], piece, [(packet, width)], min(packet, flit // width),
+    )  # fmt: skip
+    return everywhere
 
 
 def store_rows(em: Emitter, source: Tensor, target: Tensor, rows: int) -> None:
