@@ -24,7 +24,7 @@ from backend_rngd.machine import Machine
 from ir.errors import Problem, UserError
 
 SMALL = 4  # a buffer is small if the largest one is more than so many times larger
-SMALL_ROOM = (4.0, 2.0, 1.25)  # times the bytes of small buffers alive at once, so that a place is not reused at once
+SMALL_ROOM = (2.0, 1.25)  # times the bytes of small buffers alive at once, so that a place is not reused at once
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ class Contractions(FunctionBase):
     def _few_tokens(self, op: tc.ContractOp) -> bool:
         """Whether the left operand has few tokens, as contractions read them, and the right one the channels."""
         x = self.env[op.lhs]
+        x = self.tensor(op.lhs) if isinstance(x, Pieces) else x
         if not isinstance(x, Tensor) or x.rows is None or not x.rows.replicated or x.space != Space.DM:
             return False
         return self._ready(op, x)
