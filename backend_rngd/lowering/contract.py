@@ -24,6 +24,7 @@ from backend_rngd.lowering.gated import Gated, GatedBlocks, Join
 from backend_rngd.lowering.group import Group
 from backend_rngd.lowering.mapping import (
     BLOCK_BYTES,
+    CHANNELS,
     HBM_KNOBS,
     LONG_TILE_BYTES,
     TOKENS_KNOBS,
@@ -125,8 +126,12 @@ class ContractLowering:
         assert rows is not None
         if self.search is None:  # of a trial
             return lower(self, x, matrices, scales, fixed)
-        if x.buffer in self.arriving:
-            knobs = tuple(k for k in knobs if k != "k_bytes")
+        idle: set[str] = set()  # knobs that change nothing
+        if x.buffer in self.arriving or (rows.replicated and 2 * w.pitch <= fixed.k_bytes):
+            idle.add("k_bytes")
+        if all(m.rows % (em.slices * CHANNELS) == 0 for m in matrices):
+            idle.add("small_rings")
+        knobs = tuple(k for k in knobs if k not in idle)
         alike = all(m.rows == w.rows for m in matrices)
         short = most_rows(w.rows, w.pitch, blocks * len(matrices), fixed, em.slices) if alike else w.rows
         tokens = rows.local if rows.replicated else rows.physical

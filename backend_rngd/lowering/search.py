@@ -32,7 +32,7 @@ from backend_rngd.machine import Machine
 from backend_rngd.queues import items_of, measured, play
 
 TRIALS = 24  # candidates of a contraction at most
-INSTRUCTIONS = 5000  # of all its trials together at most
+INSTRUCTIONS = 2000  # of all its trials together at most
 ROUNDS = 2  # over all knobs
 WORTH = 0.02  # of the time: what the predictions cannot tell apart stays as it is
 DM_SHARE = 0.9  # of data memory, for what is fetched ahead
