@@ -88,7 +88,8 @@ class ContractLowering:
         if rows.replicated:
             fixed = fixed_weights(local, w.rows, w.pitch, self.em.slices, self.in_flight, self.em.machine, ends)
         else:
-            fixed = fixed_tokens(passes_home(local * rows.slices, dtype.bytes), self.in_flight, local)
+            passes = passes_home(local * rows.slices, dtype.bytes)
+            fixed = fixed_tokens(passes, self.in_flight, local, w.pitch, self.em.machine)
 
         def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], factors: Scales, m: Mapping) -> Tensor:
             engine = to.few if m.streams == "weights" else to.many
@@ -191,7 +192,7 @@ class ContractLowering:
             return sink.result
 
         kind = f"{dtype.name} scattered over {exchange.group.units} {vector}"
-        fixed = fixed_tokens(TokenScatter.limit, self.in_flight, x.rows.local)
+        fixed = fixed_tokens(TokenScatter.limit, self.in_flight, x.rows.local, w.pitch, self.em.machine)
         return self._mapped(x, [w], scales or Scales(), kind, fixed, TOKENS_KNOBS, lower, 1 << 30)
 
     def summed(
@@ -219,7 +220,8 @@ class ContractLowering:
             return sink.result
 
         kind = f"{dtype.name} summed over {exchange.group.units} {share} {vector}"
-        fixed = fixed_tokens(passes_home(x.rows.physical, dtype.bytes), self.in_flight, x.rows.local)
+        passes = passes_home(x.rows.physical, dtype.bytes)
+        fixed = fixed_tokens(passes, self.in_flight, x.rows.local, w.pitch, self.em.machine)
         return self._mapped(x, [w], scales or Scales(), kind, fixed, TOKENS_KNOBS, lower, 1 << 30)
 
     def gated(
@@ -251,7 +253,7 @@ class ContractLowering:
 
         kind = f"{result.name} of {expression}, {'in blocks' if blocks else 'in rows'}"
         passes = GatedBlocks.limit if blocks else gated_passes(x.rows.local)
-        fixed = fixed_tokens(passes, self.in_flight, x.rows.local)
+        fixed = fixed_tokens(passes, self.in_flight, x.rows.local, matrices[0].pitch, self.em.machine)
         spill = -1 if self.many.spills(x.rows, height * result.bytes) else 1 << 30
         return self._mapped(x, matrices, Scales(), kind, fixed, TOKENS_KNOBS, lower, spill)
 
@@ -286,7 +288,8 @@ class ContractLowering:
             return results
 
         knobs = tuple(k for k in TOKENS_KNOBS if k != "passes")
-        fixed = fixed_tokens(StackHome.limit, self.in_flight, local, LONG_TILE_BYTES)  # a transfer a matrix
+        pitch = matrices[0].pitch  # a transfer a matrix: the longer
+        fixed = fixed_tokens(StackHome.limit, self.in_flight, local, pitch, self.em.machine, LONG_TILE_BYTES)
         return self._mapped(x, matrices, Scales(), kind, fixed, knobs, lower, self.spill)
 
 

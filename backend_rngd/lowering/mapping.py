@@ -79,11 +79,17 @@ def fixed_weights(
     )
 
 
-def fixed_tokens(passes: int, in_flight: int, local: int, tile_bytes: int = TILE_BYTES) -> Mapping:
-    """Many tokens, `local` of them a slice; `passes` of a group; tile_bytes of few tokens."""
+def fixed_tokens(
+    passes: int, in_flight: int, local: int, pitch: int, machine: Machine, tile_bytes: int = TILE_BYTES
+) -> Mapping:
+    """Many tokens, `local` of them a slice; weights of rows of `pitch` bytes; `passes` of a group; tile_bytes of few
+    tokens."""
     if local > SHORT_ROWS:
         in_flight = in_flight if local < BLOCK_ROWS else min(in_flight, LONG_IN_FLIGHT)
         return Mapping("tokens", in_flight, TRF_K_BYTES, 0, passes=passes)
+    if tile_bytes < CHANNELS * pitch <= LONG_TILE_BYTES and pitch % (machine.hbm_channels * machine.hbm_line_bytes):
+        # Parts of such rows do not spread over all channels of HBM.
+        in_flight, tile_bytes = min(in_flight, LONG_IN_FLIGHT), LONG_TILE_BYTES
     return Mapping("tokens", in_flight, 2 * TRF_K_BYTES, tile_bytes, passes=passes)
 
 
