@@ -53,8 +53,9 @@ class Exchange:
         if x.space == Space.HBM:
             move_rows(self.em, x, held)
         else:
-            features, width = feature_count(x), x.dtype.bytes
-            packet = 8 if features % 8 == 0 else 4
+            width = x.dtype.bytes
+            features = round_up(feature_count(x), 8 // width)  # rows start on 8 B
+            packet = next(n for n in (8, 4, 2) if features % n == 0)
             loops = [(rows.local, x.pitch), (features, width)]
             commit = Commit(0, ((rows.local, held.pitch), (features, width)), x.dtype, packet)
             self.em.execute(self.em.fetch(x.base, loops, x.dtype, packet), x.buffer, commit, held.buffer)

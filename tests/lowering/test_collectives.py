@@ -198,6 +198,38 @@ builtin.module attributes {{tc.mesh = "kv={units}"}} {{
     assert relative(got, 2 * (bf16(x @ a.T) @ b.T)) < 0.01
 
 
+@pytest.mark.parametrize(("batch", "seq", "units"), [(1, 64, 2), (2, 64, 4), (1, 1024, 8)])
+def test_gathered_numbers_of_tokens(batch: int, seq: int, units: int) -> None:
+    """One number a token, as a quantized model has for the scale of its activations."""
+    hidden, inner = 64, 96
+    part, tokens = inner // units, seq // units
+    whole = f'tensor<{batch}x{seq}x{hidden}xbf16, #tc.axes<"B,S,_">>'
+    local = f'tensor<{batch}x{tokens}x{hidden}xbf16, #tc.axes<"B,S,_">>'
+    h = f'tensor<{batch}x{seq}x{part}xbf16, #tc.axes<"B,S,_">>'
+    text = f"""
+builtin.module attributes {{tc.mesh = "kv={units}"}} {{
+  func.func @main(%x: {whole}) -> {whole} attributes {{arg_names = ["x"], result_names = ["y"]}} {{
+    %a = tc.weight "a" shard "{inner}@tp, {hidden}" : tensor<{part}x{hidden}xbf16>
+    %b = tc.weight "b" shard "{hidden}, {inner}@tp" : tensor<{hidden}x{part}xbf16>
+    %h = tc.contract "b s i, o i -> b s o" (%x, %a) : {h}
+    %p = tc.contract "b s i, o i -> b s o" (%h, %b) : {whole}
+    %r = tc.reduce_scatter %p kind add dim 1 axis tp why "test" : {local}
+    %m = tc.reduce max "abs(a)" over "b s h -> b s" (%r) : tensor<{batch}x{tokens}xf32, #tc.axes<"B,S">>
+    %g = tc.all_gather %m dim 1 axis tp why "test" : tensor<{batch}x{seq}xf32, #tc.axes<"B,S">>
+    %y = tc.map "mul(a, b)" over "b s h, b s -> b s h" (%x, %g) : {whole}
+    func.return %y : {whole}
+  }}
+}}
+"""
+    rng = np.random.default_rng(2)
+    x = bf16(rng.standard_normal((batch, seq, hidden)).astype(np.float32))
+    a = bf16(rng.standard_normal((inner, hidden)).astype(np.float32) / 8)
+    b = bf16(rng.standard_normal((hidden, inner)).astype(np.float32) / 8)
+    got = GroupRun(text)({"x": x}, {"a": a, "b": b}.__getitem__)["y"]
+    largest = np.abs(bf16(x @ a.T) @ b.T).max(axis=-1, keepdims=True)
+    assert relative(got, x * largest) < 0.01
+
+
 def test_axis_index() -> None:
     """A number that differs between units, as the vocabulary-parallel embedding uses it."""
     text = """
