@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from xdsl.ir import Operation
+
 from backend_rngd.isa.descriptors import Commit, Dtype, Space
 from backend_rngd.lowering.attention_few import FewTokens
 from backend_rngd.lowering.attention_many import ManyTokens
 from backend_rngd.lowering.attention_types import AttentionParams, Cache, Host
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.move import load_rows
+from backend_rngd.lowering.search import tell_attention
 from backend_rngd.lowering.tensor import Dim, Tensor, feature_dims
 from ir.errors import UnsupportedError
 
@@ -22,8 +25,9 @@ from ir.errors import UnsupportedError
 class AttentionLowering:
     """Lowers one attention op."""
 
-    def __init__(self, em: Emitter, host: Host, spill: int) -> None:
-        """spill: bytes a slice from which on a value lies in HBM."""
+    def __init__(self, em: Emitter, host: Host, spill: int, units: int) -> None:
+        """spill: bytes a slice from which on a value lies in HBM. units: that do the same."""
+        self.units = units
         self.em = em
         self.host = host
         self.spill = spill
@@ -42,11 +46,14 @@ class AttentionLowering:
             )
         rows = q.rows
         assert rows is not None
-        few = rows.replicated or rows.length == 1
+        few, before = rows.replicated or rows.length == 1, self.em.block.last_op
         if k.padded != k.width and (q.space == Space.DM or few):
             q = self._pad_heads(q if q.space == Space.DM else load_rows(self.em, q, rows.local), rows.local, k.padded)
         if few:
-            return FewTokens(self.em, p, self.host, self.spill).run(q, k, v, limit, lambda: self._output(q, v, p))
+            mapped = FewTokens(self.em, p, self.host, self.spill)
+            result = mapped.run(q, k, v, limit, lambda: self._output(q, v, p))
+            self._tell(before, q, k, p, mapped.way, "fixed: few tokens a batch row find room beside each other")
+            return result
 
         def queries(head: int, first: int, count: int) -> Tensor:
             at = q.base + first * q.pitch
@@ -58,7 +65,15 @@ class AttentionLowering:
             return loaded if k.padded == k.width else self._pad_heads(loaded, count, k.padded)
 
         many = ManyTokens(self.em, p, self.host)
-        return many.run(queries, k, v, limit, self._output(q, v, p), not p.causal)
+        result = many.run(queries, k, v, limit, self._output(q, v, p), not p.causal)
+        self._tell(before, q, k, p, many.way, "fixed: so many tokens lie on slices, and K and V are the smaller part")
+        return result
+
+    def _tell(self, before: Operation | None, q: Tensor, k: Cache, p: AttentionParams, way: str, why: str) -> None:
+        rows = q.rows
+        assert rows is not None
+        what = f"{rows.batch} x {rows.length} tokens, {p.kv_heads} x {p.group} heads, {k.keys} keys"
+        tell_attention(self.em, before, self.units, what, way, why)
 
     def _pad_heads(self, q: Tensor, rows: int, padded: int) -> Tensor:
         """`rows` rows of q with zeros behind every head, so that contraction packets are whole flits."""

@@ -135,6 +135,7 @@ class FewTokens:
         self.p = p
         self.host = host
         self.ring_bytes = ring_bytes
+        self.way = ""  # in words, when it has run
         self._joined: SSAValue | None = None  # queries and limits of all tokens, in their slices
 
     def run(self, q: Tensor, k: Cache, v: Cache, limit: Tensor, out: Callable[[], Tensor]) -> Tensor:
@@ -149,6 +150,10 @@ class FewTokens:
         chunk = max(sub, LOAD_BYTES // (k.padded * 2) // sub * sub)
         iota = self.host.iota(self.em, tile, parts, each)
         todo = rounds(rows, p.kv_heads, parts)
+        split = f"keys in {parts} parts" if parts > 1 else "keys whole"
+        self.way = (
+            f"slices for every batch row and KV head, {len(todo)} rounds: {split}, tiles of {min(tile, each)} keys"
+        )
         alone = parts == self.em.slices
         by_ring = not alone and len(todo) == 1 and rows.replicated and self._by_ring(rows, v.width, parts)
         target = None if by_ring else self._clean(out())

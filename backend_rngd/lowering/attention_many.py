@@ -126,6 +126,7 @@ class ManyTokens:
         self.em = em
         self.p = p
         self.host = host
+        self.way = ""  # in words, when it has run
 
     def run(
         self, queries: Callable[[int, int, int], Tensor], k: Cache, v: Cache, limit: Tensor, out: Tensor, shared: bool
@@ -137,7 +138,9 @@ class ManyTokens:
         plan = self._plan(rows, k, shared)
         blocks = -(-rows.local // plan.block)
         tiles = -(-k.keys // plan.tile)
+        self.way = f"tokens stay on their slices, {blocks} blocks of {plan.block}; keys in {tiles} tiles of {plan.tile}"
         calls = tiles > 1 and tiles * blocks * p.kv_heads * plan.instructions > INLINE_INSTRUCTIONS
+        self.way += ", by calls of a routine, which are not in the prediction" if calls else ""
         value = v.width * 2
         for h in range(p.kv_heads):
             for first in range(0, rows.local, plan.block):

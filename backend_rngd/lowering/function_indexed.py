@@ -119,7 +119,7 @@ class Indexed(FunctionBase):
             kv_heads,
         )
         limit = self._limit(op, q.rows, causal)
-        attention = AttentionLowering(self.em, self.parent, self.spill)
+        attention = AttentionLowering(self.em, self.parent, self.spill, self.parent.units)
         if q.dims[3].kind == "feature" and q.dims[3].stride != 2:
             q = self.copy(q)
         self.env[op.results[0]] = attention.run(q, keys, values, limit, params)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Attribute, SSAValue
+from xdsl.ir import Attribute, Operation, SSAValue
 
 from backend_rngd.attributes import bytes_of, space_of
 from backend_rngd.dialect import GlobalOp, InstructionOp, RoutineOp
@@ -251,6 +251,23 @@ class Search:
             play(items[:count], self.units, self.machine, moves)
             times.append(max(item.finish for item in items[:count]))
         return times[1] - times[0]
+
+
+def tell_attention(em: Emitter, before: Operation | None, units: int, what: str, way: str, why: str) -> None:
+    """Record how an attention was done, which has no alternatives yet: its instructions are those behind `before`, and
+    what they take by themselves, in their order, is the prediction."""
+    if not heard():
+        return
+    op = em.block.first_op if before is None else before.next_op
+    segment: list[InstructionOp] = []
+    while op is not None:
+        if isinstance(op, InstructionOp):
+            segment.append(op)
+        op = op.next_op
+    items = items_of(segment, set(), measured(em.machine, units))
+    play(items, units, em.machine, lambda head, ahead: False)
+    cycles = max((item.finish for item in items), default=0.0)
+    record(Choice(em.location, "attention", what, {way: cycles}, way, why))
 
 
 class StandIns:

@@ -36,7 +36,13 @@ def test_every_contraction_of_an_artifact(rngdc: Command, artifact: Path) -> Non
                 assert s["cycles"] > 0
                 places[s["where"].split("|")[0]] = taken["name"].split(" (")[0]
                 assert s["executions"] == (1 if s["where"].startswith("lm_head") else 2)  # layers
-        if program["bucket"].startswith("decode"):
+        (attention,) = rows(program, "attention")
+        few = program["bucket"].startswith("decode")
+        (way,) = attention["candidates"]
+        assert way["name"].startswith("slices for every" if few else "tokens stay on their slices")
+        # The prediction has the measured start-up times, the simulation of this mode has not.
+        assert 1 < attention["predicted"] / attention["simulated"][0]["cycles"] < 4
+        if few:
             assert PROJECTIONS - {"self_attn.v_proj", "mlp.up_proj"} <= places.keys() <= PROJECTIONS  # stacked, or not
             assert set(places.values()) == {"tokens in TRF"}
         else:  # gate and up are multiplied together with the map that joins them
