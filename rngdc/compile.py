@@ -19,7 +19,6 @@ from backend_rngd.emit import Emitted, emit
 from backend_rngd.hoist import Moves, hoist, undo
 from backend_rngd.lowering import Lowered, LoweringOptions, lower
 from backend_rngd.lowering.program import IN_FLIGHT, LEAST_IN_FLIGHT
-from backend_rngd.lowering.tensor import FEW_TOKENS, LEAST_FEW_TOKENS
 from backend_rngd.machine import Machine
 from backend_rngd.place import place_in_order
 from backend_rngd.schedule import schedule
@@ -29,13 +28,9 @@ from rngdc.buckets import BucketSpec
 from rngdc.effort import EFFORTS, Variant
 from rngdc.tasks import Compiled, CompileTask, Listener, Steps, dump, shared_images, triples
 
-SMALLER = (
-    (1.0, IN_FLIGHT, FEW_TOKENS),
-    (1.0, IN_FLIGHT, LEAST_FEW_TOKENS),
-    *((share, LEAST_IN_FLIGHT, LEAST_FEW_TOKENS) for share in (1.0, 0.6, 0.4, 0.25, 0.12)),
-)
-"""What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM, tiles of a
-weight in DM at a time, and up to how many tokens every slice holds all."""
+SMALLER = ((1.0, IN_FLIGHT), *((share, LEAST_IN_FLIGHT) for share in (1.0, 0.6, 0.4, 0.25, 0.12)))
+"""What is tried for a program that does not fit DM: shares of the size from which on values lie in HBM, and tiles of a
+weight in DM at a time."""
 
 LESS_PREFETCH = 0.78
 """What is left of the memory for early transfers, if a program does not fit with all of it."""
@@ -117,7 +112,7 @@ class _Maker:
         dumps: str | None = None,
     ) -> None:  # fmt: skip
         self.task, self.steps, self.module, self.dumps = task, steps, module, dumps
-        self.options, self.lowered = task.lowering, lowered
+        self.spill, self.in_flight, self.lowered = task.lowering.spill_bytes, task.lowering.in_flight, lowered
         self.moves = Moves()
 
     def make(self, variant: Variant) -> _Made | None:
@@ -138,13 +133,10 @@ class _Maker:
         """Move transfers and place; if DM is too small, lower again with more values in HBM. Raises UserError."""
         task, machine = self.task, self.task.machine
         first: UserError | None = None
-        for share, in_flight, few in SMALLER:
+        for share, in_flight in SMALLER:
             spill = int(task.lowering.spill_bytes * variant.spill * share)
-            fewer = first is not None and (share, in_flight) == SMALLER[0][:2]
-            if fewer and self.lowered is not None and not few < self.lowered.tokens <= FEW_TOKENS:
-                continue  # it is the same program
             try:
-                lowered = self._lowered(spill, min(in_flight, task.lowering.in_flight), few)
+                lowered = self._lowered(spill, min(in_flight, task.lowering.in_flight))
             except UserError:
                 if first is None:
                     raise
@@ -178,17 +170,17 @@ class _Maker:
         assert first is not None
         raise first
 
-    def _lowered(self, spill: int, in_flight: int, few: int) -> Lowered:
+    def _lowered(self, spill: int, in_flight: int) -> Lowered:
         """The program with all transfers in their order. Raises UserError."""
         self._undo()
-        wanted = replace(self.task.lowering, spill_bytes=spill, in_flight=in_flight, few_tokens=few)
-        if self.lowered is None or self.options != wanted:
+        if self.lowered is None or (self.spill, self.in_flight) != (spill, in_flight):
             self.steps("lower")
             if self.module is None:
                 self.module = parse_module(self.task.text, self.task.name)
             self.lowered = None
-            self.lowered = lower(self.module, self.task.machine, wanted)
-            self.options = wanted
+            options = replace(self.task.lowering, spill_bytes=spill, in_flight=in_flight)
+            self.lowered = lower(self.module, self.task.machine, options)
+            self.spill, self.in_flight = spill, in_flight
         return self.lowered
 
     def _undo(self) -> None:

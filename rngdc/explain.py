@@ -136,16 +136,16 @@ def _decisions(artifact: Artifact, bucket: Bucket) -> tuple[list[Streamed | Choi
     machine, module = load_machine(manifest.machine.name), parse_module(artifact.text(bucket.ir), bucket.ir)
     made, buffers = _of_stream(artifact.stream(bucket))
     tried = {
-        (int(options.spill_bytes * v.spill * share), min(tiles, options.in_flight), few): v.spill * share
+        (int(options.spill_bytes * v.spill * share), min(tiles, options.in_flight)): v.spill * share
         for v in EFFORTS[level].variants
-        for share, tiles, few in SMALLER
+        for share, tiles in SMALLER
     }
     first: list[Streamed | Choice] = []
     best: tuple[int, list[Streamed | Choice], float] | None = None
-    for (spill, tiles, few), share in sorted(tried.items(), reverse=True):
+    for (spill, tiles), share in sorted(tried.items(), reverse=True):
         try:
             with recording() as decisions:
-                lowered = lower(module, machine, replace(options, spill_bytes=spill, in_flight=tiles, few_tokens=few))
+                lowered = lower(module, machine, replace(options, spill_bytes=spill, in_flight=tiles))
         except UserError:
             continue
         first = first or decisions

@@ -26,7 +26,7 @@ from backend_rngd.lowering.gather import Gather
 from backend_rngd.lowering.group import Scope
 from backend_rngd.lowering.move import ring_broadcast, ring_packet
 from backend_rngd.lowering.pieces import Pieces, can_cut, in_pieces
-from backend_rngd.lowering.tensor import RowSpace, Tensor, round_up
+from backend_rngd.lowering.tensor import Tensor, round_up
 from backend_rngd.machine.formulas import collective_time
 from ir.errors import UnsupportedError
 
@@ -82,9 +82,9 @@ class AllReduce(Exchange):
         whole = count * features * width
         one_shot = piece_size(features, 1, em.slices)
         two_phase = piece_size(features, group.local, em.slices)
-        times = self._times(count, features, width)
+        times = self._times(whole, count, one_shot is not None, two_phase is not None)
         scope = group.card_scope
-        held = self.published(x, features != feature_count(x), self.is_even(rows, feature_count(x), x.pitch, width))
+        held = self.published(x, features != feature_count(x))
         group.exchange(scope, held.buffer)
         if choose(em.location, "collective", f"all_reduce of {whole:,} B", times) == "one_shot":
             assert one_shot is not None
@@ -109,14 +109,6 @@ class AllReduce(Exchange):
             return in_pieces(x, total, em.slices)
         return self._to_all_slices(x, total, count, size)
 
-    def is_even(self, rows: RowSpace, features: int, pitch: int, width: int) -> bool:
-        """Whether a sum over units of rows in DM, of elements of `width` bytes, takes an even number of phases."""
-        if not rows.replicated:
-            return True
-        features = self._width(features, pitch // width, True)
-        times = self._times(rows.local, features, width)
-        return min(times, key=times.__getitem__) == "two_phase"
-
     def _pull_pieces(self, held: Tensor, register: int, parts: int, size: int) -> SSAValue:
         """`[unit][row][size]`: slice s of `parts` slices reads piece s of the features, from where `register` says, of
         all units of the card."""
@@ -132,14 +124,13 @@ class AllReduce(Exchange):
         em.dma(peer(held.buffer, held.space, held.base, register), dm(slots), loops, piece)
         return slots
 
-    def _times(self, rows: int, features: int, width: int) -> dict[str, float]:
-        """Cycles of the algorithms that are possible for `rows` rows of elements of `width` bytes in every slice."""
+    def _times(self, nbytes: int, rows: int, one_shot: bool, two_phase: bool) -> dict[str, float]:
+        """Cycles of the algorithms that are possible."""
         group, machine = self.group, self.em.machine
-        nbytes = rows * features * width
         out: dict[str, float] = {}
-        if group.cards == 1 and piece_size(features, 1, self.em.slices) is not None:
+        if one_shot and group.cards == 1:
             out["one_shot"] = collective_time("all_reduce", "one_shot", nbytes, group.units, 1, machine, rows=rows)
-        if piece_size(features, group.local, self.em.slices) is not None:
+        if two_phase:
             name = "two_phase" if group.cards == 1 else "hierarchical"
             out[name] = collective_time("all_reduce", name, nbytes, group.units, group.cards, machine, rows=rows)
         return out

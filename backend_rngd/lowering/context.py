@@ -16,17 +16,16 @@ from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Dtype, Sp
 from backend_rngd.lowering.emitter import Emitter, dm, hbm
 from backend_rngd.lowering.indexed import offset_pitch, offsets
 from backend_rngd.lowering.move import load_rows
-from backend_rngd.lowering.program import SPILL_BYTES, Lowered, LoweringOptions, Placement
+from backend_rngd.lowering.program import Lowered, LoweringOptions, Placement
 from backend_rngd.lowering.search import Search
-from backend_rngd.lowering.tensor import LEAST_FEW_TOKENS, Tensor, round_up
-from backend_rngd.lowering.values import Form, dtype_of, product
+from backend_rngd.lowering.tensor import Tensor, round_up
+from backend_rngd.lowering.values import Form
 from backend_rngd.lowering.vector import VectorLowering
 from backend_rngd.machine import Machine
 from ir import expr as ex
 from ir.dialects import tc
 from ir.errors import UnsupportedError
 from ir.placement import Mesh
-from ir.types import shape_of
 from passes.outline import PREPARE
 
 LIMIT_BYTES = 8  # between the last visible keys of two tokens: a commit writes at least 8 B
@@ -44,7 +43,6 @@ class Program:
         self.mesh = tc.mesh_of(module) or Mesh(())
         self.units = self.mesh.size
         self.search = Search(machine, options.slices, self.units, options.search)
-        self.few = self._few_tokens()
         self._semaphores = 0
         self._offsets: set[str] = set()
         self._iotas: set[str] = set()
@@ -55,18 +53,6 @@ class Program:
         self.own_unit = self.launch_register(tuple(u * UNIT_STRIDE for u in range(self.units)))
         self.main = self.routine("main")
         self.forms: dict[str, list[tuple[Form, str]]] = {}
-
-    def _few_tokens(self) -> int:
-        """Up to how many tokens every slice holds all of them: fewer where what contractions read is wide."""
-        widest = 0
-        for f in self.functions.values():
-            for op in f.body.block.ops:
-                if isinstance(op, tc.ContractOp):
-                    summed = [a not in op.rule().output for a in op.rule().inputs[0]]
-                    sizes = [n for n, gone in zip(shape_of(op.lhs), summed, strict=True) if gone]
-                    widest = max(widest, product(sizes) * dtype_of(op.lhs).bytes)
-        wide = widest * self.options.few_tokens > SPILL_BYTES
-        return min(self.options.few_tokens, LEAST_FEW_TOKENS) if wide else self.options.few_tokens
 
     # Routines ------------------------------------------------------------
     def called_often(self, name: str) -> bool:

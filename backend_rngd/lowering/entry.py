@@ -92,7 +92,7 @@ class EntryLowering(FunctionLowering):
             self.parent.out.caches.append(Port(name, name, "bf16", shape, (k * head, head, d * 2, 2), 0, shard))
             return
         if dtype == Dtype.I32 and len(shape) in (1, 2):
-            rows = self._rows(shape[0], shape[1] if len(shape) == 2 else 1)
+            rows = RowSpace.make(shape[0], shape[1] if len(shape) == 2 else 1, options.slices)
             dims = [Dim("batch", shape[0])] + ([Dim("length", shape[1])] if len(shape) == 2 else [])
             buffer = self.em.global_buffer(name, "hbm", rows.physical * INPUT_PITCH, "input")
             self.env[arg] = Tensor(buffer, Space.HBM, dtype, tuple(dims), rows, 0, INPUT_PITCH)
@@ -101,7 +101,7 @@ class EntryLowering(FunctionLowering):
             return
         tokens = _token_dims(arg)
         if tokens:
-            rows = self._rows(shape[0], shape[1] if tokens == 2 else 1)
+            rows = RowSpace.make(shape[0], shape[1] if tokens == 2 else 1, options.slices)
             strides, pitch = feature_dims(list(shape[tokens:]), dtype.bytes)
             dims = [Dim("batch", shape[0]), Dim("length", rows.length)][:tokens]
             sizes = zip(shape[tokens:], strides, strict=True)
@@ -113,10 +113,6 @@ class EntryLowering(FunctionLowering):
             self.parent.out.inputs.append(Port(name, name, dtype.name.lower(), shape, port_strides(held)))
             return
         self._weight(arg, f"arg.{name}")
-
-    def _rows(self, batch: int, length: int) -> RowSpace:
-        self.parent.out.tokens = max(self.parent.out.tokens, batch * length)
-        return RowSpace.make(batch, length, self.parent.options.slices, self.parent.few)
 
     def op_tc_weight(self, op: tc.WeightOp) -> None:
         """A parameter by name; it gets an address when its use says how it is laid out."""

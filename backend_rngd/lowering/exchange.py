@@ -39,16 +39,15 @@ class Exchange:
             self.em.memset(buffer, 0, nbytes)
         return buffer
 
-    def published(self, x: Tensor, whole_rows: bool, shared: bool | None = None) -> Tensor:
-        """`x` itself if it was computed into a published buffer, else a copy in one. whole_rows: padding is read;
-        shared: see `Group.publish`, where rows lie on slices if not given."""
+    def published(self, x: Tensor, whole_rows: bool) -> Tensor:
+        """`x` itself if it was computed into a published buffer, else a copy in one. whole_rows: padding is read."""
         reserved, self.reserved = self.reserved, None
         if x.buffer is reserved:
             return x
         rows = x.rows
         assert rows is not None
         count = rows.physical if x.space == Space.HBM else rows.local
-        shared = not rows.replicated if shared is None else shared
+        shared = not rows.replicated
         held = replace(x, buffer=self.reserve(x.space, count * x.pitch, shared, whole_rows), base=0)
         if x.space == Space.HBM:
             move_rows(self.em, x, held)

@@ -69,11 +69,9 @@ class Contractions(FunctionBase):
         """The buffer of a contraction whose result the next operation adds over all units."""
         rows = self._rows_of(op)
         features = product(shape_of(op.result)) // (rows.batch * rows.length)
-        width = dtype_of(op.result).bytes
-        pitch = nbytes // (rows.physical if space == Space.HBM else rows.local)
-        padded = self.collectives.needs_padding(features, pitch // width, rows.replicated)
-        shared = self.collectives.is_even(rows, features, pitch, width) if space == Space.DM else not rows.replicated
-        return self.collectives.reserve(space, nbytes, shared, padded)
+        pitch = nbytes // (rows.physical if space == Space.HBM else rows.local) // dtype_of(op.result).bytes
+        padded = self.collectives.needs_padding(features, pitch, rows.replicated)
+        return self.collectives.reserve(space, nbytes, not rows.replicated, padded)
 
     def _rows_of(self, op: tc.ContractOp) -> RowSpace:
         rows = [v.rows for o in op.operands if isinstance(v := self.env[o], (Tensor, Pieces)) and v.rows is not None]

@@ -82,7 +82,7 @@ class Gather(Exchange):
         rows = x.rows
         assert rows is not None
         part = rows.length
-        whole = RowSpace.make(rows.batch, part * group.units, em.slices, rows.few)
+        whole = RowSpace.make(rows.batch, part * group.units, em.slices)
         if x.space == Space.DM and whole.local * x.pitch <= self.spill and own_rows(whole, group) == rows:
             return self._gather_in_dm(x, whole)
         held = self.image(x)
@@ -144,7 +144,7 @@ class Gather(Exchange):
                 "a reduce-scatter of features", "only tokens are scattered", "turn sequence parallelism off"
             )
         part = rows.length // group.units
-        mine = RowSpace.make(rows.batch, part, em.slices, rows.few)
+        mine = RowSpace.make(rows.batch, part, em.slices)
         held = self.image(x)
         self.exchange_with_all(held.buffer)
         own = group.register(part=part * x.pitch)
@@ -182,7 +182,7 @@ class Gather(Exchange):
             buffer = em.alloc(rows.physical * x.pitch, space="hbm")
             image = replace(x, buffer=buffer, space=Space.HBM, base=0)
             store_rows(em, x, image, rows.local)
-        mine = RowSpace.make(rows.batch, size, em.slices, rows.few)
+        mine = RowSpace.make(rows.batch, size, em.slices)
         target = em.alloc(mine.physical * x.pitch, space="hbm")
         self.fill(place_of(image), target, mine, x)
         own = group.register(part=UNIT_STRIDE + size * x.pitch)

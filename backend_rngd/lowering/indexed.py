@@ -143,7 +143,7 @@ def token_range(em: Emitter, x: Tensor, start: int, size: int) -> Tensor:
         image = replace(x, buffer=em.alloc(tokens.physical * x.pitch, "tokens", "hbm"), space=Space.HBM, base=0)
         store_rows(em, x, image, tokens.local)
         x = image
-    rows = RowSpace.make(tokens.batch, size, em.slices, tokens.few)
+    rows = RowSpace.make(tokens.batch, size, em.slices)
     dims = [replace(d, size=size) if d.kind == "length" else d for d in x.dims]
     out = compact_like(em, replace(x, dims=tuple(dims), rows=rows), rows.local)
     loops, packet = feature_loops(x, out)

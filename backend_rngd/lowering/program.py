@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 
-from backend_rngd.lowering.tensor import FEW_TOKENS
-
 SPILL_BYTES = 96 * 1024  # a value larger than this a slice lives in HBM and is walked in chunks
 IN_FLIGHT = 4  # one tile is multiplied, the others are on the way or wait while the tokens are not known yet
 LEAST_IN_FLIGHT = 2  # if that takes more data memory than there is
@@ -20,8 +18,7 @@ INPUT_PITCH = 8  # bytes between the i32 values of a program input: the smallest
 class LoweringOptions:
     """slices: slices of a unit. cache_capacity, cache_batch: geometry of the KV cache shared by all buckets.
 
-    in_flight: tiles of a weight in DM at a time. few_tokens: up to so many tokens lie in every slice. search:
-    contractions are mapped by predicted time, not by fixed rules.
+    in_flight: tiles of a weight in DM at a time. search: contractions are mapped by predicted time, not by fixed rules.
     opt_level: 0 to 3, how much time the build may spend on the program; see `rngdc.effort`.
     """
 
@@ -32,7 +29,6 @@ class LoweringOptions:
     spill_bytes: int = SPILL_BYTES
     in_flight: int = IN_FLIGHT
     search: bool = False
-    few_tokens: int = FEW_TOKENS
     opt_level: int = 2
 
 
@@ -66,11 +62,9 @@ class Port:
 
 @dataclass
 class Lowered:
-    """An `rngd` module with what the host must know to run it. unit_constants: a row of values for each unit; tokens:
-    most that an input has."""
+    """An `rngd` module with what the host must know to run it. unit_constants: a row of values for each unit."""
 
     module: ModuleOp
-    tokens: int = 0
     placements: dict[str, Placement] = field(default_factory=dict[str, Placement])
     constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, np.ndarray[Any, Any]])
     unit_constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, np.ndarray[Any, Any]])

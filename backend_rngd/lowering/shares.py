@@ -14,7 +14,7 @@ def own_rows(rows: RowSpace, group: Group) -> RowSpace | None:
     if group.cards > 1 or rows.replicated or rows.batch > 1 or rows.length != rows.physical or rows.slices % units:
         return None
     part = rows.length // units
-    mine = RowSpace.make(1, part, rows.slices, rows.few)
+    mine = RowSpace.make(1, part, rows.slices)
     return mine if mine.physical == part and not mine.replicated and rows.local % mine.local == 0 else None
 
 

@@ -17,8 +17,8 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import Dtype, Space
 from ir.errors import UnsupportedError
 
-FEW_TOKENS = 8  # lanes of the contraction engine: so many tokens stay in TRF while weights stream
-LEAST_FEW_TOKENS = 4  # where copies of more of them in every slice leave no room for weights
+REPLICATED_BATCH = 4  # rows of a decode batch: copies of more of them in every slice leave no room for weights
+REPLICATED_ROWS = 8  # lanes of the contraction engine: up to 8 tokens stay in TRF while weights stream
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -37,7 +37,6 @@ class RowSpace:
 
     Physical row of token (b, s) is `b * batch_stride + s`; it lives in slice `row // local` at local row `row % local`
     (replicated: in every slice at local row `row`). Rows that no token uses are computed and never stored.
-    few: up to so many tokens lie in every slice.
     """
 
     batch: int
@@ -46,16 +45,15 @@ class RowSpace:
     local: int
     batch_stride: int
     replicated: bool
-    few: int = FEW_TOKENS
 
     @staticmethod
-    def make(batch: int, length: int, slices: int, few: int = FEW_TOKENS) -> RowSpace:
+    def make(batch: int, length: int, slices: int) -> RowSpace:
         """Choose the layout of `batch` x `length` tokens on `slices` slices."""
         rows = batch * length
-        if rows <= few:
-            return RowSpace(batch, length, slices, power_of_two(rows), length, True, few)
+        if rows <= (REPLICATED_BATCH if length == 1 else REPLICATED_ROWS):
+            return RowSpace(batch, length, slices, power_of_two(rows), length, True)
         if length == 1:
-            return RowSpace(batch, 1, slices, -(-batch // slices), 1, False, few)
+            return RowSpace(batch, 1, slices, -(-batch // slices), 1, False)
         groups = power_of_two(batch)
         if groups > slices:
             raise UnsupportedError(
@@ -65,7 +63,7 @@ class RowSpace:
             )
         per_row = slices // groups
         local = -(-length // per_row)
-        return RowSpace(batch, length, slices, local, per_row * local, False, few)
+        return RowSpace(batch, length, slices, local, per_row * local, False)
 
     @property
     def physical(self) -> int:

@@ -53,14 +53,6 @@ def test_all_reduce(units: int, batch: int, seq: int) -> None:
     check_mlp(run, batch, seq, 64, 160)
 
 
-@pytest.mark.parametrize("few", [4, 8])
-@pytest.mark.parametrize(("batch", "seq"), [(5, 1), (8, 1), (1, 8), (2, 3)])
-def test_tokens_that_lie_in_every_slice_or_on_one(batch: int, seq: int, few: int) -> None:
-    """As the room in data memory has it, with the same results."""
-    run = GroupRun(mlp(4, batch, seq, 256, 160), few_tokens=few)
-    check_mlp(run, batch, seq, 256, 160)
-
-
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (1, 24)])
 def test_all_reduce_of_wide_sums(batch: int, seq: int) -> None:
     check_mlp(GroupRun(mlp(4, batch, seq, 64, 96, "f32")), batch, seq, 64, 96)
