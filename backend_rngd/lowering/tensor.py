@@ -17,8 +17,7 @@ from xdsl.ir import SSAValue
 from backend_rngd.isa.descriptors import Dtype, Space
 from ir.errors import UnsupportedError
 
-REPLICATED_BATCH = 4  # rows of a decode batch: copies of more of them in every slice leave no room for weights
-REPLICATED_ROWS = 8  # lanes of the contraction engine: up to 8 tokens stay in TRF while weights stream
+FEW_TOKENS = 4  # up to which every slice holds all of them: copies of more leave less room for weights on the way
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -50,7 +49,7 @@ class RowSpace:
     def make(batch: int, length: int, slices: int) -> RowSpace:
         """Choose the layout of `batch` x `length` tokens on `slices` slices."""
         rows = batch * length
-        if rows <= (REPLICATED_BATCH if length == 1 else REPLICATED_ROWS):
+        if rows <= FEW_TOKENS:
             return RowSpace(batch, length, slices, power_of_two(rows), length, True)
         if length == 1:
             return RowSpace(batch, 1, slices, -(-batch // slices), 1, False)

@@ -47,7 +47,7 @@ def check_mlp(run: GroupRun, batch: int, seq: int, hidden: int, inner: int) -> N
 
 
 @pytest.mark.parametrize("units", [2, 4, 8])
-@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (3, 1), (1, 8), (1, 24), (2, 40), (20, 1)])
+@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (3, 1), (2, 2), (1, 8), (1, 24), (2, 40), (20, 1)])
 def test_all_reduce(units: int, batch: int, seq: int) -> None:
     run = GroupRun(mlp(units, batch, seq, 64, 160))
     check_mlp(run, batch, seq, 64, 160)
@@ -59,7 +59,7 @@ def test_all_reduce_of_wide_sums(batch: int, seq: int) -> None:
 
 
 @pytest.mark.parametrize("units", [2, 8])
-@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (3, 1), (1, 8)])
+@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (3, 1), (1, 4)])
 def test_norm_of_a_sum_in_pieces(units: int, batch: int, seq: int) -> None:
     """Every slice computes its piece of residual and norm; only the norm goes round the ring to all slices."""
     hidden, part = 512, 64 // units

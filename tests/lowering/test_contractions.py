@@ -281,7 +281,7 @@ def test_stacked_contractions_of_few_tokens(b: int, s: int) -> None:
     assert home.packet == 4 * 16 * 2
 
 
-@pytest.mark.parametrize(("b", "s"), [(1, 1), (3, 1), (1, 7)])
+@pytest.mark.parametrize(("b", "s"), [(1, 1), (3, 1), (1, 4)])
 def test_narrow_matrices_take_turns(b: int, s: int) -> None:
     """Two matrices that fill half of the slices each come through both data-memory networks, and share one pass."""
     made = projections(b, s, 256, 128)
