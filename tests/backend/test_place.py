@@ -216,6 +216,6 @@ def test_ten_thousand_buffers_take_about_a_second() -> None:
     for i in range(10_000):
         routine.block.add_op(touch(allocs[i]))
         routine.block.add_op(touch(allocs[max(0, i - 30)]))
-    begin = time.perf_counter()
+    begin = time.process_time()
     place(module_of(routine), MACHINE)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5

@@ -188,9 +188,9 @@ def test_the_program_does_not_grow_with_the_units() -> None:
 
 def test_thirty_two_layers_are_planned_in_a_moment() -> None:
     model = module(Shape(layers=32, seq=4, kv=8, group=4))
-    start = time.perf_counter()
+    start = time.process_time()
     run_pipeline(model, shard_stage(8))
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     blocks = [n for n in ("block_0", "block_0_1") if f"@{n}(" in print_module(model)]
     assert blocks == ["block_0"]
 
