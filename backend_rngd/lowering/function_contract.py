@@ -204,7 +204,7 @@ class Contractions(FunctionBase):
         produced = (final or op).results[0]
         sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
         where = target if self.parent.units > 1 else None
-        mine, share = self._scattered_rows(produced, x), self._summed_share(produced, x, matrix, dtype)
+        mine, share = self._scattered_rows(produced, x, matrix, dtype), self._summed_share(produced, x, matrix, dtype)
         if share is not None:
             result = self.contracts.summed(x, matrix, dims, dtype, ops, scales, self.collectives, share)
         elif mine is None:
@@ -266,14 +266,15 @@ class Contractions(FunctionBase):
         ]
         return Bound(x, matrix, dims)
 
-    def _scattered_rows(self, produced: SSAValue, x: Tensor) -> RowSpace | None:
+    def _scattered_rows(self, produced: SSAValue, x: Tensor, w: Matrix, dtype: Dtype) -> RowSpace | None:
         """The own tokens of the reduce-scatter that is the only reader of a contraction's result, if it can run beside
         it."""
         uses = list(produced.uses)
         user = uses[0].operation if len(uses) == 1 else None
         if not isinstance(user, tc.ReduceScatterOp) or x.space != Space.DM or x.rows is None:
             return None
-        return own_rows(x.rows, self.group)
+        mine = own_rows(x.rows, self.group)
+        return mine if mine is not None and mine.local * w.rows * dtype.bytes <= self.spill else None
 
     def _summed_share(self, produced: SSAValue, x: Tensor, w: Matrix, dtype: Dtype) -> int | None:
         """The slices whose tokens a unit adds, if the only reader of a contraction's result is an all-reduce that can
