@@ -162,16 +162,15 @@ builtin.module attributes {{tc.mesh = "kv={units}"}} {{
 @pytest.mark.parametrize(("batch", "seq", "units"), [(1, 64, 2), (1, 128, 4), (2, 64, 4), (1, 16, 2), (1, 1024, 8)])
 @pytest.mark.parametrize("spill", [96 * 1024, 512])
 def test_sequence_parallel(batch: int, seq: int, units: int, spill: int) -> None:
-    check_sequence_parallel(batch, seq, units, spill, 96)
+    check_sequence_parallel(batch, seq, units, spill, 64, 96)
 
 
 def test_sequence_parallel_sums_in_hbm() -> None:
     """What is multiplied fits data memory, the own tokens of the sums do not."""
-    check_sequence_parallel(1, 1024, 2, 600, 32)
+    check_sequence_parallel(1, 1024, 2, 4096, 512, 128)
 
 
-def check_sequence_parallel(batch: int, seq: int, units: int, spill: int, inner: int) -> None:
-    hidden = 64
+def check_sequence_parallel(batch: int, seq: int, units: int, spill: int, hidden: int, inner: int) -> None:
     part, tokens = inner // units, seq // units
     whole = f'tensor<{batch}x{seq}x{hidden}xbf16, #tc.axes<"B,S,_">>'
     local = f'tensor<{batch}x{tokens}x{hidden}xbf16, #tc.axes<"B,S,_">>'
