@@ -38,10 +38,11 @@ from backend_rngd.lowering.mapping import (
     passes_home,
 )
 from backend_rngd.lowering.program import IN_FLIGHT
+from backend_rngd.lowering.rows_home import StackHome, best_stack
 from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.scatter import TokenScatter
 from backend_rngd.lowering.search import Alone, Search, Shape, StandIns
-from backend_rngd.lowering.stream_tokens import StackHome, TokensStream, best_stack
+from backend_rngd.lowering.stream_tokens import TokensStream
 from backend_rngd.lowering.stream_weights import WeightsStream
 from backend_rngd.lowering.summed import SumHome
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor

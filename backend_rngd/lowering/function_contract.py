@@ -13,11 +13,11 @@ from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
 from backend_rngd.lowering.function_base import FunctionBase
+from backend_rngd.lowering.mapping import CHANNELS
 from backend_rngd.lowering.packed import bind_packed, packed_weight
 from backend_rngd.lowering.pieces import Pieces
 from backend_rngd.lowering.scales import Scales, scales_of, scaling
 from backend_rngd.lowering.shares import own_rows
-from backend_rngd.lowering.stream_tokens import CHANNELS
 from backend_rngd.lowering.summed import token_share
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
 from backend_rngd.lowering.values import Weight, dtype_of, product

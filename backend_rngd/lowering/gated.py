@@ -12,8 +12,10 @@ from collections.abc import Callable
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Dtype, Space
+from backend_rngd.lowering.channel_groups import Group
 from backend_rngd.lowering.emitter import Emitter, dm
-from backend_rngd.lowering.stream_tokens import CHANNELS, Group, clear_unused, rows_home, spread_bytes
+from backend_rngd.lowering.mapping import CHANNELS
+from backend_rngd.lowering.rows_home import clear_unused, rows_home, spread_bytes
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
 
 BLOCK_TOKENS = 4  # of a slice, from which on blocks are longer pieces than a group's channels of a token

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Commit, Space
+from backend_rngd.lowering.channel_groups import Group
 from backend_rngd.lowering.emitter import dm
 from backend_rngd.lowering.exchange import Exchange, peer
 from backend_rngd.lowering.mapping import CHANNELS, LANES
 from backend_rngd.lowering.shares import own_tokens
-from backend_rngd.lowering.stream_tokens import Group
 from backend_rngd.lowering.tensor import RowSpace, Tensor
 
 

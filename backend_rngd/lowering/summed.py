@@ -10,11 +10,11 @@ from __future__ import annotations
 from xdsl.ir import SSAValue
 
 from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, UNIT_STRIDE, Space
+from backend_rngd.lowering.channel_groups import Group
 from backend_rngd.lowering.contract_base import compact
 from backend_rngd.lowering.emitter import dm
 from backend_rngd.lowering.exchange import Exchange, peer
 from backend_rngd.lowering.mapping import CHANNELS, MOST_PASSES
-from backend_rngd.lowering.stream_tokens import Group
 from backend_rngd.lowering.tensor import RowSpace, Tensor
 
 

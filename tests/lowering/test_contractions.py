@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend_rngd.isa.descriptors import Dma, Exec, Space
+from backend_rngd.lowering.channel_groups import channel_groups
 from backend_rngd.lowering.contract_base import split_k
-from backend_rngd.lowering.stream_tokens import channel_groups
 from backend_rngd.lowering.stream_weights import column_tiles
 from ir import expr as ex
 from tests.lowering.running import MACHINE, Run, bf16, relative, tensor_text
