@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import BlockArgument, Operation, SSAValue
 
-from backend_rngd.dialect import AllocOp, CallOp, GetGlobalOp, GlobalOp, InstructionOp, LaunchOp, RoutineOp
+from backend_rngd.dialect import (
+    EARLY,
+    AllocOp,
+    CallOp,
+    DmaOp,
+    GetGlobalOp,
+    GlobalOp,
+    InstructionOp,
+    LaunchOp,
+    RoutineOp,
+)
 from backend_rngd.liveness import Live, constant_values, live_bytes
 from backend_rngd.machine import Machine
 from backend_rngd.queues import Item, items_of, measured, play
@@ -46,12 +56,13 @@ def hoist(module: ModuleOp, machine: Machine, share: float = 0.9) -> Moves:
         for op in module.body.block.ops
         if isinstance(op, GlobalOp) and op.buffer_type.space.data == "dm"
     )
+    early = {op.sym_name.data for op in module.body.block.ops if isinstance(op, GlobalOp) and op.kind.data == EARLY}
     units = max((len(op.value_list) for op in module.body.block.ops if isinstance(op, LaunchOp)), default=1)
     for routine in module.body.block.ops:
         if isinstance(routine, RoutineOp):
             live = live_bytes(routine)
             for segment in _segments(routine):
-                _hoist_segment(segment, live, budget, constants, machine, units, out)
+                _hoist_segment(segment, live, budget, constants, machine, units, early, out)
     return out
 
 
@@ -81,6 +92,7 @@ def _hoist_segment(
     constants: set[SSAValue],
     machine: Machine,
     units: int,
+    early: set[str],
     moves: Moves,
 ) -> None:
     items = items_of(segment, constants, measured(machine, units))
@@ -90,7 +102,7 @@ def _hoist_segment(
     before: dict[int, list[int]] = {}  # position -> free transfers that go right before it
 
     def move(head: int, ahead: int) -> bool:
-        if not _fits(items[head], ahead, head, origin, live, budget):
+        if _early(segment[ahead], early) or not _fits(items[head], ahead, head, origin, live, budget):
             return False
         before.setdefault(ahead, []).append(head)
         live.counts[origin + ahead : origin + head] += items[head].nbytes
@@ -98,6 +110,14 @@ def _hoist_segment(
 
     play(items, units, machine, move)
     _apply(segment, items, before, moves)
+
+
+def _early(op: InstructionOp, early: set[str]) -> bool:
+    """Whether a transfer may start while the routine before is at work: one that waits for its end stays behind it."""
+    if not isinstance(op, DmaOp):
+        return False
+    owner = op.destination.owner
+    return isinstance(owner, GetGlobalOp) and owner.symbol.string_value() in early
 
 
 def _fits(item: Item, ahead: int, head: int, origin: int, live: Live, budget: int) -> bool:

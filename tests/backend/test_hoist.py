@@ -11,6 +11,7 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
 
 from backend_rngd.dialect import (
+    EARLY,
     AllocOp,
     CallOp,
     DmaOp,
@@ -239,6 +240,21 @@ def test_parts_of_a_tile_move_together() -> None:
     b.work("b", "y")
     assert hoist(b.module, MACHINE).transfers == 2
     assert b.order.index("store x") > max(i for i, name in enumerate(b.order) if name == "load b")
+
+
+def test_weights_stay_behind_early_ones() -> None:
+    """What starts while the routine before is at work must not wait for weights that start after its end."""
+    b = Builder()
+    held = GlobalOp("early0", "dm", 4 * KB, EARLY)
+    get = GetGlobalOp("early0", held.buffer_type)
+    b.globals.append(held)
+    b.routine.block.add_ops([get, DmaOp(load(4 * KB, 0), b.w.results[0], get.results[0], location="load early")])
+    b.load("a")
+    b.work("a", "x")
+    b.routine.block.add_op(ExecOp(copy_pass(0, 0, KB), get.results[0], b.value("z", 4 * KB), location="early -> z"))
+    order = b.order
+    hoist(b.module, MACHINE)
+    assert b.order == order
 
 
 def test_loads_fill_the_waits() -> None:
