@@ -195,9 +195,8 @@ class TokensStream(ContractionMapping):
         unset = gaps(tiles, [g.slices == g.ring for g in groups], slots)
         sizes = [max(tile.read for tile in tiles[n::slots]) * element for n in range(slots)]
         first = em.early_bytes > 0  # contraction of the routine
-        early: list[SSAValue] = []
-        if packed is None and rows.local < BLOCK_ROWS and not any(high for _, high in unset[:2]):
-            early = em.take_early(sizes[:2])
+        may = packed is None and rows.local < BLOCK_ROWS and not any(high for _, high in unset[:2])
+        early = em.take_early(sizes[:2] if may else [])
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -28,10 +29,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MACHINE, SILICON = load_machine(), load_machine(mode="silicon")
 
 
-def build(bucket: tuple[int, int, int], layers: int | None = None, units: int = 1) -> Emitted:
-    captured = capture(
-        resolve_model(str(CONFIGS / "llama-3.1-8b"), need_weights=False), num_hidden_layers=layers, weights="none"
-    )
+def build(
+    bucket: tuple[int, int, int], layers: int | None = None, units: int = 1, model: Path = CONFIGS / "llama-3.1-8b"
+) -> Emitted:
+    captured = capture(resolve_model(str(model), need_weights=False), num_hidden_layers=layers, weights="none")
     batch, seq, kv = bucket
     run_pipeline(captured.module, [*simplify_stage(), *specialise_stage(batch, seq, kv)])
     if units > 1:
@@ -53,6 +54,17 @@ def test_full_width_is_legal(bucket: tuple[int, int, int]) -> None:
     assert not check_stream(stream, MACHINE, None)
     # The entry and one block for 32 layers.
     assert [r.name for r in stream.routines] == ["main", "prepare", "embed", "block_0", "head", "receive", "send"]
+
+
+@pytest.mark.parametrize("bucket", [(1, 7, 7), (6, 1, 1024)])
+def test_an_odd_width_fits(bucket: tuple[int, int, int], tmp_path: Path) -> None:
+    """Slices without channels, whose weights are cleared: only those of the first contraction from the start on."""
+    config = json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text())
+    config |= {"hidden_size": 2056, "intermediate_size": 5504, "head_dim": 256, "vocab_size": 32003}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"num_attention_heads": 8, "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2})
+    )
+    assert not [v for v in build(bucket, 2, 4, tmp_path).check(MACHINE) if v.severity == "error"]
 
 
 def test_streams_do_not_grow_with_depth() -> None:
