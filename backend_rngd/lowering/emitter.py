@@ -84,6 +84,7 @@ class Emitter:
     location: str = ""
     probes: bool = True
     early_bytes: int = 0  # of DM a slice that weights loaded before the routine starts may take
+    clears_early: bool = True  # nothing that must be cleared for a contraction stands at the routine's start yet
     _early: list[tuple[int, SSAValue]] = field(default_factory=list[tuple[int, SSAValue]])  # buffers of that kind
     _start: Operation | None = None  # the first instruction that is not moved to the start
     _globals: dict[str, SSAValue] = field(default_factory=dict[str, SSAValue])

@@ -194,9 +194,9 @@ class TokensStream(ContractionMapping):
         # What takes part without channels needs some weights.
         unset = gaps(tiles, [g.slices == g.ring for g in groups], slots)
         sizes = [max(tile.read for tile in tiles[n::slots]) * element for n in range(slots)]
-        first = em.early_bytes > 0  # contraction of the routine
+        first, em.clears_early = em.clears_early and em.early_bytes > 0, False  # contraction of the routine
         may = packed is None and rows.local < BLOCK_ROWS and not any(high for _, high in unset[:2])
-        early = em.take_early(sizes[:2] if may else [])
+        early = em.take_early(sizes[:2]) if may else []
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
         sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
         record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
