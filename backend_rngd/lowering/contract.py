@@ -177,6 +177,7 @@ class ContractLowering:
         scales: Scales | None,
         exchange: Exchange,
         mine: RowSpace,
+        where: str,
     ) -> Tensor:
         """The own tokens `mine` of the sum of the results over all units, for many tokens in DM (`scatter.py`)."""
         assert x.rows is not None
@@ -185,7 +186,7 @@ class ContractLowering:
         def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], factors: Scales, m: Mapping) -> Tensor:
             assert x.rows is not None
             own = [row_dim(d, mine) for d in fewer(dims, ws)]
-            sink = TokenScatter(to._exchange(exchange), x.rows, to.many.result(own, dtype, mine, ws[0].rows))
+            sink = TokenScatter(to._exchange(exchange), x.rows, to.many.result(own, dtype, mine, ws[0].rows), where)
             to.many.scales = factors
             to.many.stream(x, [Stack(tuple(ws))], dtype, vector, sink, m)
             to.many.scales = Scales()
@@ -206,6 +207,7 @@ class ContractLowering:
         scales: Scales | None,
         exchange: Exchange,
         share: int,
+        where: str,
     ) -> Tensor:
         """The sum of the results over all units of the card, for many tokens in DM (`summed.py`)."""
         assert x.rows is not None
@@ -214,7 +216,7 @@ class ContractLowering:
         def lower(to: ContractLowering, x: Tensor, ws: Sequence[Matrix], factors: Scales, m: Mapping) -> Tensor:
             assert x.rows is not None
             result = to.many.result(fewer(dims, ws), dtype, x.rows, ws[0].rows)
-            sink = SumHome(to._exchange(exchange), result, share)
+            sink = SumHome(to._exchange(exchange), result, share, where)
             to.many.scales = factors
             to.many.stream(x, [Stack(tuple(ws))], dtype, vector, sink, m)
             to.many.scales = Scales()

@@ -184,6 +184,13 @@ class Emitter:
         return [buffer for size, buffer in self._early if size >= nbytes]
 
     @contextmanager
+    def at(self, location: str) -> Generator[None]:
+        """What is emitted inside belongs to the operation at `location`."""
+        before, self.location = self.location, location
+        yield
+        self.location = before
+
+    @contextmanager
     def at_start(self) -> Generator[None]:
         """Transfers and memsets emitted inside, with their buffers, stand before all other instructions of the routine,
         in order of emission."""

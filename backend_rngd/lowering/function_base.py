@@ -108,7 +108,7 @@ class FunctionBase:
         """Lower all ops; returns the operands of the return op."""
         block = self.function.body.block
         for op in block.ops:
-            self.em.location = _location(op)
+            self.em.location = location_of(op)
             if isinstance(op, func.ReturnOp):
                 return list(op.operands)
             if op not in self.fused and not self.in_chunks(op):
@@ -269,7 +269,7 @@ class FunctionBase:
         )
 
 
-def _location(op: Operation) -> str:
+def location_of(op: Operation) -> str:
     """`layer path|operation`, shown by the disassembler, the trace and every error."""
     path = op.attributes.get("path")
     return f"{path.data if isinstance(path, StringAttr) else ''}|{op.name}"

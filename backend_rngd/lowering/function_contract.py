@@ -12,7 +12,7 @@ from backend_rngd.isa.descriptors import Dtype, Space
 from backend_rngd.lowering.contract_base import N_MULTIPLE, Matrix, epilogue_ops, k_multiple
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.expression import ChainOp
-from backend_rngd.lowering.function_base import FunctionBase
+from backend_rngd.lowering.function_base import FunctionBase, location_of
 from backend_rngd.lowering.mapping import CHANNELS
 from backend_rngd.lowering.packed import bind_packed, packed_weight
 from backend_rngd.lowering.pieces import Pieces
@@ -205,12 +205,13 @@ class Contractions(FunctionBase):
         sink = output(self._output_bytes(x, matrix, dtype)) if output is not None else None
         where = target if self.parent.units > 1 else None
         mine, share = self._scattered_rows(produced, x, matrix, dtype), self._summed_share(produced, x, matrix, dtype)
+        reader = location_of(next((use.operation for use in produced.uses), op))
         if share is not None:
-            result = self.contracts.summed(x, matrix, dims, dtype, ops, scales, self.collectives, share)
+            result = self.contracts.summed(x, matrix, dims, dtype, ops, scales, self.collectives, share, reader)
         elif mine is None:
             result = self.contracts.run(x, matrix, dims, dtype, ops, sink, where, scales, not _followed(op))
         else:
-            result = self.contracts.scatter(x, matrix, dims, dtype, ops, scales, self.collectives, mine)
+            result = self.contracts.scatter(x, matrix, dims, dtype, ops, scales, self.collectives, mine, reader)
         if final is not None:
             final_rule = final.rule()
             result = result.transpose([final_rule.inputs[sums].index(a) for a in final_rule.output])

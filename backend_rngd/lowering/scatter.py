@@ -36,9 +36,11 @@ class TokenScatter:
     whole = scattered = True
     narrow = sums = False
 
-    def __init__(self, exchange: Exchange, rows: RowSpace, result: Tensor) -> None:
+    def __init__(self, exchange: Exchange, rows: RowSpace, result: Tensor, where: str) -> None:
+        """rows: of all tokens; result: of the own ones; where: location of the collective."""
         assert result.rows is not None and result.space == Space.DM
         self.exchange = exchange
+        self.where = where
         self.rows = rows
         self.mine = result.rows
         self.result = result
@@ -53,6 +55,12 @@ class TokenScatter:
 
     def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`: pull the own tokens from all units; what was pulled before is added meanwhile."""
+        with self.exchange.em.at(self.where):
+            copies = self._pull(group, area, row)
+            self._add()
+        self._waiting = _Pulled(group, number, copies)
+
+    def _pull(self, group: Group, area: SSAValue, row: int) -> SSAValue:
         units, em, rows = self.exchange.group, self.exchange.em, self.rows
         share = em.slices // units.units
         copy = rows.local * share * row
@@ -65,12 +73,12 @@ class TokenScatter:
             (rows.local, em.slices * row, share * row),
         ]
         em.dma(peer(area, Space.DM, 0, own), dm(copies), loops, share * row)
-        self._add()
-        self._waiting = _Pulled(group, number, copies)
+        return copies
 
     def finish(self) -> None:
         """Add the last pass."""
-        self._add()
+        with self.exchange.em.at(self.where):
+            self._add()
 
     def _add(self) -> None:
         waiting, self._waiting = self._waiting, None

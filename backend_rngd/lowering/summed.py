@@ -31,13 +31,14 @@ class SumHome:
     whole = True
     narrow = scattered = sums = False
 
-    def __init__(self, exchange: Exchange, result: Tensor, share: int) -> None:
-        """share: see `token_share`."""
+    def __init__(self, exchange: Exchange, result: Tensor, share: int, where: str) -> None:
+        """share: see `token_share`; where: location of the collective."""
         assert result.rows is not None and result.space == Space.DM
         self.exchange = exchange
         self.rows = result.rows
         self.result = result
         self.share = share
+        self.where = where
         self._area: SSAValue | None = None
         if share * exchange.group.local < result.rows.slices:  # what no token uses takes part in passes all the same
             exchange.em.memset(result.buffer, 0, result.rows.local * result.pitch)
@@ -53,8 +54,11 @@ class SumHome:
 
     def done(self, stack: int, group: Group, number: int, area: SSAValue, row: int) -> None:
         """See `Sink`."""
-        if number < group.passes - 1:
-            return
+        if number == group.passes - 1:
+            with self.exchange.em.at(self.where):
+                self._sum(group, area, row)
+
+    def _sum(self, group: Group, area: SSAValue, row: int) -> None:
         units, em, rows, result, share = self.exchange.group, self.exchange.em, self.rows, self.result, self.share
         scope, local, slices = units.card_scope, rows.local, (group.slices, DM_SLICE_STRIDE, DM_SLICE_STRIDE)
         copy = local * share * row

@@ -47,6 +47,12 @@ def why_equivalent(m: Mutant) -> str | None:
     return None
 
 
+def fills_padding(m: Mutant) -> bool:
+    """Whether a change is the number that padding is filled with, which nothing depends on."""
+    what = m.stream.routines[m.routine].instructions[m.index].what
+    return isinstance(what, Memset) and m.path[-1] == "value"
+
+
 def survivors(count: int, seed: int) -> list[Mutant]:
     rng = random.Random(seed)
     out: list[Mutant] = []
@@ -68,7 +74,7 @@ def test_the_programs_are_clean() -> None:
 def test_300_changes() -> None:
     left = survivors(300, seed=1)
     listing = "\n".join(f"{m}: {why_equivalent(m)}" for m in left)
-    assert len(left) <= 18, listing  # 94 %: fills of padding may hold any number
+    assert len([m for m in left if not fills_padding(m)]) <= 9, listing  # 97 %
     assert all(why_equivalent(m) for m in left), listing
 
 
@@ -76,7 +82,7 @@ def test_300_changes() -> None:
 def test_3000_changes() -> None:
     left = survivors(3000, seed=2)
     listing = "\n".join(f"{m}: {why_equivalent(m)}" for m in left)
-    assert len(left) <= 180, listing
+    assert len([m for m in left if not fills_padding(m)]) <= 90, listing
     assert all(why_equivalent(m) for m in left), listing
 
 
