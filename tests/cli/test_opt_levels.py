@@ -27,7 +27,7 @@ PROMPTS = ("5,17,99,3,42,8", "7", "64,32,16,8")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose weights take longer to fetch than to wait for."""
     directory = tmp_path_factory.mktemp("wide") / "llama"
-    return write_model(directory, hidden_size=128, intermediate_size=512, num_attention_heads=8)
+    return write_model(directory, hidden_size=256, intermediate_size=2048, num_attention_heads=8)
 
 
 def test_levels_compute_the_same_and_are_never_slower(rngdc: Command, wide: Path, tmp_path: Path) -> None:
