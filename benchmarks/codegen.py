@@ -283,8 +283,8 @@ def main() -> None:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
+        cold, warm = warm_seconds(arguments.opt_level, base)  # first: a process remembers the mappings it has found
         found = rows(arguments.opt_level, base)
-        cold, warm = warm_seconds(arguments.opt_level, base)
     text = report(found, cold, warm, arguments.opt_level)
     arguments.output.write_text(text, "utf-8")
     print(text)
