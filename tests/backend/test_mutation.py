@@ -36,6 +36,10 @@ def why_equivalent(m: Mutant) -> str | None:
         return "padding in slices, or bytes, that later instructions write before they read them"
     if isinstance(what, Exec) and field in ("value", "operand2"):
         return "a rounding-sized change of a constant (an epsilon) that bf16 results absorb"
+    if (isinstance(what, Exec) and field == "trf_base") or (isinstance(what, LoadTrf) and field == "base"):
+        return "contractions of the same tokens load them again: the other half of TRF holds them too"
+    if isinstance(what, Exec) and field == "alu":
+        return "another ALU of the chain that does the same operation"
     if isinstance(what, LoadTrf) and field == "lanes":
         return "lanes hold copies of one token; those that are not loaded still hold an equal copy or are dropped"
     if isinstance(what, LoadTrf | LoadVrf | Dma) and (m.path[1] == "slices" or "loops" in m.path or field == "packet"):
