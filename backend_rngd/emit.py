@@ -11,10 +11,10 @@ from xdsl.dialects.builtin import ModuleOp
 
 from backend_rngd.addresses import FIRST_ARGUMENT_REGISTER, AddressBook
 from backend_rngd.dialect import AllocOp, CallOp, InstructionOp, ProbeOp, RoutineOp, space_of
+from backend_rngd.instructions import CONTEXTS
 from backend_rngd.isa.descriptors import After, Call, Context, Instruction, Routine, Stream
 from backend_rngd.isa.legality import BufferSpan, Violation, check_pipeline, check_stream
 from backend_rngd.machine import Machine
-from backend_rngd.schedule import CONTEXTS
 from ir.errors import UnsupportedError
 
 ENTRY = "main"

@@ -31,13 +31,13 @@ from backend_rngd.attributes import (
     shared_string,
     space_of,
 )
-from backend_rngd.isa.descriptors import Descriptor, Dma, Exec, LoadTrf, LoadVrf, Memset, Source, Space
+from backend_rngd.isa.descriptors import Context, Descriptor, Dma, Exec, LoadTrf, LoadVrf, Memset, Source, Space
 from backend_rngd.isa.footprint import footprint
 from backend_rngd.isa.legality import check
 from backend_rngd.isa.text import TextError, format_after, format_descriptor, parse_after
 from backend_rngd.machine import load_machine
 
-CONTEXTS = ("main", "sub", "dma")
+CONTEXTS = {"main": Context.MAIN, "sub": Context.SUB, "dma": Context.DMA}
 
 
 class InstructionOp(IRDLOperation):

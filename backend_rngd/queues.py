@@ -14,6 +14,7 @@ from xdsl.ir import SSAValue
 
 from backend_rngd.attributes import bytes_of, space_of
 from backend_rngd.dialect import AllocOp, DmaOp, InstructionOp
+from backend_rngd.instructions import CONTEXTS
 from backend_rngd.isa.descriptors import Context, Dma, Exec, LoadTrf, LoadVrf, Memset, Notify, Wait
 from backend_rngd.isa.footprint import Interval, footprint
 from backend_rngd.isa.hazards import SHARED_SPACES
@@ -23,7 +24,6 @@ from backend_rngd.machine.formulas import sync_time, unit_cycles
 from backend_rngd.sync_ops import SyncOp
 
 PATIENCE = 2  # starts of a transfer for which the queue rather waits for other units than that weights hold them up
-CONTEXTS = {"main": Context.MAIN, "sub": Context.SUB, "dma": Context.DMA}
 Intervals = tuple[Interval, ...]
 Cycles = Callable[[InstructionOp, Context], float]
 """Time of an instruction that has its engines for itself."""

@@ -16,12 +16,11 @@ from xdsl.dialects.builtin import ModuleOp
 
 from backend_rngd.addresses import AddressBook
 from backend_rngd.dialect import EARLY, AfterAttr, CallOp, DmaOp, GetGlobalOp, GlobalOp, InstructionOp, RoutineOp
-from backend_rngd.isa.descriptors import After, Context
+from backend_rngd.instructions import CONTEXTS
+from backend_rngd.isa.descriptors import After
 from backend_rngd.isa.early import EarlyBytes, may_start_early, written
 from backend_rngd.isa.footprint import Interval, footprint
 from backend_rngd.isa.hazards import Hazards
-
-CONTEXTS = {"main": Context.MAIN, "sub": Context.SUB, "dma": Context.DMA}
 
 
 @dataclass(frozen=True)

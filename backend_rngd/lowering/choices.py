@@ -25,34 +25,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Streamed:
-    """How a contraction `[tokens, k] . [rows, k]` with weights was mapped.
+    """How a contraction of tokens with weights was mapped.
 
-    streams: what is not in TRF. local: tokens a slice (all, if the weights stream). matrices: of the same shape that
-    are multiplied together. element: bytes. chunks: sizes of K. slots: weight buffers that are loaded and used in turn.
-    resident: the tokens lie in DM. packed: weights of 4 bits, expanded in DM. limit: passes of a group at most.
-    scattered: every unit takes its own tokens from all units and adds them.
+    streams: what is not in TRF. local: tokens a slice (all, if the weights stream). chunks: sizes of K. slots: weight
+    buffers that are loaded and used in turn.
     """
 
     where: str
     streams: Literal["weights", "tokens"]
     local: int
-    rows: int
-    k: int
-    matrices: int
-    element: int
     chunks: tuple[int, ...]
     pieces: tuple[Piece, ...]
     slots: int
-    slices: int
-    resident: bool = True
-    packed: bool = False
-    limit: int = 1
-    scattered: bool = False
-
-
-def tokens_of(s: Streamed) -> int:
-    """Tokens of a contraction, padding included."""
-    return s.local if s.streams == "weights" else s.local * s.slices
 
 
 def described(s: Streamed) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from xdsl.ir import SSAValue
 
-from backend_rngd.isa.descriptors import Dtype, Space
+from backend_rngd.isa.descriptors import Dtype, Space, VectorOp
 from backend_rngd.lowering.contract_base import Matrix, Stack, vector_ops
 from backend_rngd.lowering.emitter import Emitter
 from backend_rngd.lowering.exchange import Exchange, row_dim
@@ -42,7 +42,7 @@ from backend_rngd.lowering.rows_home import StackHome, best_stack
 from backend_rngd.lowering.scales import Scales
 from backend_rngd.lowering.scatter import TokenScatter
 from backend_rngd.lowering.search import Alone, Search, Shape, StandIns
-from backend_rngd.lowering.stream_tokens import TokensStream
+from backend_rngd.lowering.stream_tokens import Sink, TokensStream
 from backend_rngd.lowering.stream_weights import WeightsStream
 from backend_rngd.lowering.summed import SumHome
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor
@@ -160,6 +160,21 @@ class ContractLowering:
         m = self.search.best(shape, sum(m.rows * m.pitch for m in matrices), em.location, attempt)
         return lower(self, x, matrices, scales, m)
 
+    def _stream(
+        self,
+        x: Tensor,
+        matrices: Sequence[Matrix],
+        dtype: Dtype,
+        vector: Sequence[VectorOp],
+        factors: Scales,
+        sink: Sink,
+        m: Mapping,
+    ) -> None:
+        """Hand the results of contractions of many tokens, scaled, to a sink."""
+        self.many.scales = factors
+        self.many.stream(x, [Stack(tuple(matrices))], dtype, vector, sink, m)
+        self.many.scales = Scales()
+
     def _exchange(self, like: Exchange) -> Exchange:
         """`like`, or in a trial one with nobody behind it."""
         if like.em is self.em:
@@ -187,9 +202,7 @@ class ContractLowering:
             assert x.rows is not None
             own = [row_dim(d, mine) for d in fewer(dims, ws)]
             sink = TokenScatter(to._exchange(exchange), x.rows, to.many.result(own, dtype, mine, ws[0].rows), where)
-            to.many.scales = factors
-            to.many.stream(x, [Stack(tuple(ws))], dtype, vector, sink, m)
-            to.many.scales = Scales()
+            to._stream(x, ws, dtype, vector, factors, sink, m)
             sink.finish()
             return sink.result
 
@@ -217,9 +230,7 @@ class ContractLowering:
             assert x.rows is not None
             result = to.many.result(fewer(dims, ws), dtype, x.rows, ws[0].rows)
             sink = SumHome(to._exchange(exchange), result, share, where)
-            to.many.scales = factors
-            to.many.stream(x, [Stack(tuple(ws))], dtype, vector, sink, m)
-            to.many.scales = Scales()
+            to._stream(x, ws, dtype, vector, factors, sink, m)
             return sink.result
 
         kind = f"{dtype.name} summed over {exchange.group.units} {share} {vector}"

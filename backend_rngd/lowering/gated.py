@@ -27,7 +27,7 @@ class Gated:
 
     limit = 2  # passes of a group, see `mapping.gated_passes`
     whole = narrow = True
-    scattered = sums = False
+    sums = False
 
     def __init__(self, em: Emitter, count: int, dtype: Dtype, result: Tensor, join: Join) -> None:
         self.em = em
@@ -69,7 +69,7 @@ class GatedBlocks:
     brings them home in blocks of 8 channels: the tokens of a slice are one piece of a transfer."""
 
     limit = 1
-    whole = narrow = scattered = False
+    whole = narrow = False
     sums = True
     BLOCK = CHANNELS // 2
 

@@ -15,8 +15,8 @@ from backend_rngd.isa.descriptors import DM_SLICE_STRIDE, Alu, Commit, Dtype, Mo
 from backend_rngd.lowering.emitter import Emitter, dm
 from backend_rngd.lowering.move import place_of, ring_broadcast, ring_packet
 from backend_rngd.lowering.tensor import Dim, RowSpace, Tensor, round_up
+from backend_rngd.lowering.vector import REDUCED_SPACING
 
-REDUCED_BYTES = 8  # of a slice's own result: a commit writes no less
 SUMS = {"add": Op.ADD, "max": Op.MAX, "min": Op.MIN}
 
 
@@ -80,11 +80,11 @@ def sum_of_slices(em: Emitter, part: Tensor, kind: str) -> Tensor:
     rows = part.rows
     assert rows is not None
     assert part.dtype == Dtype.F32
-    gathered = em.alloc(rows.local * em.slices * REDUCED_BYTES, "parts")
-    run = em.slices * REDUCED_BYTES
+    gathered = em.alloc(rows.local * em.slices * REDUCED_SPACING, "parts")
+    run = em.slices * REDUCED_SPACING
     ring_broadcast(
         em, part.buffer, [(rows.local, part.pitch), (2, 4)], Dtype.F32, 2, part.base, em.slices,
-        gathered, 0, [(rows.local, run)], REDUCED_BYTES, [(2, 4)], 2,
+        gathered, 0, [(rows.local, run)], REDUCED_SPACING, [(2, 4)], 2,
     )  # fmt: skip
     out = replace(part, buffer=em.alloc(rows.local * part.pitch), base=0, rows=replace(rows, replicated=True))
     em.execute(

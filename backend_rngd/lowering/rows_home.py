@@ -26,7 +26,7 @@ from backend_rngd.machine import Machine
 class RowsHome:
     """Brings every group back to the slices of its tokens (and on to HBM if the result is spilled)."""
 
-    whole = scattered = sums = False
+    whole = sums = False
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class StackHome:
     a tensor of its own."""
 
     limit = 1  # of passes, so that a slice holds channels of one matrix
-    whole = narrow = scattered = sums = False
+    whole = narrow = sums = False
 
     def __init__(self, em: Emitter, stack: Stack, results: Sequence[Tensor]) -> None:
         self.em = em

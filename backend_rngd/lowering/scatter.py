@@ -33,7 +33,7 @@ class TokenScatter:
     """Takes the groups of a contraction (a `Sink`) and leaves in `result` the sums of the unit's own tokens."""
 
     limit = 2  # passes of a group, which goes home in one piece; every pass is exchanged by itself
-    whole = scattered = True
+    whole = True
     narrow = sums = False
 
     def __init__(self, exchange: Exchange, rows: RowSpace, result: Tensor, where: str) -> None:

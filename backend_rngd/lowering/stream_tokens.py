@@ -78,11 +78,6 @@ class Sink(Protocol):
         ...
 
     @property
-    def scattered(self) -> bool:
-        """Whether every unit takes its own tokens from all units and adds them."""
-        ...
-
-    @property
     def sums(self) -> bool:
         """Whether it takes the f32 sums of a pass as they are: its groups have one pass, and it has no areas."""
         ...
@@ -198,9 +193,7 @@ class TokensStream(ContractionMapping):
         may = packed is None and rows.local < BLOCK_ROWS and not any(high for _, high in unset[:2])
         early = em.take_early(sizes[:2]) if may else []
         pieces = tuple(Piece(g.per_slice, g.slices, g.ring) for g in groups)
-        sizes_k, height = tuple(k for _, k in chunks), stacks[0].rows
-        record(Streamed(em.location, "tokens", rows.local, height, w.k, len(stacks), element, sizes_k, pieces, slots,
-                        em.slices, resident, packed is not None, most, to.scattered))  # fmt: skip
+        record(Streamed(em.location, "tokens", rows.local, tuple(k for _, k in chunks), pieces, slots))
         with em.at_start() if first else nullcontext():
             buffers = [*early, *(em.alloc(n, "weights") for n in sizes[len(early) : slots - len(idle)]), *idle]
             stages = [] if packed is None else [staging(em, packed, CHANNELS, widest) for _ in buffers]

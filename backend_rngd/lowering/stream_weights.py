@@ -101,9 +101,7 @@ class WeightsStream(ContractionMapping):
         slots = min(m.in_flight, len(jobs))
         sizes = [max(tiles[t].per_slice * chunks[c][1] for c, t in jobs[i::slots]) * element for i in range(slots)]
         pieces = tuple(Piece(t.per_slice, t.slices, em.slices) for t in tiles)
-        sizes_k = tuple(k for _, k in chunks)
-        record(Streamed(em.location, "weights", local, w.rows, w.k, 1, element, sizes_k, pieces, slots, em.slices,
-                        x.space == Space.DM, packed is not None))  # fmt: skip
+        record(Streamed(em.location, "weights", local, tuple(k for _, k in chunks), pieces, slots))
         early = em.take_early(sizes) if packed is None else []
         buffers = early or [em.alloc(nbytes, "weights") for nbytes in sizes]
         stages = [] if packed is None else [staging(em, packed, largest, widest) for _ in buffers]
@@ -226,8 +224,7 @@ class WeightsStream(ContractionMapping):
         networks, share = em.slices // em.machine.slices_per_dmn, em.machine.slices_per_dmn // count
         tile = Tile(0, count * first.rows // em.slices, em.slices)
         pieces = (Piece(tile.per_slice, tile.slices, em.slices),)
-        record(Streamed(em.location, "weights", local, count * first.rows, first.k, 1, element, (first.k,), pieces, 1,
-                        em.slices, x.space == Space.DM))  # fmt: skip
+        record(Streamed(em.location, "weights", local, (first.k,), pieces, 1))
         buffer = em.alloc(tile.per_slice * first.pitch, "weights")
         for i, m in enumerate(matrices):
             run = tile.per_slice * m.pitch

@@ -29,7 +29,7 @@ class SumHome:
 
     limit = MOST_PASSES
     whole = True
-    narrow = scattered = sums = False
+    narrow = sums = False
 
     def __init__(self, exchange: Exchange, result: Tensor, share: int, where: str) -> None:
         """share: see `token_share`; where: location of the collective."""

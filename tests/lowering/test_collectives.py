@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from backend_rngd.isa.descriptors import Alu, Exec
+from backend_rngd.lowering.program import SPILL_BYTES
 from backend_rngd.machine import Machine, load_machine
-from tests.lowering.running import GroupRun, bf16, relative
+from tests.lowering.running import Array, GroupRun, bf16, relative
 
 MACHINE = load_machine()
 SMALL_CARDS = MACHINE.model_copy(update={"pes_per_chip": 2, "pes_per_cluster": 1})
@@ -170,7 +171,11 @@ def test_sequence_parallel_sums_in_hbm() -> None:
     check_sequence_parallel(1, 1024, 2, 4096, 512, 128)
 
 
-def check_sequence_parallel(batch: int, seq: int, units: int, spill: int, hidden: int, inner: int) -> None:
+def own_tokens_of_sums(
+    batch: int, seq: int, units: int, hidden: int, inner: int, tail: str, spill: int = SPILL_BYTES
+) -> tuple[Array, Array, Array]:
+    """The result %y that the lines `tail` make of the own tokens %r of a two-layer network's sums (and of its input
+    %x), the input, and the sums. `tail` may name the types {whole} and {local}, and the sizes."""
     part, tokens = inner // units, seq // units
     whole = f'tensor<{batch}x{seq}x{hidden}xbf16, #tc.axes<"B,S,_">>'
     local = f'tensor<{batch}x{tokens}x{hidden}xbf16, #tc.axes<"B,S,_">>'
@@ -183,8 +188,7 @@ builtin.module attributes {{tc.mesh = "kv={units}"}} {{
     %h = tc.contract "b s i, o i -> b s o" (%x, %a) : {h}
     %p = tc.contract "b s i, o i -> b s o" (%h, %b) : {whole}
     %r = tc.reduce_scatter %p kind add dim 1 axis tp why "test" : {local}
-    %n = tc.map "mul(a, 2.0)" over "b s h -> b s h" (%r) : {local}
-    %y = tc.all_gather %n dim 1 axis tp why "test" : {whole}
+    {tail.format(whole=whole, local=local, batch=batch, seq=seq, tokens=tokens)}
     func.return %y : {whole}
   }}
 }}
@@ -193,41 +197,25 @@ builtin.module attributes {{tc.mesh = "kv={units}"}} {{
     x = bf16(rng.standard_normal((batch, seq, hidden)).astype(np.float32))
     a = bf16(rng.standard_normal((inner, hidden)).astype(np.float32) / 8)
     b = bf16(rng.standard_normal((hidden, inner)).astype(np.float32) / 8)
-    run = GroupRun(text, spill_bytes=spill)
-    got = run({"x": x}, {"a": a, "b": b}.__getitem__)["y"]
-    assert relative(got, 2 * (bf16(x @ a.T) @ b.T)) < 0.01
+    got = GroupRun(text, spill_bytes=spill)({"x": x}, {"a": a, "b": b}.__getitem__)["y"]
+    return got, x, bf16(x @ a.T) @ b.T
+
+
+def check_sequence_parallel(batch: int, seq: int, units: int, spill: int, hidden: int, inner: int) -> None:
+    tail = """%n = tc.map "mul(a, 2.0)" over "b s h -> b s h" (%r) : {local}
+    %y = tc.all_gather %n dim 1 axis tp why "test" : {whole}"""
+    got, _, sums = own_tokens_of_sums(batch, seq, units, hidden, inner, tail, spill)
+    assert relative(got, 2 * sums) < 0.01
 
 
 @pytest.mark.parametrize(("batch", "seq", "units"), [(1, 64, 2), (2, 64, 4), (1, 1024, 8)])
 def test_gathered_numbers_of_tokens(batch: int, seq: int, units: int) -> None:
     """One number a token, as a quantized model has for the scale of its activations."""
-    hidden, inner = 64, 96
-    part, tokens = inner // units, seq // units
-    whole = f'tensor<{batch}x{seq}x{hidden}xbf16, #tc.axes<"B,S,_">>'
-    local = f'tensor<{batch}x{tokens}x{hidden}xbf16, #tc.axes<"B,S,_">>'
-    h = f'tensor<{batch}x{seq}x{part}xbf16, #tc.axes<"B,S,_">>'
-    text = f"""
-builtin.module attributes {{tc.mesh = "kv={units}"}} {{
-  func.func @main(%x: {whole}) -> {whole} attributes {{arg_names = ["x"], result_names = ["y"]}} {{
-    %a = tc.weight "a" shard "{inner}@tp, {hidden}" : tensor<{part}x{hidden}xbf16>
-    %b = tc.weight "b" shard "{hidden}, {inner}@tp" : tensor<{hidden}x{part}xbf16>
-    %h = tc.contract "b s i, o i -> b s o" (%x, %a) : {h}
-    %p = tc.contract "b s i, o i -> b s o" (%h, %b) : {whole}
-    %r = tc.reduce_scatter %p kind add dim 1 axis tp why "test" : {local}
-    %m = tc.reduce max "abs(a)" over "b s h -> b s" (%r) : tensor<{batch}x{tokens}xf32, #tc.axes<"B,S">>
+    tail = """%m = tc.reduce max "abs(a)" over "b s h -> b s" (%r) : tensor<{batch}x{tokens}xf32, #tc.axes<"B,S">>
     %g = tc.all_gather %m dim 1 axis tp why "test" : tensor<{batch}x{seq}xf32, #tc.axes<"B,S">>
-    %y = tc.map "mul(a, b)" over "b s h, b s -> b s h" (%x, %g) : {whole}
-    func.return %y : {whole}
-  }}
-}}
-"""
-    rng = np.random.default_rng(2)
-    x = bf16(rng.standard_normal((batch, seq, hidden)).astype(np.float32))
-    a = bf16(rng.standard_normal((inner, hidden)).astype(np.float32) / 8)
-    b = bf16(rng.standard_normal((hidden, inner)).astype(np.float32) / 8)
-    got = GroupRun(text)({"x": x}, {"a": a, "b": b}.__getitem__)["y"]
-    largest = np.abs(bf16(x @ a.T) @ b.T).max(axis=-1, keepdims=True)
-    assert relative(got, x * largest) < 0.01
+    %y = tc.map "mul(a, b)" over "b s h, b s -> b s h" (%x, %g) : {whole}"""
+    got, x, sums = own_tokens_of_sums(batch, seq, units, 64, 96, tail)
+    assert relative(got, x * np.abs(sums).max(axis=-1, keepdims=True)) < 0.01
 
 
 def test_axis_index() -> None:
